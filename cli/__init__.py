@@ -1,0 +1,1 @@
+"""The `dnd` command line: parses, calls the library, prints."""

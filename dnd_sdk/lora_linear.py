@@ -1,0 +1,80 @@
+"""Per-row LoRA on a resident model, chosen by the caller's context and never by global state.
+
+* `attach_lora` hooks the layout's Linears; the model's modules, names and weights stay untouched.
+* `use_lora(tables, rows)` sets, for this thread (or task) only, which adapter each batch row uses: no "active adapter"
+  that two requests could race for.
+* One adapter for all rows: two GEMMs. Several: gather + bmm, whose cost does not depend on how many adapters there are.
+* Differentiable in the tables, so serving (slot bank) and training (parameters, generator output) share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dnd_sdk.lora_layout import LoraLayout
+
+Tables = Mapping[str, tuple[Tensor, Tensor]]
+"""Module name -> (A `(S, r, in)`, B `(S, out, r)` with the scaling folded in)."""
+
+
+@dataclass(frozen=True)
+class LoraRows:
+    """Which of the S adapters in `tables` each batch row uses."""
+
+    tables: Tables
+    rows: Tensor | int
+    """An int: all rows use that adapter. A long tensor `(B,)`: one adapter per row."""
+
+
+_active: ContextVar[LoraRows | None] = ContextVar("dnd_lora_rows", default=None)
+
+
+@contextmanager
+def use_lora(tables: Tables, rows: Tensor | int) -> Iterator[None]:
+    """Apply adapters to every forward of an attached model inside this block, in this context only."""
+    token = _active.set(LoraRows(tables, rows))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def tables_from_flat(layout: LoraLayout, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Split stacked flat vectors `(S, P)` into tables; differentiable, scaling folded into B."""
+    views = list(layout.views(flat))
+    return {a.module: (A, B * layout.scaling) for (a, A), (_, B) in zip(views[::2], views[1::2], strict=True)}
+
+
+def attach_lora(model: nn.Module, layout: LoraLayout) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hook every Linear of `layout`; without `use_lora` the model computes exactly what it did before."""
+    modules = dict(model.named_modules())
+    return [modules[m.name].register_forward_hook(_make_hook(m.name)) for m in layout.modules]
+
+
+def _make_hook(name: str):  # noqa: ANN202 - torch's hook type is a private union
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        active = _active.get()
+        if active is None or name not in active.tables:
+            return None
+        A, B = active.tables[name]
+        if isinstance(active.rows, int):
+            return _uniform(out, args[0], A[active.rows], B[active.rows])
+        return _gathered(out, args[0], A[active.rows], B[active.rows])
+
+    return hook
+
+
+def _uniform(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    x2, out2 = x.flatten(0, -2), out.flatten(0, -2)
+    return torch.addmm(out2, x2 @ A.T, B.T).view_as(out)
+
+
+def _gathered(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    # x (B, T, in), A (B, r, in), B (B, out, r)
+    return torch.baddbmm(out, torch.bmm(x, A.transpose(1, 2)), B.transpose(1, 2))

@@ -1,0 +1,1 @@
+"""Framework wrappers around a resident `DnD`."""

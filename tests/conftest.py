@@ -1,0 +1,30 @@
+"""Fixtures every test may use; each test gets its own home folder, nothing reads the user's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dnd_sdk.config import Home
+
+REAL_HOME = os.environ.get("DND_TEST_HOME") or os.environ.get("DND_HOME")
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DND_HOME", str(tmp_path / "dnd-home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An empty home folder."""
+    return Home(tmp_path / "dnd-home")
+
+
+@pytest.fixture(scope="session")
+def real_home() -> Home:
+    """A home that keeps the embedded weights between runs (`make test` sets DND_TEST_HOME); fetched on first use."""
+    return Home.find(REAL_HOME)
