@@ -1,0 +1,11 @@
+"""Judging methods on tasks: what a generated adapter is worth, beside the baselines that decide whether it counts."""
+
+from __future__ import annotations
+
+from dnd_sdk.evaluation.methods import MAX_PROMPTS
+from dnd_sdk.evaluation.parts import Parts
+from dnd_sdk.evaluation.report import render
+from dnd_sdk.evaluation.runner import METHODS, EvalSettings, Progress, evaluate
+from dnd_sdk.evaluation.zoo import Zoo
+
+__all__ = ["MAX_PROMPTS", "METHODS", "EvalSettings", "Parts", "Progress", "Zoo", "evaluate", "render"]

@@ -1,0 +1,91 @@
+"""What an evaluation needs of the rest of the SDK, as small protocols, so that any engine can be judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from dnd_sdk.config import SamplingOptions
+
+if TYPE_CHECKING:
+    from dnd_sdk.session import DnD
+
+Messages = list[dict[str, str]]
+
+
+class CompletionEngine(Protocol):
+    """The resident base with named adapters."""
+
+    def load(self, adapter_id: str, flat: Tensor) -> Any:
+        """Make `flat` usable under `adapter_id`."""
+
+    def evict(self, adapter_id: str) -> Any:
+        """Forget `adapter_id`."""
+
+    def complete_batch(
+        self, messages_list: Sequence[Messages], adapter_ids: Sequence[str | None], options: SamplingOptions
+    ) -> Sequence[Any]:
+        """One completion with a `.text` per row."""
+
+    def option_logprobs(
+        self, messages_list: Sequence[Messages], adapter_ids: Sequence[str | None], options: Sequence[str]
+    ) -> Tensor:
+        """Summed log-likelihood of each option after each row, `(n_rows, n_options)`."""
+
+
+class PromptEncoder(Protocol):
+    """The text encoder of `dnd_sdk.encoder`."""
+
+    def encode(self, prompts: Sequence[str], *, state_tokens: int = 64, with_states: bool = True) -> Any:
+        """Prompts -> `.states` and `.pooled`."""
+
+
+class LoraGenerator(Protocol):
+    """The generator of `dnd_sdk.generator`."""
+
+    id: str
+    state_tokens: int
+
+    def generate(self, states: Tensor) -> Tensor:
+        """Token states -> flat LoRA vector."""
+
+    def mean(self) -> Tensor:
+        """The flat LoRA vector of a zeroed condition."""
+
+
+class AdapterZoo(Protocol):
+    """Trained adapters that `nearest` chooses from."""
+
+    def nearest(self, pooled: Tensor) -> Tensor:
+        """Pooled prompt vectors `(n, C)` -> flat LoRA vector of the best match."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One base on one engine, and what makes adapters for it."""
+
+    engine: CompletionEngine
+    tokenizer: Any
+    base_name: str
+    base_fingerprint: str
+    generator: LoraGenerator | None = None
+    encoder: PromptEncoder | None = None
+    numerics: str = "cpu/float32"
+    """Device and dtype of the base: the same weights answer differently in another precision."""
+
+    @classmethod
+    def of(cls, dnd: DnD) -> Parts:
+        """The parts of a session."""
+        base = dnd.base
+        return cls(
+            engine=dnd.engine,
+            tokenizer=base.tokenizer,
+            base_name=base.name,
+            base_fingerprint=base.fingerprint,
+            generator=dnd.generator,
+            encoder=dnd.encoder,
+            numerics=f"{base.model.device.type}/{str(base.model.dtype).removeprefix('torch.')}",
+        )
