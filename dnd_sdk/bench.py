@@ -1,0 +1,246 @@
+"""How fast adapting, reusing and decoding are here, as ratios taken in one run, so that figures of machines compare.
+
+* Everything is warmed first; rivals are timed in turn (a, b, a, b, ...) and medians reported: other load slows both.
+* Encoding alone is sentence-transformers' own `encode` with the same weights, not this package's encoder.
+* Decoding is compared on an adapter scaled to next to nothing: it costs what any adapter costs and writes the base's
+  tokens, so both sides do the same work. Two lengths are timed, and their difference holds no prefill.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from dnd_sdk.config import SamplingOptions
+from dnd_sdk.errors import ConfigError, GeneratorError, InputError
+from dnd_sdk.models import resolve
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from dnd_sdk.adapters import Adapter
+    from dnd_sdk.session import DnD
+
+SCHEMA_VERSION = 1
+
+WARM_UPS = 2
+DECODE_TOKENS = (4, 52)
+"""The two completion lengths whose difference is pure decoding."""
+NEXT_TO_NOTHING = 1e-4
+"""Scale of the adapter that decoding is timed with."""
+
+_TOPICS = (
+    "a late parcel",
+    "a double charge",
+    "a broken screen",
+    "a lost password",
+    "a wrong size",
+    "a cancelled order",
+)
+_ASKS = ("Which team should handle this message?", "Where does this ticket belong?", "Route this request.")
+_STORY = "Write a long story about a lighthouse keeper who finds a map."
+
+
+def sample_prompts(n: int) -> list[str]:
+    """`n` different made-up support tickets of 20 to 50 words, for when there is no prompt file at hand."""
+    if n < 1:
+        raise ConfigError(f"the number of prompts must be at least 1, got {n}")
+    more = " I have written twice already and would like an answer before the weekend, please."
+    return [
+        f"{_ASKS[i % 3]} Customer {1000 + i} writes: hello, I have a problem with {_TOPICS[i % 6]} from order "
+        f"{7919 * i % 100_000}.{more * (i % 4 // 2)} What can you do for me?"
+        for i in range(n)
+    ]
+
+
+def bench_adapt(
+    dnd: DnD,
+    prompts: Sequence[str] | None = None,
+    *,
+    n_prompts: int = 64,
+    repeats: int = 7,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Time adapting by generation, reuse and decoding on a warm session; the store is left as it was.
+
+    Args:
+        dnd: a session with a generator.
+        prompts: what to adapt to; None makes up `n_prompts` of them.
+        n_prompts: ignored when `prompts` are given.
+        repeats: rounds per measurement.
+        clock: seconds, rising.
+
+    Returns the JSON-able report that `dnd bench adapt --json` prints: seconds, milliseconds and rates by name,
+    `adapt_over_encode`, `decode_over_base` (time per token with one adapter / without) and `peak_rss_mb`.
+    """
+    if dnd.generator is None:
+        raise GeneratorError("there is no generator to measure", fix="load a session with a generator for this base")
+    chosen = list(prompts) if prompts is not None else sample_prompts(n_prompts)
+    if not chosen or repeats < 1:
+        raise InputError("a measurement needs one or more prompts and one or more repeats")
+    adapting = _time_adapting(dnd, chosen, repeats, clock)
+    decoding = _time_decoding(dnd, repeats, clock)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "n_prompts": len(chosen),
+        "repeats": repeats,
+        **adapting,
+        **decoding,
+        "peak_rss_mb": peak_rss_mb(),
+        "machine": machine(dnd),
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report in a few lines for people."""
+    steps = ", ".join(f"{k} {1e3 * v:.0f}" for k, v in report["adapt_steps_s"].items() if k != "total")
+    on = report["machine"]
+    return "\n".join(
+        (
+            f"adapt by generation  {1e3 * report['adapt_s']:8.1f} ms  ({report['n_prompts']} prompts; ms: {steps})",
+            f"encode alone         {1e3 * report['encode_s']:8.1f} ms  (sentence-transformers)",
+            f"adapt / encode       {report['adapt_over_encode']:8.2f} x",
+            f"reuse, same prompts  {report['reuse_ms']:8.2f} ms",
+            f"decode, base         {report['decode_base_tokens_s']:8.1f} tokens/s",
+            f"decode, one adapter  {report['decode_adapter_tokens_s']:8.1f} tokens/s",
+            f"adapter / base       {report['decode_over_base']:8.3f} x time per token",
+            f"peak memory          {report['peak_rss_mb']:8.0f} MB",
+            f"machine              {on['cpu']}, {on['cores']} cores, torch {on['torch']} with {on['torch_threads']} "
+            f"threads, {on['device']} {on['dtype']}, base {on['base']}",
+        )
+    )
+
+
+def peak_rss_mb() -> float:
+    """The largest resident size this process has had, in MB (10^6 bytes)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # macOS counts bytes, Linux KiB
+
+
+def machine(dnd: DnD) -> dict[str, Any]:
+    """What was measured on what."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "device": str(dnd.base.model.device),
+        "dtype": str(dnd.base.model.dtype).removeprefix("torch."),
+        "base": dnd.base.name,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _time_adapting(dnd: DnD, prompts: list[str], repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
+    encoder, own = _sentence_encoder(dnd), _OwnAdapters(dnd)
+    steps: list[dict[str, float]] = []
+
+    def adapt() -> None:
+        steps.append(own.adapt(prompts, "generate"))
+
+    try:
+        encode_s, adapt_s = _in_turn(
+            (lambda: encoder.encode(prompts), lambda: None), (adapt, own.remove), repeats=repeats, clock=clock
+        )
+        own.adapt(prompts, "generate")
+        (reuse_s,) = _in_turn((lambda: own.adapt(prompts, "auto"), lambda: None), repeats=repeats, clock=clock)
+    finally:
+        own.remove()
+    return {
+        "encode_s": encode_s,
+        "adapt_s": adapt_s,
+        "adapt_steps_s": {k: statistics.median(s[k] for s in steps[WARM_UPS:]) for k in steps[0]},
+        "adapt_over_encode": adapt_s / encode_s,
+        "reuse_ms": 1e3 * reuse_s,
+    }
+
+
+class _OwnAdapters:
+    """Adapts, and removes what it added; adapters that were there before stay."""
+
+    def __init__(self, dnd: DnD) -> None:
+        self._dnd = dnd
+        self._before = {a.name for a in dnd.store.ls()}
+        self._added: list[Adapter] = []
+
+    def adapt(self, prompts: list[str], mode: Literal["auto", "generate"]) -> dict[str, float]:
+        """Adapt once and return the seconds per step; raises `GeneratorError` unless it went as asked."""
+        result = self._dnd.adapt(prompts, mode=mode)
+        wanted = "generate" if mode == "generate" else "reuse"
+        if result.adapter is None or result.decision != wanted:
+            raise GeneratorError(f"expected to {wanted}, the session decided {result.decision!r}: {result.reason}")
+        if result.adapter.name not in self._before and result.adapter not in self._added:
+            self._added.append(result.adapter)
+        return result.timings_s
+
+    def remove(self) -> None:
+        while self._added:
+            self._dnd.store.rm(self._added.pop().name)
+
+
+def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds per token out of two lengths, for the base and for one adapter."""
+    assert dnd.generator is not None
+    adapter_id = "bench-decode"
+    dnd.engine.load(adapter_id, dnd.generator.mean() * NEXT_TO_NOTHING)
+    try:
+        calls = [
+            (lambda a=a, n=n: _complete(dnd, a, n), lambda: None) for a in (None, adapter_id) for n in DECODE_TOKENS
+        ]
+        base_short, base_long, adapter_short, adapter_long = _in_turn(*calls, repeats=repeats, clock=clock)
+    finally:
+        dnd.engine.evict(adapter_id)
+    tokens = DECODE_TOKENS[1] - DECODE_TOKENS[0]
+    base_s, adapter_s = (base_long - base_short) / tokens, (adapter_long - adapter_short) / tokens
+    return {
+        "decode_base_tokens_s": 1 / base_s,
+        "decode_adapter_tokens_s": 1 / adapter_s,
+        "decode_over_base": adapter_s / base_s,
+    }
+
+
+def _complete(dnd: DnD, adapter_id: str | None, n_tokens: int) -> None:
+    options = SamplingOptions(max_new_tokens=n_tokens)
+    dnd.engine.complete_batch([[{"role": "user", "content": _STORY}]], [adapter_id], options)
+
+
+def _in_turn(
+    *calls: tuple[Callable[[], Any], Callable[[], Any]], repeats: int, clock: Callable[[], float]
+) -> list[float]:
+    """Median seconds of each (timed, untimed clean-up) pair, taken in turn after `WARM_UPS` rounds."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(WARM_UPS + repeats):
+        for own, (timed, clean_up) in zip(seconds, calls, strict=True):
+            start = clock()
+            timed()
+            took = clock() - start
+            clean_up()
+            if turn >= WARM_UPS:
+                own.append(took)
+    return [statistics.median(s) for s in seconds]
+
+
+def _sentence_encoder(dnd: DnD) -> SentenceTransformer:
+    """sentence-transformers on the session's own encoder weights and device."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(resolve(dnd.encoder.name, dnd.home), device=str(dnd.base.model.device))

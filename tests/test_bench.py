@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dnd_sdk import bench
+from dnd_sdk.errors import ConfigError, GeneratorError, InputError
+
+ADAPT_S, ENCODE_S, REUSE_S, PREFILL_S, TOKEN_S, ADAPTER_TOKEN_S = 0.3, 0.2, 0.004, 0.5, 0.01, 0.0105
+
+
+@dataclass
+class FakeSession:
+    """A session whose every call takes a known time on its own clock; the first calls are slow, as when cold."""
+
+    now: float = 0.0
+    stored: list[str] = field(default_factory=lambda: ["older"])
+    added: list[str] = field(default_factory=list)
+    resident: dict[str, torch.Tensor] = field(default_factory=dict)
+    decision: str | None = None
+    generator: Any = field(default_factory=lambda: SimpleNamespace(mean=lambda: torch.ones(3)))
+
+    def __post_init__(self) -> None:
+        model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+        self.base = SimpleNamespace(model=model, name="tiny")
+        self.store = SimpleNamespace(ls=lambda: [SimpleNamespace(name=n) for n in self.stored], rm=self.stored.remove)
+        self.engine = SimpleNamespace(
+            load=self.resident.__setitem__, evict=self.resident.pop, complete_batch=self.complete
+        )
+        self.cold = 5.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def encode(self, prompts: list[str]) -> None:
+        self.now += ENCODE_S + self.cold
+        self.cold = 0.0
+
+    def adapt(self, prompts: list[str], *, mode: str) -> SimpleNamespace:
+        fresh = mode == "generate"
+        assert not fresh or "new" not in self.stored, "generation was timed on a store that had the adapter"
+        self.now += ADAPT_S if fresh else REUSE_S
+        if fresh:
+            self.stored.append("new")
+            self.added.append("new")
+        decision = self.decision or ("generate" if fresh else "reuse")
+        adapter = None if decision == "base" else SimpleNamespace(name="new")
+        return SimpleNamespace(
+            adapter=adapter, decision=decision, reason="why", timings_s={"encode": 0.1, "total": 0.3}
+        )
+
+    def complete(self, messages: Any, adapter_ids: list[str | None], options: Any) -> None:
+        if adapter_ids[0] is not None:
+            assert 0 < float(self.resident[adapter_ids[0]].abs().max()) < 1e-3
+        self.now += PREFILL_S + options.max_new_tokens * (ADAPTER_TOKEN_S if adapter_ids[0] else TOKEN_S)
+
+
+def run(session: FakeSession, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
+    monkeypatch.setattr(bench, "_sentence_encoder", lambda dnd: SimpleNamespace(encode=dnd.encode))
+    return bench.bench_adapt(session, **{"repeats": 3, "clock": session.clock} | changes)
+
+
+def test_ratios_are_of_warm_medians_without_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession()
+    report = json.loads(json.dumps(run(session, monkeypatch), allow_nan=False))
+    assert report["adapt_over_encode"] == pytest.approx(ADAPT_S / ENCODE_S)
+    assert report["reuse_ms"] == pytest.approx(1e3 * REUSE_S)
+    assert report["decode_over_base"] == pytest.approx(ADAPTER_TOKEN_S / TOKEN_S)
+    assert report["decode_base_tokens_s"] == pytest.approx(1 / TOKEN_S)
+    assert report["adapt_steps_s"] == {"encode": 0.1, "total": 0.3}
+    assert (report["schema_version"], report["n_prompts"], report["repeats"]) == (1, 64, 3)
+    assert {"cpu", "cores", "torch", "torch_threads", "device", "dtype", "base"} <= set(report["machine"])
+    text = bench.render(report)
+    assert "1.50 x" in text and "1.050 x time per token" in text
+
+
+def test_the_store_and_the_engine_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession()
+    run(session, monkeypatch)
+    assert session.stored == ["older"] and session.resident == {}
+    assert len(session.added) == 2 + 3 + 1
+
+
+def test_a_failure_leaves_no_adapter_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession()
+    session.encode = lambda prompts: (_ for _ in ()).throw(KeyboardInterrupt) if session.added else None
+    with pytest.raises(KeyboardInterrupt):
+        run(session, monkeypatch)
+    assert session.added and session.stored == ["older"]
+
+
+def test_what_did_not_go_as_asked_is_not_reported_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GeneratorError, match="expected to generate, the session decided 'base': why"):
+        run(FakeSession(decision="base"), monkeypatch)
+    with pytest.raises(GeneratorError, match="no generator to measure"):
+        run(FakeSession(generator=None), monkeypatch)
+    with pytest.raises(InputError, match="one or more prompts"):
+        run(FakeSession(), monkeypatch, prompts=[])
+    with pytest.raises(ConfigError, match="at least 1, got 0"):
+        run(FakeSession(), monkeypatch, n_prompts=0)
+
+
+def test_sample_prompts_differ() -> None:
+    prompts = bench.sample_prompts(200)
+    assert len(set(prompts)) == 200
+    assert all(15 <= len(p.split()) <= 60 for p in prompts)
+
+
+def test_peak_memory_is_what_the_system_says_in_megabytes() -> None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("the system's own figure is read from /proc")
+    peak_kib = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    assert bench.peak_rss_mb() == pytest.approx(peak_kib * 1024 / 1e6, rel=0.02)
