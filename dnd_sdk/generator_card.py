@@ -1,0 +1,89 @@
+"""The card of a generator folder, written from the JSON files beside the weights and never by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_HEAD = """---
+license: apache-2.0
+base_model: {base}
+library_name: dnd_sdk
+tags: [lora, drag-and-drop-llm, hypernetwork]
+---
+
+# Drag-and-Drop generator for {base}
+
+Turns the unlabeled prompts of one task into a LoRA for `{base}` in one forward pass (arXiv 2506.16406: frozen sentence
+encoder, cascaded hyper-convolution decoder). Its adapters are generated, not trained on the task: check them on your
+own data.
+
+## Made by
+- encoder: `{encoder}`, {prompts} prompts x {tokens} token states at a time
+- LoRA: r {r}, alpha {alpha:g}, {modules}; generated: {parts}
+- parameters: {parameters:,} ({share:.1f} % of the base), adapter: see config.json
+- data: {n_tasks} training tasks (listed below), seed {seed}, base products in training: {precision}
+- stages: shared adapter {shared_steps} steps of {shared_rows} rows; {stages}
+- loss, first and last stretch: {losses}
+"""
+
+
+def write_card(folder: Path) -> None:
+    """Write `folder/README.md` from `training.json` and, where it is there, `evaluation.json`."""
+    training = json.loads((folder / "training.json").read_text())
+    parts = [_head(training)]
+    evaluation = folder / "evaluation.json"
+    if evaluation.exists():
+        parts.append(_figures(json.loads(evaluation.read_text())))
+    parts.append(_tasks(training["tasks"]))
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _head(t: dict[str, Any]) -> str:
+    settings, generator = t["settings"], t["generator"]
+    return _HEAD.format(
+        base=settings["base"],
+        encoder=settings["encoder"],
+        prompts=generator["n_prompts"],
+        tokens=generator["state_tokens"],
+        r=settings["lora"]["r"],
+        alpha=settings["lora"]["lora_alpha"],
+        modules=", ".join(settings["lora"]["target_modules"]),
+        parts=", ".join(generator["parts"]),
+        parameters=generator["parameters"],
+        share=100 * generator["parameters"] / t["base_parameters"],
+        n_tasks=len(t["tasks"]),
+        seed=t["seed"],
+        precision=t["base_precision"],
+        shared_steps=settings["shared"]["steps"],
+        shared_rows=settings["shared"]["rows"],
+        stages="; ".join(f"{s['objective']} {s['steps']} steps of {s['tasks']} tasks" for s in settings["stages"]),
+        losses="; ".join(f"{n} {c[0]['loss']:.2f} -> {c[-1]['loss']:.2f}" for n, c in t["losses"].items() if c),
+    )
+
+
+def _figures(e: dict[str, Any]) -> str:
+    lines = [
+        "## Figures",
+        f"Mean over {e['settings']['n_tasks']} tasks it never saw, {e['settings']['limit']} test rows each "
+        "(evaluation.json; made by `dnd eval`).",
+        "",
+        "| method | exact match | option accuracy | valid format |",
+        "|---|---|---|---|",
+    ]
+    for name, m in e["methods"].items():
+        mean = m["mean"]
+        cells = [_cell(mean.get(k)) for k in ("exact_match", "option_accuracy", "valid_format")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _tasks(tasks: dict[str, dict[str, str]]) -> str:
+    lines = ["## Training tasks and their licences", "", "| task | family | licence |", "|---|---|---|"]
+    lines += [f"| {n} | {t['family']} | {t['licence']} |" for n, t in tasks.items()]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,110 @@
+"""From a finished zoo to a generator folder: conditions, calibration, stages, card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnd_sdk.config import Home
+from dnd_sdk.encoder import Encoder
+from dnd_sdk.errors import LayoutMismatchError
+from dnd_sdk.generator import Generator, GeneratorConfig
+from dnd_sdk.generator_card import write_card
+from dnd_sdk.protocols import Progress
+from dnd_sdk.routing.calibration import fit_thresholds
+from dnd_sdk.training.conditions import Pools, encode_pools
+from dnd_sdk.training.run_dir import RunDir, write_json
+from dnd_sdk.training.settings import TrainSettings
+from dnd_sdk.training.trainer import Lesson, read_importance, train_stages
+from dnd_sdk.training.workbench import Workbench, prepare
+from dnd_sdk.training.zoo import read_zoo
+
+
+def train_generator(
+    tasks_dir: Path, settings: TrainSettings, out: Path, *, zoo: Path, home: Home, progress: Progress
+) -> Path:
+    """Train (or continue) in `out` and return the finished folder `out/generator`.
+
+    Raises `InputError` for an unfinished zoo and `LayoutMismatchError` for the zoo of another base or rank.
+    """
+    shared, snapshots = read_zoo(zoo)
+    bench = prepare(tasks_dir, settings, home, progress)
+    if len(shared) != bench.layout.n_parameters:
+        raise LayoutMismatchError(
+            f"zoo {zoo} has adapters of {len(shared)} weights, this base and rank need {bench.layout.n_parameters}",
+            fix="train the zoo with the same base and [lora] settings",
+        )
+    encoder = Encoder.load(settings.encoder, home, device=str(bench.device))
+    generator = new_generator(settings, bench, encoder).to(bench.device)
+    generator.shared.data.copy_(shared)
+    out.mkdir(parents=True, exist_ok=True)
+    pools = encode_pools(
+        bench.sources,
+        encoder,
+        size=settings.generator.pool,
+        state_tokens=settings.generator.state_tokens,
+        seed=settings.run.seed,
+        cache=out / "conditions.safetensors",
+        progress=progress,
+    )
+    train_stages(generator, Lesson(bench, pools, snapshots, read_importance(zoo)), settings.stages, out)
+    return finish(generator, bench, pools, settings, zoo, out)
+
+
+def new_generator(settings: TrainSettings, bench: Workbench, encoder: Encoder) -> Generator:
+    """A fresh generator for this base, seeded."""
+    sizes = settings.generator.model_dump(exclude={"pool"})
+    config = GeneratorConfig(
+        encoder_width=encoder.width,
+        base_name=bench.base_name,
+        base_fingerprint=bench.base_fingerprint,
+        encoder_name=encoder.name,
+        encoder_fingerprint=encoder.fingerprint,
+        **sizes,
+    )
+    torch.manual_seed(settings.run.seed)
+    return Generator(config, bench.layout)
+
+
+def finish(generator: Generator, bench: Workbench, pools: Pools, settings: TrainSettings, zoo: Path, out: Path) -> Path:
+    """Write the generator folder: weights, router calibration, what made it, card. Replaces an older one whole."""
+    folder, tmp = out / "generator", out / ".generator.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    generator.save_pretrained(tmp)
+    families = {name: task.family for name, task in bench.sources.items()}
+    calibration, report = fit_thresholds(pools.pooled, families, seed=settings.run.seed)
+    calibration.save(tmp)
+    write_json(tmp / "training.json", _training_record(generator, bench, settings, report, zoo, out))
+    write_card(tmp)
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)
+    return folder
+
+
+def _training_record(
+    generator: Generator, bench: Workbench, settings: TrainSettings, router: dict[str, Any], zoo: Path, out: Path
+) -> dict[str, Any]:
+    stages = [f"stage-{i}" for i in range(len(settings.stages))]
+    curves = {"shared": zoo / "shared", **{s: out / s for s in stages}}
+    return {
+        **bench.manifest,
+        "settings": json.loads(settings.model_dump_json()),
+        "generator": {**asdict(generator.config), "parameters": sum(p.numel() for p in generator.parameters())},
+        "base_parameters": sum(p.numel() for p in bench.model.parameters()),
+        "router": router,
+        "tasks": {n: {"family": t.family, "licence": t.licence} for n, t in sorted(bench.sources.items())},
+        "losses": {name: _thinned(path) for name, path in curves.items()},
+    }
+
+
+def _thinned(path: Path, keep: int = 40) -> list[dict[str, float]]:
+    """The loss curve as means over at most `keep` stretches."""
+    lines = RunDir.read_losses(path)
+    size = max(1, -(-len(lines) // keep))
+    parts = [lines[i : i + size] for i in range(0, len(lines), size)]
+    return [{"step": p[-1]["step"], "loss": round(sum(x["loss"] for x in p) / len(p), 4)} for p in parts]

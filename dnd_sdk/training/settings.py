@@ -1,0 +1,132 @@
+"""All settings of `dnd train` in one TOML file; unknown keys are refused, every default is a working value."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dnd_sdk.errors import ConfigError, InputError
+from dnd_sdk.lora_layout import ALL_LINEAR
+from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraSettings(_Section):
+    """Shape of every adapter."""
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    target_modules: tuple[str, ...] = ALL_LINEAR
+
+
+class DataSettings(_Section):
+    """Which rows are trained on."""
+
+    role: str | None = "train"
+    """Only tasks with this role in index.json; null for every task."""
+    max_tokens: int = 128
+    """Longest row, chat template and answer included."""
+    max_rows: int = 400
+    """Rows kept per task."""
+
+
+class SharedSettings(_Section):
+    """The shared adapter: one LoRA (A and B) on all tasks; the zoo starts from it and the generator adds to it."""
+
+    steps: int = Field(400, ge=0)
+    rows: int = Field(12, ge=1)
+    """Rows per step, each from another task."""
+    lr: float = 1e-3
+
+
+class PerTaskSettings(_Section):
+    """One adapter per task, A frozen at the shared one."""
+
+    steps: int = Field(12, ge=1)
+    tasks: int = Field(4, ge=1)
+    """Tasks trained side by side in one batch."""
+    rows: int = Field(4, ge=1)
+    """Rows per task and step."""
+    lr: float = 1e-3
+    checkpoints: int = Field(3, ge=1)
+    """Snapshots kept of the last steps of each task."""
+
+
+class GeneratorSettings(_Section):
+    """Size of the hyper-conv decoder; its shapes are derived from the layout."""
+
+    n_prompts: int = Field(16, ge=1)
+    state_tokens: int = Field(64, ge=4)
+    width: int = Field(128, ge=1)
+    """Channels before the last layer."""
+    kernel_size: int = 3
+    pool: int = Field(64, ge=1)
+    """Train prompts per task from which conditions are drawn."""
+    parts: tuple[Literal["lora_A", "lora_B"], ...] = ("lora_B",)
+    """Which matrices are generated; the others stay the shared adapter's."""
+
+
+class Stage(_Section):
+    """One stage of generator training."""
+
+    objective: Literal["reconstruction", "end-to-end"]
+    steps: int = Field(ge=1)
+    tasks: int = Field(6, ge=1)
+    """Tasks per step."""
+    rows: int = Field(2, ge=1)
+    """Rows per task and step (end-to-end)."""
+    lr: float = 6e-4
+    condition_noise: float = 1e-4
+    target_noise: float = 1e-5
+    train_shared: bool = False
+    """Whether the shared B moves too (end-to-end)."""
+
+
+class RunSettings(_Section):
+    """How training runs."""
+
+    seed: int = 0
+    checkpoint_every_s: float = 60.0
+    micro_tokens: int = 1024
+    """Padded tokens per micro-batch."""
+    base_precision: Literal["exact", "int8"] = "exact"
+    """int8: the frozen base's products in int8 while training (CPU with VNNI)."""
+    device: str = "auto"
+
+
+class TrainSettings(_Section):
+    """The whole file."""
+
+    base: str = DEFAULT_BASE
+    encoder: str = DEFAULT_ENCODER
+    lora: LoraSettings = LoraSettings()
+    data: DataSettings = DataSettings()
+    shared: SharedSettings = SharedSettings()
+    per_task: PerTaskSettings = PerTaskSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    stages: tuple[Stage, ...] = (
+        Stage(objective="reconstruction", steps=100),
+        Stage(objective="end-to-end", steps=200, train_shared=True),
+    )
+    run: RunSettings = RunSettings()
+
+
+def read_settings(path: Path | None) -> TrainSettings:
+    """Settings of a TOML file; None gives the defaults. Raises `ConfigError` naming every bad key."""
+    if path is None:
+        return TrainSettings()
+    try:
+        return TrainSettings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e}", fix="pass an existing TOML file") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is not valid TOML: {e}") from e
+    except ValidationError as e:
+        bad = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
+        raise ConfigError(f"{path}: {bad}", fix="see the keys in dnd_sdk/training/settings.py") from e

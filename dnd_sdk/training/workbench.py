@@ -1,0 +1,101 @@
+"""Prepares what all stages share: settings, rows as tokens, the frozen base with LoRA attached, and the manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dnd_sdk.config import Home
+from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.models import load_base
+from dnd_sdk.protocols import Progress
+from dnd_sdk.tasks import Task, data_hash, read_tasks
+from dnd_sdk.training.batches import TokenRow, TokenTask, answer_loss, micro_batches, tokenise_task
+from dnd_sdk.training.int8_base import quantize_frozen_linears
+from dnd_sdk.training.settings import RunSettings, TrainSettings
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What every stage of training needs: the frozen base with LoRA attached, and the rows."""
+
+    model: PreTrainedModel
+    layout: LoraLayout
+    base_name: str
+    base_fingerprint: str
+    sources: dict[str, Task]
+    tasks: dict[str, TokenTask]
+    run: RunSettings
+    pad: int
+    manifest: dict[str, Any]
+    progress: Progress
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lives."""
+        return next(self.model.parameters()).device
+
+    def backward(self, adapters: Tensor, rows: list[tuple[TokenRow, int]]) -> float:
+        """Add the gradient of one step's answer loss to what made `adapters` (S, P); return the loss.
+
+        Micro-batches sum their gradient in a detached copy, so the graph behind `adapters` is walked once.
+        """
+        leaf = adapters.detach().requires_grad_()
+        total = 0.0
+        for batch in micro_batches(rows, max_padded=self.run.micro_tokens, pad=self.pad):
+            one = adapters.shape[0] == 1
+            with use_lora(tables_from_flat(self.layout, leaf), 0 if one else batch.owner.to(self.device)):
+                loss = answer_loss(self.model, batch)
+            loss.backward()
+            total += loss.item()
+        adapters.backward(leaf.grad)
+        return total
+
+
+def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Progress) -> Workbench:
+    """Read the tasks, load the base, attach LoRA."""
+    sources = {t.name: t for t in read_tasks(tasks_dir, role=settings.data.role)}
+    base = load_base(settings.base, home, device=settings.run.device)
+    layout = LoraLayout.from_model(base.model, **settings.lora.model_dump())
+    if settings.run.base_precision == "int8":
+        quantize_frozen_linears(base.model, layout)
+    attach_lora(base.model, layout)
+    limits = {"max_tokens": settings.data.max_tokens, "max_rows": settings.data.max_rows, "seed": settings.run.seed}
+    tokens = {n: tokenise_task(t, base.tokenizer, **limits) for n, t in sources.items()}
+    pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else base.tokenizer.eos_token_id
+    return Workbench(
+        model=base.model,
+        layout=layout,
+        base_name=settings.base,
+        base_fingerprint=base.fingerprint,
+        sources=sources,
+        tasks=tokens,
+        run=settings.run,
+        pad=pad,
+        manifest=_manifest(settings, sources, base.fingerprint, layout),
+        progress=progress,
+    )
+
+
+def _manifest(
+    settings: TrainSettings, sources: dict[str, Task], fingerprint: str, layout: LoraLayout
+) -> dict[str, Any]:
+    fixed = settings.model_dump(include={"base", "lora", "data"})
+    return {
+        "format_version": 1,
+        "settings": json.loads(json.dumps(fixed)),
+        "seed": settings.run.seed,
+        "base_precision": settings.run.base_precision,
+        "base_fingerprint": fingerprint,
+        "layout_digest": layout.digest,
+        "data": {name: data_hash(task) for name, task in sources.items()},
+        "versions": {p: version(p) for p in ("torch", "transformers")},
+    }

@@ -1,0 +1,158 @@
+"""The zoo: a shared adapter on all tasks, then one adapter per task, all on one resident frozen base.
+
+* Shared: plain multi-task LoRA (A and B), every row of a step from another task.
+* Per task: B continues from the shared adapter while A stays frozen, so all adapters of a zoo share one A and
+  differences of B are differences of the weight update (no gauge). Several tasks train side by side in one batch,
+  each row with its own adapter.
+* Kept: `shared.safetensors`, `tasks/NAME.safetensors` (the last snapshots and their mean), `importance.safetensors`
+  (std over tasks of every weight: where tasks differ is what reconstruction must get right).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dnd_sdk.errors import InputError
+from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.training.batches import TokenRow, sample_rows, sample_tasks
+from dnd_sdk.training.run_dir import RunDir, optimizer_tensors, restore_optimizer
+from dnd_sdk.training.settings import PerTaskSettings, SharedSettings
+from dnd_sdk.training.workbench import Workbench
+
+_WARMUP = 0.05
+
+
+def initial_adapter(layout: LoraLayout, seed: int) -> Tensor:
+    """A with orthonormal rows (orthonormal columns where r > in), B zero: the base model, (P,)."""
+    rng = torch.Generator().manual_seed(seed)
+    flat = torch.zeros(layout.n_parameters)
+    for segment, view in layout.views(flat):
+        if segment.part == "lora_A":
+            q = torch.linalg.qr(torch.randn(max(segment.shape), min(segment.shape), generator=rng))[0]
+            view.copy_(q if q.shape == segment.shape else q.T)
+    return flat
+
+
+def part_mask(layout: LoraLayout, parts: Sequence[str]) -> Tensor:
+    """(P,) one where the flat vector holds a matrix of `parts`, else zero."""
+    mask = torch.zeros(layout.n_parameters)
+    for segment, view in layout.views(mask):
+        if segment.part in parts:
+            view.fill_(1.0)
+    return mask
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over the first twentieth, then cosine to zero."""
+    warm = max(1, int(steps * _WARMUP))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def train_shared(bench: Workbench, settings: SharedSettings, out: Path) -> Tensor:
+    """Train the shared adapter (P,), or return the one a finished run left in `out`."""
+    done = out / "shared.safetensors"
+    if done.exists():
+        return load_file(done)["shared"]
+    flat = initial_adapter(bench.layout, bench.run.seed).to(bench.device).requires_grad_()
+
+    def rows(step: int) -> list[tuple[TokenRow, int]]:
+        names = sample_tasks(list(bench.tasks), settings.rows, step, bench.run.seed)
+        return [(sample_rows(bench.tasks[n], 1, step, bench.run.seed)[0], 0) for n in names]
+
+    run = _open(bench, out / "shared", settings.model_dump(), checkpoint_every_s=bench.run.checkpoint_every_s)
+    for _ in _fit(bench, run, "shared", flat, rows, settings.steps, settings.lr):
+        pass
+    _save(done, {"shared": flat})
+    return flat.detach().cpu()
+
+
+def train_tasks(bench: Workbench, settings: PerTaskSettings, shared: Tensor, out: Path) -> None:
+    """Train one adapter per task into `out/tasks`; finished tasks are kept."""
+    (out / "tasks").mkdir(parents=True, exist_ok=True)
+    names = sorted(bench.tasks)
+    groups = [names[i : i + settings.tasks] for i in range(0, len(names), settings.tasks)]
+    for i, group in enumerate(groups):
+        if not all((out / "tasks" / f"{n}.safetensors").exists() for n in group):
+            _train_group(bench, settings, shared, out, group, f"tasks {i + 1}/{len(groups)}")
+    means = torch.stack([load_file(out / "tasks" / f"{n}.safetensors")["mean"] for n in names])
+    _save(out / "importance.safetensors", {"std": means.std(0, correction=0)})
+
+
+def _train_group(
+    bench: Workbench, settings: PerTaskSettings, shared: Tensor, out: Path, group: list[str], title: str
+) -> None:
+    mask = part_mask(bench.layout, ("lora_B",)).to(bench.device)
+    flat = shared.to(bench.device).repeat(len(group), 1).requires_grad_()
+    flat.register_hook(lambda grad: grad * mask)
+
+    def rows(step: int) -> list[tuple[TokenRow, int]]:
+        chosen = [(sample_rows(bench.tasks[n], settings.rows, step, bench.run.seed), i) for i, n in enumerate(group)]
+        return [(row, i) for task_rows, i in chosen for row in task_rows]
+
+    # short: a killed group starts again (same rows, same curve), so that its snapshots need no checkpoint
+    run = _open(
+        bench, out / "groups" / group[0], {**settings.model_dump(), "group": group}, checkpoint_every_s=math.inf
+    )
+    snapshots = []
+    for step in _fit(bench, run, title, flat, rows, settings.steps, settings.lr):
+        if step >= settings.steps - settings.checkpoints:
+            snapshots.append(flat.detach().cpu().clone())
+    for i, name in enumerate(group):
+        kept = torch.stack([s[i] for s in snapshots])
+        _save(out / "tasks" / f"{name}.safetensors", {"snapshots": kept, "mean": kept.mean(0)})
+
+
+def _open(bench: Workbench, path: Path, settings: dict[str, Any], *, checkpoint_every_s: float) -> RunDir:
+    return RunDir(path, {**bench.manifest, "stage": settings}, checkpoint_every_s=checkpoint_every_s)
+
+
+def _fit(
+    bench: Workbench,
+    run: RunDir,
+    title: str,
+    flat: Tensor,
+    rows: Callable[[int], list[tuple[TokenRow, int]]],
+    steps: int,
+    lr: float,
+) -> Iterator[int]:
+    """AdamW on a flat parameter, resumable; yields each step just done."""
+    optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
+    start, saved = run.load()
+    if saved:
+        flat.data.copy_(saved["flat"])
+        restore_optimizer(optimizer, saved)
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps)
+        optimizer.zero_grad()
+        loss = bench.backward(flat if flat.dim() == 2 else flat.unsqueeze(0), rows(step))
+        torch.nn.utils.clip_grad_norm_([flat], 1.0)
+        optimizer.step()
+        run.log(step, loss=round(loss, 6))
+        bench.progress(title, step + 1, steps, loss)
+        if run.due():
+            run.save(step + 1, {"flat": flat, **optimizer_tensors(optimizer)})
+        yield step
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    tmp = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp)
+    tmp.replace(path)
+
+
+def read_zoo(out: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """The shared adapter (P,) and every task's snapshots (k, P); raises `InputError` on an unfinished zoo."""
+    if not (out / "importance.safetensors").exists():
+        raise InputError(f"{out} holds no finished zoo", fix=f"run `dnd train zoo TASKS --out {out}` first")
+    tasks = {p.stem: load_file(p)["snapshots"] for p in sorted((out / "tasks").glob("*.safetensors"))}
+    return load_file(out / "shared.safetensors")["shared"], tasks
