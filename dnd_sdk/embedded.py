@@ -154,7 +154,7 @@ def _convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
         # the weights are plain float32 now; nothing may claim that they are still quantised
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+        model.__dict__.update(hf_quantizer=None, is_quantized=False, quantization_method=None)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     # safetensors makes owner-only files; a home may be filled by one user (an image build) and read by another
@@ -182,7 +182,7 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(40)  # ERROR; set_verbosity_error() has no type
     try:
         with _bars_on_tty_only():
             yield
