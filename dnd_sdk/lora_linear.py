@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class LoraRows:
     tables: Tables
     rows: Tensor | int
     """An int: all rows use that adapter. A long tensor `(B,)`: one adapter per row."""
+    uniform: Tables | None
+    """For an int: module name -> (A `(in, r)`, B `(r, out)`), cut out once per block instead of once per forward."""
 
 
 _active: ContextVar[LoraRows | None] = ContextVar("dnd_lora_rows", default=None)
@@ -38,7 +40,8 @@ _active: ContextVar[LoraRows | None] = ContextVar("dnd_lora_rows", default=None)
 @contextmanager
 def use_lora(tables: Tables, rows: Tensor | int) -> Iterator[None]:
     """Apply adapters to every forward of an attached model inside this block, in this context only."""
-    token = _active.set(LoraRows(tables, rows))
+    uniform = {n: (A[rows].T, B[rows].T) for n, (A, B) in tables.items()} if isinstance(rows, int) else None
+    token = _active.set(LoraRows(tables, rows, uniform))
     try:
         yield
     finally:
@@ -52,27 +55,41 @@ def tables_from_flat(layout: LoraLayout, flat: Tensor) -> dict[str, tuple[Tensor
 
 
 def attach_lora(model: nn.Module, layout: LoraLayout) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hook every Linear of `layout`; without `use_lora` the model computes exactly what it did before."""
+    """Hook every Linear of `layout`; without `use_lora` the model computes exactly what it did before.
+
+    A Linear that is hooked already is left alone: hooked twice it would add its LoRA twice.
+    """
     modules = dict(model.named_modules())
-    return [modules[m.name].register_forward_hook(_make_hook(m.name)) for m in layout.modules]
+    fresh = [m.name for m in layout.modules if not _is_attached(modules[m.name])]
+    return [modules[name].register_forward_hook(_make_hook(name)) for name in fresh]
 
 
-def _make_hook(name: str):  # noqa: ANN202 - torch's hook type is a private union
+def _is_attached(module: nn.Module) -> bool:
+    return any(getattr(hook, "is_dnd_lora", False) for hook in module._forward_hooks.values())
+
+
+def _make_hook(name: str) -> Callable[..., Tensor | None]:
     def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
         active = _active.get()
         if active is None or name not in active.tables:
             return None
+        if active.uniform is not None:
+            A, B = active.uniform[name]
+            return _uniform(out, args[0], A, B)
         A, B = active.tables[name]
-        if isinstance(active.rows, int):
-            return _uniform(out, args[0], A[active.rows], B[active.rows])
         return _gathered(out, args[0], A[active.rows], B[active.rows])
 
+    hook.is_dnd_lora = True  # type: ignore[attr-defined]
     return hook
 
 
 def _uniform(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    x2, out2 = x.flatten(0, -2), out.flatten(0, -2)
-    return torch.addmm(out2, x2 @ A.T, B.T).view_as(out)
+    # A (in, r), B (r, out); a Linear's result is its own, so inference adds in place: no copy of `out` per token
+    low = x.flatten(0, -2) @ A
+    if torch.is_grad_enabled() or not out.is_contiguous():
+        return torch.addmm(out.flatten(0, -2), low, B).view_as(out)
+    out.view(-1, out.shape[-1]).addmm_(low, B)
+    return out
 
 
 def _gathered(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""The resident base with its adapters: complete, stream, score.
+
+* Which adapter a request uses travels with the request (a lease and a context variable), so threads never race for it.
+* A request whose rows all use the base runs the plain model: bit-identical, no overhead.
+* Requests take turns on the model, token by token; long lists are cut into batches of similar length.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine.bank import Loader, SlotBank
+from dnd_sdk.engine.batching import grouped
+from dnd_sdk.engine.chat import Messages, prompt_ids
+from dnd_sdk.engine.decoding import Decoder
+from dnd_sdk.engine.scoring import option_logprobs
+from dnd_sdk.engine.stream import Emit, TextStream
+from dnd_sdk.engine.text import Generation
+from dnd_sdk.engine.turns import Turn, Turns
+from dnd_sdk.errors import ConfigError, InputError
+from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.lora_linear import attach_lora, use_lora
+from dnd_sdk.models import Base
+
+
+class Engine:
+    """One base model that answers with any of its adapters; thread-safe."""
+
+    def __init__(self, base: Base, layout: LoraLayout, *, n_slots: int = 8, max_batch: int = 16) -> None:
+        if max_batch < 1:
+            raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
+        self.base, self.layout, self.max_batch = base, layout, max_batch
+        self.bank = SlotBank(layout, n_slots, base.model.device, base.model.dtype)
+        attach_lora(base.model, layout)
+        self._decoder = Decoder(base)
+        self._turns = Turns()
+
+    @property
+    def max_tokens(self) -> int:
+        """Prompt and completion together cannot be longer (the base's context)."""
+        return int(getattr(self.base.model.config.get_text_config(), "max_position_embeddings", 2**31))
+
+    def load(self, adapter_id: str, flat: Tensor) -> None:
+        """Swap in a flat LoRA vector under an id that stands for its content; see `SlotBank.load`."""
+        self.bank.load(adapter_id, flat)
+
+    def ensure(self, adapter_id: str, loader: Loader) -> None:
+        """Swap in what `loader` brings unless resident; requests bring it back the same way if it loses its slot."""
+        self.bank.ensure(adapter_id, loader)
+
+    def lease(self, adapter_ids: Sequence[str | None]) -> AbstractContextManager[Tensor | int]:
+        """Keep adapters in their slots inside the block; see `SlotBank.lease`."""
+        return self.bank.lease(adapter_ids)
+
+    def pin(self, adapter_id: str) -> None:
+        """Never evict this adapter."""
+        self.bank.pin(adapter_id)
+
+    def unpin(self, adapter_id: str) -> None:
+        """Undo `pin`."""
+        self.bank.unpin(adapter_id)
+
+    def evict(self, adapter_id: str) -> bool:
+        """Forget an adapter; False when it was not resident."""
+        return self.bank.evict(adapter_id)
+
+    def resident(self) -> list[str]:
+        """Ids of the adapters in slots, least recently used first."""
+        return self.bank.resident()
+
+    def complete(
+        self, messages: Messages, adapter_id: str | None = None, options: SamplingOptions | None = None
+    ) -> Generation:
+        """Complete one chat; None is the base."""
+        return self.complete_batch([messages], [adapter_id], options)[0]
+
+    def complete_batch(
+        self,
+        messages_list: Sequence[Messages],
+        adapter_ids: Sequence[str | None],
+        options: SamplingOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> list[Generation]:
+        """Complete many chats, each with its own adapter (None: the base), in the given order.
+
+        Raises `InputError` when a prompt does not fit the base's context together with `max_new_tokens`, and what
+        `SlotBank.lease` raises; before anything is generated for prompts, during the work for leases.
+        """
+        options = options or SamplingOptions()
+        check_paired(messages_list, adapter_ids)
+        prompts = [self.prompt_ids(m, options.max_new_tokens) for m in messages_list]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        done: dict[int, Generation] = {}
+        for rows in grouped(order, lambda some: self._fits(some, adapter_ids)):
+            with self.running([adapter_ids[i] for i in rows]) as turn:
+                some = self._decoder.decode(
+                    [prompts[i] for i in rows], rows, options, turn, cancelled=lambda: _is_set(cancel)
+                )
+            done |= zip(rows, some, strict=True)
+        return [done[i] for i in range(len(prompts))]
+
+    def stream(
+        self,
+        messages: Messages,
+        adapter_id: str | None = None,
+        options: SamplingOptions | None = None,
+        cancel: threading.Event | None = None,
+    ) -> TextStream:
+        """Complete one chat piece by piece.
+
+        Bad input and missing adapters raise here, errors of the model while iterating. Setting `cancel`, closing or
+        dropping the stream ends the work within a token; the adapter stays leased until then.
+        """
+        options = options or SamplingOptions()
+        prompt = self.prompt_ids(messages, options.max_new_tokens)
+        with ExitStack() as stack:
+            rows = stack.enter_context(self.bank.lease([adapter_id]))
+            held = stack.pop_all()
+
+        def work(emit: Emit, closed: threading.Event) -> Generation:
+            with held, self._forwarding(rows) as turn:
+                return self._decoder.decode(
+                    [prompt], [0], options, turn, cancelled=lambda: closed.is_set() or _is_set(cancel), emit=emit
+                )[0]
+
+        try:
+            return TextStream(work)
+        except BaseException:
+            held.close()
+            raise
+
+    def option_logprobs(
+        self, messages_list: Sequence[Messages], adapter_ids: Sequence[str | None], options: Sequence[str]
+    ) -> Tensor:
+        """Log-probability of each of the same options as the answer to each chat, `(n_rows, n_options)`.
+
+        Sums over an option's tokens and the end of turn; `engine.scoring.option_logprobs` also gives token counts.
+        """
+        scores = option_logprobs(self, messages_list, [options] * len(messages_list), adapter_ids)
+        return torch.tensor(scores.logprobs)
+
+    def prompt_ids(self, messages: Messages, n_new: int) -> list[int]:
+        """Token ids of the templated chat; `InputError` unless `n_new` more tokens fit the base's context."""
+        ids = prompt_ids(self.base.tokenizer, messages)
+        if len(ids) + n_new > self.max_tokens:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, at most {self.max_tokens - n_new} fit "
+                f"(context {self.max_tokens}, {n_new} kept for the answer)",
+                fix="shorten the prompt or lower max_new_tokens",
+            )
+        return ids
+
+    @contextmanager
+    def running(self, adapter_ids: Sequence[str | None]) -> Iterator[Turn]:
+        """Inside, this thread alone uses the model and its forwards apply these adapters per row."""
+        with self.bank.lease(adapter_ids) as rows, self._forwarding(rows) as turn:
+            yield turn
+
+    @contextmanager
+    def _forwarding(self, rows: Tensor | int) -> Iterator[Turn]:
+        plain = isinstance(rows, int) and rows == 0
+        adapted = nullcontext() if plain else use_lora(self.bank.tables, rows)
+        with self._turns.take() as turn, torch.inference_mode(), adapted:
+            yield turn
+
+    def _fits(self, rows: Sequence[int], adapter_ids: Sequence[str | None]) -> bool:
+        return len(rows) <= self.max_batch and self.fits_slots([adapter_ids[i] for i in rows])
+
+    def fits_slots(self, adapter_ids: Sequence[str | None]) -> bool:
+        """Whether one batch may use all these adapters."""
+        return len(set(adapter_ids) - {None}) <= self.bank.n_slots
+
+
+def check_paired(messages_list: Sequence[Messages], adapter_ids: Sequence[str | None]) -> None:
+    """Raise `InputError` unless every chat has its adapter id."""
+    if len(messages_list) != len(adapter_ids):
+        raise InputError(f"{len(messages_list)} chats but {len(adapter_ids)} adapter ids", fix="pass one per chat")
+
+
+def _is_set(event: threading.Event | None) -> bool:
+    return event is not None and event.is_set()

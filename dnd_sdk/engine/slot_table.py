@@ -1,0 +1,140 @@
+"""Who sits in which row of the bank's arena: leases, pins, least-recently-used eviction. No tensors here.
+
+One condition guards everything; nobody does slow work under it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dnd_sdk.errors import AdapterNotFoundError, BankFullError, ConfigError
+
+
+@dataclass
+class Slot:
+    """One resident adapter."""
+
+    row: int
+    leases: int = 0
+    pinned: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether its row may be given to another adapter."""
+        return self.leases == 0 and not self.pinned
+
+
+class SlotTable:
+    """Maps adapter ids to rows 1..n_slots, least recently used first."""
+
+    def __init__(self, n_slots: int, wait_s: float) -> None:
+        if n_slots < 1:
+            raise ConfigError(f"n_slots must be at least 1, got {n_slots}")
+        self.n_slots = n_slots
+        self._wait_s = wait_s
+        self._slots: OrderedDict[str, Slot] = OrderedDict()
+        self._free = list(range(n_slots, 0, -1))
+        self._changed = threading.Condition()
+
+    def ids(self) -> list[str]:
+        """Resident adapters, least recently used first."""
+        with self._changed:
+            return list(self._slots)
+
+    def touch(self, adapter_id: str) -> bool:
+        """Whether the adapter is resident; if so it now is the most recently used."""
+        with self._changed:
+            if adapter_id in self._slots:
+                self._slots.move_to_end(adapter_id)
+            return adapter_id in self._slots
+
+    def lease(self, adapter_ids: Iterable[str]) -> dict[str, int] | None:
+        """Rows of all these adapters with one more lease each, or None (and no lease) when one is not resident."""
+        with self._changed:
+            wanted = list(adapter_ids)
+            if any(i not in self._slots for i in wanted):
+                return None
+            for i in wanted:
+                self._slots.move_to_end(i)
+                self._slots[i].leases += 1
+            return {i: self._slots[i].row for i in wanted}
+
+    def release(self, adapter_ids: Iterable[str]) -> None:
+        """Give back one lease of each."""
+        with self._changed:
+            for i in adapter_ids:
+                self._slots[i].leases -= 1
+            self._changed.notify_all()
+
+    def take_row(self) -> int:
+        """A row nobody reads: a free one, else the least recently used idle adapter's.
+
+        Waits for a running request to end. Raises `BankFullError` when none does in time.
+        """
+        with self._changed:
+            if not self._changed.wait_for(self._reclaimable, self._wait_s):
+                raise BankFullError(
+                    f"all {self.n_slots} adapter slots are pinned or in use after waiting {self._wait_s:g} s",
+                    fix="unpin an adapter, close open streams, or make the engine with more n_slots",
+                )
+            if not self._free:
+                victim = next(i for i, slot in self._slots.items() if slot.idle)
+                self._free.append(self._slots.pop(victim).row)
+            return self._free.pop()
+
+    def _reclaimable(self) -> bool:
+        return bool(self._free) or any(slot.idle for slot in self._slots.values())
+
+    def give_back(self, row: int) -> None:
+        """Return a taken row that was not published."""
+        with self._changed:
+            self._free.append(row)
+            self._changed.notify_all()
+
+    def publish(self, adapter_id: str, row: int) -> None:
+        """Make a fully written row visible under this id."""
+        with self._changed:
+            self._slots[adapter_id] = Slot(row)
+            self._changed.notify_all()
+
+    def evict(self, adapter_id: str) -> bool:
+        """Forget an adapter; False when it is not resident. Raises `BankFullError` while it is leased or pinned."""
+        with self._changed:
+            slot = self._slots.get(adapter_id)
+            if slot is None:
+                return False
+            if not slot.idle:
+                state = "pinned" if slot.pinned else f"used by {slot.leases} running request(s)"
+                raise BankFullError(f"adapter {adapter_id!r} is {state}", fix="unpin it or let the requests end")
+            self._free.append(self._slots.pop(adapter_id).row)
+            self._changed.notify_all()
+            return True
+
+    def pin(self, adapter_id: str, pinned: bool) -> None:
+        """Keep an adapter resident (at most n_slots - 1 of them, so that others can still come in), or stop that."""
+        with self._changed:
+            slot = self._slots.get(adapter_id)
+            if slot is None:
+                raise AdapterNotFoundError(f"adapter {adapter_id!r} is not resident", fix="load it before pinning")
+            others = sum(s.pinned for i, s in self._slots.items() if i != adapter_id)
+            if pinned and others >= self.n_slots - 1:
+                raise BankFullError(
+                    f"{others} of {self.n_slots} adapter slots are pinned, one must stay free",
+                    fix="unpin an adapter or make the engine with more n_slots",
+                )
+            slot.pinned = pinned
+            self._changed.notify_all()
+
+    def check_room(self, adapter_ids: Iterable[str]) -> None:
+        """Raise `BankFullError` when these adapters cannot be resident together, whoever else finishes."""
+        with self._changed:
+            wanted = set(adapter_ids)
+            room = self.n_slots - sum(s.pinned for i, s in self._slots.items() if i not in wanted)
+            if len(wanted) > room:
+                raise BankFullError(
+                    f"a batch with {len(wanted)} adapters needs as many slots, {room} of {self.n_slots} are not pinned",
+                    fix="use fewer adapters in one batch or make the engine with more n_slots",
+                )

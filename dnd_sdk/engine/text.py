@@ -1,0 +1,100 @@
+"""Tokens to text as they come: whole characters only, cut before a stop string, never taking back what was emitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One completion."""
+
+    text: str
+    prompt_tokens: int
+    """Tokens of the templated prompt."""
+    completion_tokens: int
+    """Tokens generated, the end-of-turn token or stop string included."""
+    finish_reason: FinishReason
+    """`"stop"`: end of turn or stop string; `"length"`: `max_new_tokens` reached."""
+
+
+class RowText:
+    """The growing text of one row of a batch."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: frozenset[int],
+        stop: Sequence[str] = (),
+        emit: Callable[[str], None] | None = None,
+    ) -> None:
+        self.text = ""
+        self.stopped = False
+        self._ids: list[int] = []  # without the end token, which has no text
+        self._n_tokens = 0
+        self._tokenizer, self._ends, self._stop, self._emit = tokenizer, ends, stop, emit
+        # _ids[:_shown] are in `text`; decoding starts at `_context` because some tokenizers join tokens by their left
+        self._context = self._shown = 0
+        self._emitted = 0
+
+    def feed(self, tokens: Sequence[int]) -> bool:
+        """Take new tokens; True once the row is finished. Tokens after the end are ignored."""
+        if self.stopped:
+            return True
+        end = next((i for i, t in enumerate(tokens) if t in self._ends), None)
+        self.stopped = end is not None
+        self._ids += tokens[:end]
+        self._n_tokens += len(tokens) if end is None else end + 1
+        self._decode(flush=self.stopped)
+        self._send(len(self.text) if self.stopped else len(self.text) - self._held_back())
+        return self.stopped
+
+    def finish(self) -> None:
+        """No more tokens come: show what was held back."""
+        if not self.stopped:
+            self._decode(flush=True)
+        self._send(len(self.text))
+
+    def result(self, prompt_tokens: int, cancelled: bool) -> Generation:
+        """Finish and sum up."""
+        self.finish()
+        reason: FinishReason = "stop" if self.stopped else "cancelled" if cancelled else "length"
+        return Generation(self.text, prompt_tokens, self._n_tokens, reason)
+
+    def _decode(self, flush: bool) -> None:
+        old = self._plain(self._ids[self._context : self._shown])
+        new = self._plain(self._ids[self._context :])
+        if len(new) <= len(old) or (new.endswith(_INCOMPLETE) and not flush):
+            return
+        self._context, self._shown = self._shown, len(self._ids)
+        seen = len(self.text)
+        self.text += new[len(old) :]
+        self._cut_at_stop(seen)
+
+    def _plain(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _cut_at_stop(self, seen: int) -> None:
+        found = (self.text.find(s, max(0, seen - len(s) + 1)) for s in self._stop)
+        at = min((i for i in found if i >= 0), default=None)
+        if at is not None:
+            self.text, self.stopped = self.text[:at], True
+
+    def _held_back(self) -> int:
+        """Characters at the end that may turn out to begin a stop string."""
+        longest = max((len(s) for s in self._stop), default=1) - 1
+        sizes = range(min(longest, len(self.text)), 0, -1)
+        return next((n for n in sizes if any(s.startswith(self.text[-n:]) for s in self._stop)), 0)
+
+    def _send(self, until: int) -> None:
+        if self._emit is not None and until > self._emitted:
+            self._emit(self.text[self._emitted : until])
+            self._emitted = until
