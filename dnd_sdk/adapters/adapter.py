@@ -1,0 +1,165 @@
+"""The `Adapter` value, its name rule, and `dnd.json` beside the PEFT files.
+
+* The folder's name is the adapter's name: `dnd.json` does not repeat it, so moving a folder renames the adapter.
+* `dnd.json` holds the whole layout, so a stored adapter can be hashed again without its base model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dnd_sdk.adapters.safe_files import is_finite_number, read_json
+from dnd_sdk.errors import AdapterCorruptError, ConfigError, LayoutMismatchError
+from dnd_sdk.lora_layout import LoraLayout
+
+MANIFEST = "dnd.json"
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 4 * 2**20
+SOURCES = ("generated", "imported", "trained")
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One stored adapter: what it is and where; its weights stay on disk until asked for."""
+
+    name: str
+    id: str
+    """sha256 over the layout digest and the fp32 weights: equal ids mean equal weights."""
+    path: Path
+    source: str
+    """`"generated"`, `"imported"` or `"trained"`."""
+    created: str
+    """ISO 8601, UTC."""
+    base_fingerprint: str
+    layout_digest: str
+    prompt_hash: str | None = None
+    n_prompts: int | None = None
+    generator: str | None = None
+    encoder: str | None = None
+    """Name of the encoder that made the exemplars; None without exemplars."""
+    scores: dict[str, float] = field(default_factory=dict, hash=False)
+    encoder_fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing `AdapterStore.verify` found wrong."""
+
+    name: str
+    what: str
+    fix: str
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` may be an adapter's name; nothing it accepts can leave the adapters folder."""
+    # "___" separates parts of request names elsewhere, so no adapter may hold it
+    return _NAME.fullmatch(name) is not None and "___" not in name
+
+
+def check_name(name: str) -> str:
+    """Return `name`, or raise `ConfigError`."""
+    if not isinstance(name, str) or not is_name(name):
+        raise ConfigError(
+            f"adapter name {name!r} is not allowed",
+            fix="use 1-64 of a-z 0-9 . _ -, starting with a letter or digit, without '___'",
+        )
+    return name
+
+
+def default_name(adapter_id: str) -> str:
+    """The name of an adapter nobody named."""
+    return f"dnd-{adapter_id[:16]}"
+
+
+def manifest_text(adapter: Adapter, layout: LoraLayout) -> str:
+    """The content of `dnd.json`."""
+    data = {key: getattr(adapter, key) for key in _FIELDS}
+    return json.dumps({"format_version": FORMAT_VERSION, **data, "layout": layout.to_dict()}) + "\n"
+
+
+def read_manifest(folder: Path) -> Adapter:
+    """The adapter in `folder`. Raises `AdapterCorruptError` when `dnd.json` is missing, damaged or too new."""
+    data = _load(folder)
+    values: dict[str, Any] = {}
+    for key, valid in _FIELDS.items():
+        values[key] = data.get(key)
+        if not valid(values[key]):
+            raise AdapterCorruptError(f"{folder / MANIFEST}: {key} is {str(values[key])[:80]!r}", fix=_fix(folder))
+    values["scores"] = {k: float(v) for k, v in values["scores"].items()}
+    return Adapter(name=folder.name, path=folder, **values)
+
+
+def read_layout(folder: Path) -> LoraLayout:
+    """The layout the adapter in `folder` was stored with."""
+    try:
+        layout = LoraLayout.from_dict(_load(folder).get("layout") or {})
+    except (LayoutMismatchError, ConfigError, OverflowError) as e:
+        raise AdapterCorruptError(f"{folder / MANIFEST}: {str(e)[:200]}", fix=_fix(folder)) from e
+    if any(m.in_features < 1 or m.out_features < 1 for m in layout.modules):
+        raise AdapterCorruptError(f"{folder / MANIFEST}: its layout has a module without features", fix=_fix(folder))
+    return layout
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    data = read_json(folder, MANIFEST, MAX_MANIFEST_BYTES)
+    version = data.get("format_version")
+    if version == FORMAT_VERSION:
+        return data
+    fix = "upgrade dnd-sdk" if isinstance(version, int) and version > FORMAT_VERSION else _fix(folder)
+    raise AdapterCorruptError(
+        f"{folder / MANIFEST}: format_version is {str(version)[:40]}, this version reads {FORMAT_VERSION}", fix=fix
+    )
+
+
+def _fix(folder: Path) -> str:
+    return f"remove it with `dnd adapters rm {folder.name}`"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 4096
+
+
+def _is_text_or_none(value: object) -> bool:
+    return value is None or _is_text(value)
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _is_count_or_none(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+
+
+def _is_time(value: object) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _is_scores(value: object) -> bool:
+    return isinstance(value, dict) and all(map(is_finite_number, value.values()))
+
+
+_FIELDS = {
+    "id": _is_sha256,
+    "source": lambda value: value in SOURCES,
+    "created": _is_time,
+    "base_fingerprint": _is_text,
+    "layout_digest": _is_sha256,
+    "prompt_hash": _is_text_or_none,
+    "n_prompts": _is_count_or_none,
+    "generator": _is_text_or_none,
+    "encoder": _is_text_or_none,
+    "encoder_fingerprint": _is_text_or_none,
+    "scores": _is_scores,
+}

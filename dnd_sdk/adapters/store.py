@@ -1,0 +1,352 @@
+"""`AdapterStore`: content-addressed adapters under one home, shared by any number of threads and processes.
+
+* The id is a hash of the weights: storing the same weights twice, even from two processes at once, gives one adapter.
+* Folders are data anyone may have touched: every read checks them, and listing steps over damaged ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dnd_sdk.adapters.adapter import (
+    MANIFEST,
+    SOURCES,
+    Adapter,
+    Problem,
+    check_name,
+    default_name,
+    is_name,
+    manifest_text,
+    read_layout,
+    read_manifest,
+)
+from dnd_sdk.adapters.card import CARD, card_text
+from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, read_exemplars, write_exemplars
+from dnd_sdk.adapters.folders import AdapterFolders, publish
+from dnd_sdk.adapters.peft_config import CONFIG, config_text, read_config
+from dnd_sdk.adapters.peft_folder import (
+    WEIGHTS,
+    adapter_id,
+    check_flat,
+    read_stored_weights,
+    read_weights,
+    write_weights,
+)
+from dnd_sdk.adapters.safe_files import storage_errors
+from dnd_sdk.config import Home
+from dnd_sdk.errors import (
+    AdapterCorruptError,
+    AdapterNotFoundError,
+    ConfigError,
+    DndError,
+    InputError,
+    LayoutMismatchError,
+)
+from dnd_sdk.lora_layout import LoraLayout
+
+log = logging.getLogger(__name__)
+
+FILES = (CONFIG, WEIGHTS, MANIFEST, EXEMPLARS, CARD)
+_KEPT = ("prompt_hash", "n_prompts", "generator", "scores")
+_Signature = tuple[int, int, int]
+
+
+class AdapterStore:
+    """Adapters under `home.adapters`; every method may be called from any thread."""
+
+    def __init__(self, home: Home) -> None:
+        self.root = home.adapters
+        self._folders = AdapterFolders(home.adapters)
+        self._read: dict[str, tuple[_Signature, Adapter]] = {}
+        self._warned: set[str] = set()
+
+    def put(
+        self,
+        flat: Tensor,
+        layout: LoraLayout,
+        *,
+        base_name: str,
+        base_fingerprint: str,
+        source: str,
+        name: str | None = None,
+        prompt_hash: str | None = None,
+        n_prompts: int | None = None,
+        exemplars: Tensor | None = None,
+        generator: str | None = None,
+        encoder: str | None = None,
+        scores: dict[str, float] | None = None,
+        encoder_fingerprint: str | None = None,
+    ) -> Adapter:
+        """Store a flat vector; the same weights again (under the same or no name) give the adapter already there.
+
+        Args:
+            flat: `(layout.n_parameters,)`, any float dtype and device; stored as fp32.
+            layout: What `flat` was made for.
+            base_name: Written as PEFT's `base_model_name_or_path`.
+            base_fingerprint: Only a base with this fingerprint will load it.
+            source: `"generated"`, `"imported"` or `"trained"`.
+            name: None names it after its content.
+            prompt_hash: Of the prompt set it was made for.
+            n_prompts: Size of that set.
+            exemplars: `(k, C)` normalised prompt embeddings for the router; None leaves it out of routing.
+            generator: The generator's id.
+            encoder: Name of the encoder that made the exemplars.
+            scores: Measured figures, by name.
+            encoder_fingerprint: Of that encoder.
+
+        Raises:
+            ConfigError: The name is not allowed, or taken by other weights.
+            AdapterCorruptError: NaN or inf in the weights, or the folder of that name is damaged.
+            LayoutMismatchError: The vector has another size.
+            StorageError: The disk is full or read-only; nothing is left behind.
+        """
+        if source not in SOURCES:
+            raise ConfigError(f"source must be one of {SOURCES}, got {source!r}")
+        if name is not None:
+            check_name(name)
+        flat = check_flat(flat, layout)
+        exemplars = None if exemplars is None else check_exemplars(exemplars)
+        weights_id = adapter_id(flat, layout)
+        chosen = name or self._name_of(weights_id) or default_name(weights_id)
+        adapter = Adapter(
+            name=chosen,
+            id=weights_id,
+            path=self.root / chosen,
+            source=source,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            base_fingerprint=base_fingerprint,
+            layout_digest=layout.digest,
+            prompt_hash=prompt_hash,
+            n_prompts=n_prompts,
+            generator=generator,
+            encoder=encoder,
+            scores=dict(scores or {}),
+            encoder_fingerprint=encoder_fingerprint,
+        )
+
+        def fill(folder: Path) -> None:
+            write_weights(folder / WEIGHTS, flat, layout)
+            (folder / CONFIG).write_text(config_text(layout, base_name), encoding="utf-8")
+            (folder / MANIFEST).write_text(manifest_text(adapter, layout), encoding="utf-8")
+            (folder / CARD).write_text(card_text(adapter, layout, base_name), encoding="utf-8")
+            if exemplars is not None:
+                write_exemplars(folder, exemplars, encoder, encoder_fingerprint)
+
+        while True:  # a commit fails only when another process took the name first: then its folder decides
+            stored = self._existing(adapter)
+            if stored is not None:
+                return stored
+            if self._folders.commit(chosen, fill):
+                return adapter
+
+    def get(self, name_or_id: str) -> Adapter:
+        """The adapter of that name or full id. Raises `AdapterNotFoundError`, or `AdapterCorruptError` if damaged."""
+        name = name_or_id if self._has(name_or_id) else self._name_of(name_or_id)
+        adapter = None if name is None else self._folders.read(name, read_manifest)
+        if adapter is None:
+            raise self._not_found(name_or_id)
+        return adapter
+
+    def load(self, adapter: Adapter, layout: LoraLayout, *, base_fingerprint: str | None = None) -> Tensor:
+        """The adapter's weights as a flat fp32 vector of `layout`, everything checked.
+
+        A smaller rank is padded with zeros. `base_fingerprint` None skips the comparison with the adapter's own.
+        Raises `LayoutMismatchError`, `AdapterCorruptError`, `AdapterNotFoundError` (removed or replaced meanwhile) or
+        `StorageError`.
+        """
+
+        def reader(folder: Path) -> Tensor:
+            if read_manifest(folder).id != adapter.id:
+                raise AdapterNotFoundError(f"adapter {adapter.name!r} was replaced", fix="get it again by its name")
+            _check_base(adapter, base_fingerprint)
+            flat = read_weights(folder, layout)
+            if adapter.layout_digest == layout.digest:
+                _check_hash(adapter, flat, layout)
+            return flat
+
+        flat = self._folders.read(adapter.name, reader)
+        if flat is None:
+            raise self._not_found(adapter.name)
+        return flat
+
+    def exemplars(self, adapter: Adapter) -> Tensor | None:
+        """The adapter's exemplars (k, C), None if it has none. Raises `AdapterCorruptError` when they are damaged."""
+        found = self._folders.read(adapter.name, lambda folder: (read_exemplars(folder),))
+        if found is None:
+            raise self._not_found(adapter.name)
+        return found[0]
+
+    def ls(self) -> list[Adapter]:
+        """Every sound adapter by name; damaged folders are skipped with a warning, once each."""
+        return [adapter for name in self._folders.names() if (adapter := self._try_read(name)) is not None]
+
+    def rm(self, name: str) -> None:
+        """Remove an adapter, damaged or not. Raises `AdapterNotFoundError` or `StorageError`."""
+        if not self._has(name) or not self._folders.remove(name):
+            raise self._not_found(name)
+        self._read.pop(name, None)
+        self._warned.discard(name)
+
+    def verify(self, name: str | None = None) -> list[Problem]:
+        """Read and hash one adapter (None: all of them) and report what is wrong, instead of raising.
+
+        Raises `AdapterNotFoundError` for an unknown name.
+        """
+        if name is not None and not self._has(name):
+            raise self._not_found(name)
+        names = self._folders.names() if name is None else [name]
+        return [problem for n in names if (problem := self._problem(n)) is not None]
+
+    def import_folder(
+        self,
+        path: str | os.PathLike[str],
+        layout: LoraLayout,
+        *,
+        base_fingerprint: str,
+        name: str | None = None,
+        exemplars: Tensor | None = None,
+        encoder: str | None = None,
+        encoder_fingerprint: str | None = None,
+    ) -> Adapter:
+        """Copy a PEFT folder into the store after checking all of it; an exported adapter brings its exemplars along.
+
+        Raises `InputError` when `path` is no folder, otherwise like `load` and `put`.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder", fix=f"give the folder that holds {CONFIG}")
+        known = read_manifest(folder) if (folder / MANIFEST).exists() else None
+        if known is not None:
+            _check_base(known, base_fingerprint)
+        flat = read_weights(folder, layout)
+        if known is not None and known.layout_digest == layout.digest:
+            _check_hash(known, flat, layout)
+        if known is not None and exemplars is None:
+            exemplars, encoder, encoder_fingerprint = read_exemplars(folder), known.encoder, known.encoder_fingerprint
+        kept: dict[str, Any] = {} if known is None else {key: getattr(known, key) for key in _KEPT}
+        return self.put(
+            flat,
+            layout,
+            base_name=read_config(folder).base_name or "unknown",
+            base_fingerprint=base_fingerprint,
+            source="imported",
+            name=name,
+            exemplars=exemplars,
+            encoder=encoder,
+            encoder_fingerprint=encoder_fingerprint,
+            **kept,
+        )
+
+    def export(self, name: str, out_dir: str | os.PathLike[str]) -> Path:
+        """Copy a sound adapter to a new folder `out_dir`, which plain peft loads; returns the folder.
+
+        Raises `ConfigError` when `out_dir` exists and is not an empty folder, otherwise like `get` and `load`.
+        """
+        adapter = self.get(name)
+        problem = self._problem(adapter.name)
+        if problem is not None:
+            raise AdapterCorruptError(problem.what, fix=problem.fix)
+        out = Path(out_dir).expanduser().absolute()
+
+        def fill(folder: Path) -> None:
+            for file in FILES:
+                if (adapter.path / file).is_file():
+                    shutil.copyfile(adapter.path / file, folder / file)
+
+        with storage_errors("write", out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if not publish(out, fill):
+                raise ConfigError(f"{out} exists and is not an empty folder", fix="choose another folder")
+        return out
+
+    def version(self) -> str:
+        """A token that changes whenever any process adds, removes or renames an adapter; costs one folder listing."""
+        return self._folders.version()
+
+    def _existing(self, adapter: Adapter) -> Adapter | None:
+        """The stored adapter of the same name, if its weights are the same; raises when they are not."""
+        try:
+            stored = self._folders.read(adapter.name, read_manifest)
+        except AdapterCorruptError as e:
+            raise AdapterCorruptError(e.message, fix=f"remove it with `dnd adapters rm {adapter.name}`") from e
+        if stored is not None and stored.id != adapter.id:
+            raise ConfigError(
+                f"an adapter named {adapter.name!r} with other weights exists",
+                fix=f"choose another --name or `dnd adapters rm {adapter.name}`",
+            )
+        return stored
+
+    def _has(self, name: str) -> bool:
+        return is_name(name) and self._folders.has(name)
+
+    def _name_of(self, weights_id: str) -> str | None:
+        return next((a.name for a in self.ls() if a.id == weights_id), None)
+
+    def _try_read(self, name: str) -> Adapter | None:
+        try:
+            check_name(name)
+            return self._folders.read(name, self._read_cached)
+        except DndError as e:
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning("skipping damaged adapter folder %r: %s", name, e.message)
+            return None
+
+    def _read_cached(self, folder: Path) -> Adapter:
+        try:
+            status = os.stat(folder / MANIFEST)
+        except OSError:
+            return read_manifest(folder)  # raises, saying what is wrong
+        signature = (status.st_mtime_ns, status.st_size, status.st_ino)
+        known = self._read.get(folder.name)
+        if known is None or known[0] != signature:
+            known = self._read[folder.name] = (signature, read_manifest(folder))
+        return known[1]
+
+    def _problem(self, name: str) -> Problem | None:
+        try:
+            self._folders.read(name, _check_all)
+        except DndError as e:
+            return Problem(name, e.message, e.fix or f"remove it with `dnd adapters rm {name}` and make it again")
+        return None
+
+    def _not_found(self, name: str) -> AdapterNotFoundError:
+        near = difflib.get_close_matches(str(name), self._folders.names(), n=1)
+        fix = f"did you mean {near[0]!r}?" if near else "`dnd adapters ls` lists the adapters there are"
+        return AdapterNotFoundError(f"no adapter {name!r} in {self.root}", fix=fix)
+
+
+def _check_all(folder: Path) -> None:
+    """Read everything a stored folder holds and hash its weights; raises what is wrong."""
+    check_name(folder.name)
+    adapter, layout = read_manifest(folder), read_layout(folder)
+    if layout.digest != adapter.layout_digest:
+        raise AdapterCorruptError(f"{folder / MANIFEST}: layout_digest does not match its layout")
+    _check_hash(adapter, read_stored_weights(folder, layout), layout)
+    read_exemplars(folder)
+
+
+def _check_base(adapter: Adapter, base_fingerprint: str | None) -> None:
+    if base_fingerprint is not None and adapter.base_fingerprint != base_fingerprint:
+        raise LayoutMismatchError(
+            f"adapter {adapter.name!r} was made for another base model: got fingerprint "
+            f"{adapter.base_fingerprint[:16]}, expected {base_fingerprint[:16]}",
+            fix="load the base model it was made for, or adapt again on this one",
+        )
+
+
+def _check_hash(adapter: Adapter, flat: Tensor, layout: LoraLayout) -> None:
+    found = adapter_id(flat, layout)
+    if found != adapter.id:
+        raise AdapterCorruptError(
+            f"{adapter.path}: the weights' hash is {found[:16]}, {MANIFEST} says {adapter.id[:16]}",
+            fix=f"remove it with `dnd adapters rm {adapter.name}` and make it again",
+        )

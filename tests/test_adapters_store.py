@@ -1,0 +1,480 @@
+"""AdapterStore: content addressing, several processes, disk trouble, damaged folders."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_folders import BASE, TINY, peft_folder, peft_tensors, store_one
+from helpers import random_flat
+from safetensors.torch import load_file, save_file
+
+from dnd_sdk.adapters import AdapterStore, folders
+from dnd_sdk.adapters.exemplars import EXEMPLARS
+from dnd_sdk.adapters.peft_config import config_text
+from dnd_sdk.config import Home
+from dnd_sdk.errors import (
+    AdapterCorruptError,
+    AdapterNotFoundError,
+    ConfigError,
+    InputError,
+    LayoutMismatchError,
+    StorageError,
+)
+from dnd_sdk.lora_layout import LoraLayout, LoraModule
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def store(home: Home) -> AdapterStore:
+    return AdapterStore(home)
+
+
+def exemplars(k: int = 3, width: int = 5) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(k, width, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_put_then_load_is_exact(store: AdapterStore) -> None:
+    flat = random_flat(TINY)
+    fields = {
+        "prompt_hash": "p" * 64,
+        "n_prompts": 7,
+        "generator": "g1",
+        "encoder": "enc",
+        "encoder_fingerprint": "f1",
+        "scores": {"margin": 0.25},
+    }
+    adapter = store_one(store, flat, exemplars=exemplars(), **fields)
+    assert adapter.name == f"dnd-{adapter.id[:16]}" and adapter.path == store.root / adapter.name
+    assert store.get(adapter.name) == store.get(adapter.id) == adapter
+    assert {k: getattr(adapter, k) for k in fields} == fields
+    assert torch.equal(store.load(adapter, TINY, base_fingerprint=BASE), flat)
+    assert torch.equal(store.exemplars(adapter), exemplars())
+    assert store.ls() == [adapter] and store.verify() == []
+    assert sorted(p.name for p in adapter.path.iterdir()) == sorted(
+        ["README.md", "adapter_config.json", WEIGHTS, "dnd.json", EXEMPLARS]
+    )
+    assert sorted(os.listdir(store.root)) == [adapter.name], "no temporary folder is left"
+
+
+def test_same_weights_again_are_the_same_adapter(store: AdapterStore) -> None:
+    first = store_one(store, name="mine")
+    assert store_one(store, name="mine") == store_one(store) == first
+    assert store_one(store, random_flat(TINY).double()) == first, "fp32 bytes decide"
+    assert len(store.ls()) == 1
+    assert store_one(store, name="second").id == first.id
+    assert [a.name for a in store.ls()] == ["mine", "second"]
+
+
+def test_a_taken_name_keeps_its_weights(store: AdapterStore) -> None:
+    first = store_one(store, name="mine")
+    before = everything(store.root)
+    with pytest.raises(
+        ConfigError, match=r"'mine' with other weights exists\n  fix: choose another --name or `dnd adapters rm mine`"
+    ):
+        store_one(store, random_flat(TINY, seed=1), name="mine")
+    assert everything(store.root) == before and store.ls() == [first]
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", "..", "", "UP", "a___b", "/abs"])
+def test_names_cannot_leave_the_folder(store: AdapterStore, name: str, tmp_path: Path) -> None:
+    (tmp_path / "dnd-home").mkdir()
+    (tmp_path / "dnd-home" / "escape").mkdir()
+    with pytest.raises(ConfigError, match="is not allowed"):
+        store_one(store, name=name)
+    for use in (store.get, store.rm, store.verify):
+        with pytest.raises(AdapterNotFoundError, match="no adapter"):
+            use(name)
+    assert (tmp_path / "dnd-home" / "escape").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flat", "more", "error", "message"),
+    [
+        (torch.zeros(3), {}, LayoutMismatchError, "has 3 values"),
+        (torch.full((TINY.n_parameters,), math.nan), {}, AdapterCorruptError, "holds NaN or inf"),
+        (None, {"source": "stolen"}, ConfigError, "source must be one of"),
+        (None, {"exemplars": torch.zeros(3)}, InputError, r"must have shape \(k, width\), got \(3,\)"),
+        (None, {"exemplars": torch.zeros(0, 3)}, InputError, r"got \(0, 3\)"),
+        (None, {"exemplars": torch.full((2, 3), math.inf)}, InputError, "exemplars hold NaN or inf"),
+    ],
+)
+def test_bad_input_stores_nothing(
+    store: AdapterStore, flat: torch.Tensor, more: dict, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        store_one(store, flat, **more)
+    assert not store.root.exists()
+
+
+def test_unknown_adapter_names_the_nearest(store: AdapterStore) -> None:
+    with pytest.raises(AdapterNotFoundError, match=r"no adapter 'x' .*\n  fix: `dnd adapters ls`"):
+        store.get("x")
+    store_one(store, name="tickets")
+    with pytest.raises(AdapterNotFoundError, match="did you mean 'tickets'"):
+        store.get("ticket")
+    with pytest.raises(AdapterNotFoundError, match="no adapter 'ffff"):
+        store.get("f" * 64)
+
+
+def test_rm_removes_sound_and_damaged_folders(store: AdapterStore) -> None:
+    adapter = store_one(store, name="one")
+    (store.root / "broken").mkdir()
+    (store.root / "link").symlink_to(adapter.path)
+    for name in ("broken", "link", "one"):
+        store.rm(name)
+    assert os.listdir(store.root) == [] and store.ls() == []
+    for use in (lambda: store.rm("one"), lambda: store.load(adapter, TINY), lambda: store.exemplars(adapter)):
+        with pytest.raises(AdapterNotFoundError, match="no adapter 'one'"):
+            use()
+
+
+def test_a_replaced_adapter_is_not_mistaken_for_the_old_one(store: AdapterStore) -> None:
+    old = store_one(store, name="one", exemplars=exemplars())
+    store.rm("one")
+    new = store_one(store, random_flat(TINY, seed=1), name="one")
+    with pytest.raises(AdapterNotFoundError, match="'one' was replaced"):
+        store.load(old, TINY)
+    assert store.ls() == [new] and store.exemplars(new) is None
+
+
+def test_wrong_base(store: AdapterStore) -> None:
+    adapter = store_one(store)
+    with pytest.raises(LayoutMismatchError, match=r"another base model: got fingerprint b{16}, expected c{16}"):
+        store.load(adapter, TINY, base_fingerprint="c" * 64)
+
+
+def test_load_into_a_larger_rank(store: AdapterStore) -> None:
+    adapter = store_one(store)
+    large = LoraLayout(6, 3.0, TINY.target_modules, TINY.modules)
+    A, B = (view for _, view in list(large.views(store.load(adapter, large)))[:2])
+    A0, B0 = (view for _, view in list(TINY.views(random_flat(TINY)))[:2])
+    torch.testing.assert_close(large.scaling * B @ A, TINY.scaling * B0 @ A0)
+
+
+def test_version_follows_every_change_of_other_stores(home: Home, store: AdapterStore) -> None:
+    seen = [store.version()]
+
+    def changes(act: Callable[[], object]) -> None:
+        act()
+        assert store.version() != seen[-1]
+        seen.append(store.version())
+        assert store.version() == seen[-1]
+
+    other = AdapterStore(home)
+    changes(lambda: store_one(other, name="one"))
+    changes(lambda: store_one(other, random_flat(TINY, seed=1), name="two"))
+    changes(lambda: other.rm("one"))
+    changes(lambda: (other.rm("two"), store_one(other, name="two")))
+    changes(lambda: os.rename(store.root / "two", store.root / "three"))
+
+
+def put_many(home: Home, barrier: Barrier, out: Connection) -> None:
+    store = AdapterStore(home)
+    barrier.wait(timeout=60)
+    out.send([store_one(store, random_flat(TINY, seed=i), exemplars=exemplars()).id for i in range(30)])
+
+
+def test_processes_store_the_same_weights_at_once(home: Home, store: AdapterStore) -> None:
+    config_text(TINY, "tiny")  # peft is imported before the fork, not in every child
+    context = multiprocessing.get_context("fork")
+    barrier, pipes = context.Barrier(3), [context.Pipe(duplex=False) for _ in range(3)]
+    processes = [context.Process(target=put_many, args=(home, barrier, send)) for _, send in pipes]
+    for process in processes:
+        process.start()
+    assert all(receive.poll(timeout=60) for receive, _ in pipes)
+    ids = [receive.recv() for receive, _ in pipes]
+    for process in processes:
+        process.join(timeout=60)
+    assert ids[0] == ids[1] == ids[2] and sorted(a.id for a in store.ls()) == sorted(ids[0])
+    assert len(os.listdir(store.root)) == 30, "no temporary folder is left"
+    assert store.verify() == []
+
+
+def test_threads_store_list_and_remove_together(store: AdapterStore) -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for i in range(40):
+                adapter = store_one(store, random_flat(TINY, seed=i % 5))
+                try:
+                    assert torch.equal(store.load(adapter, TINY), random_flat(TINY, seed=i % 5))
+                    if i % 7 == 0:
+                        store.rm(adapter.name)
+                except AdapterNotFoundError:
+                    pass  # removed by another thread
+                store.ls()
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert errors == [] and store.verify() == []
+
+
+@contextmanager
+def file_size_limit(n: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(store: AdapterStore) -> None:
+    store_one(store, name="kept")
+    before = everything(store.root)
+    layout = LoraLayout(4, 8.0, ("x",), (LoraModule("m.x", 3000, 3000),))
+    config_text(layout, "tiny")
+    with file_size_limit(50_000), pytest.raises(StorageError, match=r"cannot store an adapter in .*: File too large"):
+        store_one(store, layout=layout)
+    assert everything(store.root) == before and os.listdir(store.root) == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"),
+    [
+        (errno.ENOSPC, "free some disk space"),
+        (errno.EROFS, "read-only: choose a writable home"),
+        (errno.EACCES, "no permission"),
+    ],
+)
+def test_disk_trouble_says_what_helps(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch, code: int, fix: str
+) -> None:
+    adapter = store_one(store, name="kept")
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.os, "rename", refuse)
+        with pytest.raises(StorageError, match=f"(?s)cannot store an adapter in .*{os.strerror(code)}.*fix: .*{fix}"):
+            store_one(store, random_flat(TINY, seed=1))
+        with pytest.raises(StorageError, match=f"(?s)cannot remove .*kept.*{fix}"):
+            store.rm("kept")
+        with pytest.raises(StorageError, match="cannot write"):
+            store.export("kept", store.root.parent / "out")
+    assert os.listdir(store.root) == ["kept"] and store.ls() == [adapter] and store.verify() == []
+
+
+def test_home_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = AdapterStore(Home(tmp_path / "file"))
+    for put in (lambda: store_one(store), lambda: store_one(store, name="named")):
+        with pytest.raises(StorageError, match="Not a directory"):
+            put()
+    with pytest.raises(StorageError, match="cannot list"):
+        store.ls()
+    assert store.version() == "unreadable"
+
+
+def test_ctrl_c_leaves_nothing(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_one(store, name="kept")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for where in ("dnd_sdk.adapters.store.manifest_text", "dnd_sdk.adapters.folders.os.rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                store_one(store, random_flat(TINY, seed=1))
+        assert os.listdir(store.root) == ["kept"]
+
+
+def test_folders_left_by_killed_processes_are_swept(home: Home, store: AdapterStore) -> None:
+    store_one(store, name="kept")
+    old, fresh = store.root / ".put-1-old", store.root / ".rm-2-fresh"
+    for folder in (old, fresh):
+        folder.mkdir()
+        (folder / WEIGHTS).write_bytes(b"x")
+    past = time.time() - folders.STALE_S - 60
+    os.utime(old, (past, past))
+    assert [a.name for a in store.ls()] == ["kept"] and store.verify() == []
+    store_one(AdapterStore(home), random_flat(TINY, seed=1))
+    assert not old.exists() and fresh.exists(), "a fresh one may belong to a running process"
+
+
+def damage(folder: Path, kind: str) -> None:
+    weights, manifest = folder / WEIGHTS, folder / "dnd.json"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif kind == "bit":
+        raw = bytearray(weights.read_bytes())
+        raw[-2] ^= 1
+        weights.write_bytes(raw)
+    elif kind == "nan":
+        tensors = load_file(weights)
+        tensors[TINY.segments[2].peft_key][0, 0] = math.nan
+        save_file(tensors, weights)
+    elif kind == "alpha":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4}))
+    elif kind == "pickle":
+        weights.rename(folder / "adapter_model.bin")
+    elif kind == "manifest":
+        manifest.write_text(manifest.read_text()[:-20])
+    elif kind == "layout":
+        data = json.loads(manifest.read_text())
+        data["layout"]["modules"][0][1] = 2**40
+        manifest.write_text(json.dumps(data))
+    elif kind == "digest":
+        data = json.loads(manifest.read_text())
+        data["layout"]["lora_alpha"] = 1.0
+        manifest.write_text(json.dumps(data))
+    elif kind == "exemplars":
+        (folder / EXEMPLARS).write_bytes((folder / EXEMPLARS).read_bytes()[:-1])
+    elif kind == "empty":
+        for path in folder.iterdir():
+            path.unlink()
+    else:
+        raise ValueError(kind)
+
+
+DAMAGES = {
+    "truncated": "is truncated",
+    "bit": "weights' hash is",
+    "nan": "v_proj.lora_A.weight holds NaN",
+    "alpha": "weights' hash is",
+    "pickle": "a pickle",
+    "manifest": "dnd.json is not valid JSON",
+    "empty": "is missing",
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, "layout", "digest", "exemplars"])
+def test_verify_finds_and_reports_all_damage(store: AdapterStore, kind: str) -> None:
+    store_one(store, name="good", exemplars=exemplars())
+    bad = store_one(store, random_flat(TINY, seed=1), name="bad", exemplars=exemplars())
+    damage(bad.path, kind)
+    problems = store.verify()
+    assert [p.name for p in problems] == ["bad"] and problems == store.verify("bad")
+    assert problems[0].what and problems[0].fix and store.verify("good") == []
+    expected = DAMAGES | {"layout": "its layout", "digest": "layout_digest does not match", "exemplars": "truncated"}
+    assert expected[kind] in problems[0].what
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_load_and_import_refuse_damage(store: AdapterStore, kind: str, tmp_path: Path) -> None:
+    adapter = store_one(store, name="bad")
+    copy = Path(shutil.copytree(adapter.path, tmp_path / "copy"))
+    damage(adapter.path, kind)
+    damage(copy, kind)
+    with pytest.raises(AdapterCorruptError, match=DAMAGES[kind]):
+        store.load(adapter, TINY)
+    with pytest.raises(AdapterCorruptError, match=DAMAGES[kind]):
+        store.import_folder(copy, TINY, base_fingerprint=BASE, name="new")
+    with pytest.raises(AdapterCorruptError, match=DAMAGES[kind]):
+        store.export("bad", tmp_path / "out")
+    assert os.listdir(store.root) == ["bad"] and not (tmp_path / "out").exists()
+
+
+def test_listing_steps_over_damaged_folders_and_warns_once(
+    store: AdapterStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = store_one(store, name="good")
+    damage(store_one(store, random_flat(TINY, seed=1), name="bad").path, "manifest")
+    peft_folder(store.root / "plain-peft")
+    (store.root / "Bad Name").mkdir()
+    (store.root / "file").write_text("")
+    with caplog.at_level(logging.WARNING, logger="dnd_sdk"):
+        assert store.ls() == store.ls() == [good]
+    assert len(caplog.records) == 4
+    assert {p.name for p in store.verify()} == {"bad", "plain-peft", "Bad Name", "file"}
+
+
+def test_a_damaged_folder_is_never_taken_for_the_same_adapter(store: AdapterStore) -> None:
+    damage(store_one(store, name="one").path, "manifest")
+    with pytest.raises(AdapterCorruptError, match=r"not valid JSON.*\n  fix: .*rm one"):
+        store_one(store, name="one")
+
+
+def test_damaged_exemplars(store: AdapterStore) -> None:
+    adapter = store_one(store, exemplars=exemplars())
+    save_file({"exemplars": torch.full((2, 2), math.nan)}, adapter.path / EXEMPLARS)
+    with pytest.raises(AdapterCorruptError, match=r"exemplars\.safetensors: exemplars hold NaN"):
+        store.exemplars(adapter)
+    for tensors in (
+        {"exemplars": torch.zeros(4)},
+        {"other": torch.zeros(2, 2)},
+        {"exemplars": torch.zeros(2, 2).int()},
+    ):
+        save_file(tensors, adapter.path / EXEMPLARS)
+        with pytest.raises(AdapterCorruptError, match="must hold one 2-D F32 tensor"):
+            store.exemplars(adapter)
+
+
+def test_import_of_a_foreign_folder(store: AdapterStore, tmp_path: Path) -> None:
+    small = LoraLayout(2, 8.0, TINY.target_modules, TINY.modules)
+    folder = peft_folder(tmp_path / "theirs", peft_tensors(small), small)
+    adapter = store.import_folder(
+        folder, TINY, base_fingerprint=BASE, name="theirs", exemplars=exemplars(), encoder="enc"
+    )
+    assert (adapter.source, adapter.encoder, adapter.generator) == ("imported", "enc", None)
+    assert json.loads((adapter.path / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/base"
+    assert store.verify() == [] and torch.equal(store.exemplars(adapter), exemplars())
+    A, B = (view for _, view in list(TINY.views(store.load(adapter, TINY)))[:2])
+    tensors = list(peft_tensors(small).values())
+    torch.testing.assert_close(TINY.scaling * B @ A, small.scaling * tensors[1] @ tensors[0])
+
+
+def test_import_refuses_what_does_not_fit(store: AdapterStore, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        store.import_folder(tmp_path / "gone", TINY, base_fingerprint=BASE)
+    folder = peft_folder(tmp_path / "dora", use_dora=True)
+    with pytest.raises(LayoutMismatchError, match="use_dora"):
+        store.import_folder(folder, TINY, base_fingerprint=BASE)
+    exported = store_one(store).path
+    with pytest.raises(LayoutMismatchError, match="another base model"):
+        store.import_folder(exported, TINY, base_fingerprint="c" * 64)
+
+
+def test_export_then_import_elsewhere_keeps_everything(store: AdapterStore, tmp_path: Path) -> None:
+    adapter = store_one(
+        store, name="one", exemplars=exemplars(), encoder="enc", encoder_fingerprint="f", prompt_hash="p", n_prompts=3
+    )
+    out = store.export("one", tmp_path / "new" / "out")
+    assert everything(out) == everything(adapter.path)
+    other = AdapterStore(Home(tmp_path / "other"))
+    copy = other.import_folder(out, TINY, base_fingerprint=BASE)
+    assert copy.id == adapter.id and copy.prompt_hash == "p" and copy.encoder_fingerprint == "f"
+    assert torch.equal(other.exemplars(copy), exemplars()) and torch.equal(other.load(copy, TINY), random_flat(TINY))
+
+
+def test_export_never_overwrites(store: AdapterStore, tmp_path: Path) -> None:
+    store_one(store, name="one")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for target in ("full", "file"):
+        with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+            store.export("one", tmp_path / target)
+    assert everything(tmp_path / "full") == {"mine": b"x"} and (tmp_path / "file").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    assert store.export("one", tmp_path / "empty") == tmp_path / "empty"
