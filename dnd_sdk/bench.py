@@ -193,8 +193,11 @@ class _OwnAdapters:
         return result.timings_s
 
     def remove(self) -> None:
+        """Take everything added out of the engine and the store."""
         while self._added:
-            self._dnd.store.rm(self._added.pop().name)
+            adapter = self._added.pop()
+            self._dnd.engine.evict(adapter.id)  # else the next swap would find it in its slot
+            self._dnd.store.rm(adapter.name)
 
 
 def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[str, float]:

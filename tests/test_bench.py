@@ -31,7 +31,7 @@ class FakeSession:
         self.base = SimpleNamespace(model=model, name="tiny")
         self.store = SimpleNamespace(ls=lambda: [SimpleNamespace(name=n) for n in self.stored], rm=self.stored.remove)
         self.engine = SimpleNamespace(
-            load=self.resident.__setitem__, evict=self.resident.pop, complete_batch=self.complete
+            load=self.resident.__setitem__, evict=lambda i: self.resident.pop(i, None), complete_batch=self.complete
         )
         self.cold = 5.0
 
@@ -45,12 +45,14 @@ class FakeSession:
     def adapt(self, prompts: list[str], *, mode: str) -> SimpleNamespace:
         fresh = mode == "generate"
         assert not fresh or "new" not in self.stored, "generation was timed on a store that had the adapter"
+        assert not fresh or "id-new" not in self.resident, "the swap was timed on a bank that had the adapter"
         self.now += ADAPT_S if fresh else REUSE_S
         if fresh:
             self.stored.append("new")
             self.added.append("new")
+            self.resident["id-new"] = torch.ones(3)
         decision = self.decision or ("generate" if fresh else "reuse")
-        adapter = None if decision == "base" else SimpleNamespace(name="new")
+        adapter = None if decision == "base" else SimpleNamespace(name="new", id="id-new")
         return SimpleNamespace(
             adapter=adapter, decision=decision, reason="why", timings_s={"encode": 0.1, "total": 0.3}
         )

@@ -96,34 +96,41 @@ def test_shuffling_needs_two_tasks() -> None:
 
 @pytest.fixture
 def zoo_home(home: Home) -> tuple[Home, LoraLayout]:
-    layout = LoraLayout.from_model(tiny_model(), r=2)
+    """Adapters x and y for this base and encoder; z, v and w are for others and nearer, q cannot be found."""
+    layout, wider = (LoraLayout.from_model(tiny_model(), r=r) for r in (2, 3))
     store, axes = AdapterStore(home), torch.eye(3)
-    for i, name in enumerate(("x", "y", "z")):
-        about = {"base_name": "tiny", "base_fingerprint": "base" if name != "z" else "other", "source": "trained"}
-        store.put(random_flat(layout, seed=i), layout, name=name, exemplars=axes[i : i + 1], **about)
-    store.put(
-        random_flat(layout, seed=9), layout, base_name="tiny", base_fingerprint="base", source="trained", name="q"
+    places = (
+        ("x", 0, {}),
+        ("y", 1, {}),
+        ("z", 2, {"base_fingerprint": "other"}),
+        ("v", 2, {"encoder_fingerprint": "e2"}),
     )
+    about = {"base_name": "tiny", "base_fingerprint": "base", "source": "trained", "encoder_fingerprint": "enc"}
+    for i, (name, axis, other) in enumerate(places):
+        store.put(random_flat(layout, seed=i), layout, name=name, exemplars=axes[axis : axis + 1], **about | other)
+    store.put(random_flat(wider), wider, name="w", exemplars=axes[2:], **about)
+    store.put(random_flat(layout, seed=9), layout, name="q", **about)
     return home, layout
 
 
-def test_nearest_takes_the_best_stored_adapter_of_this_base(zoo_home: tuple[Home, LoraLayout]) -> None:
+def test_nearest_takes_the_best_stored_adapter_that_fits(zoo_home: tuple[Home, LoraLayout]) -> None:
     home, layout = zoo_home
-    zoo = Zoo(home.root, layout, "base", "enc")
-    assert len(zoo) == 2  # not the other base's, not the one without exemplars
-    prompts = torch.nn.functional.normalize(torch.tensor([[0.1, 0.9, 0.0], [0.2, 0.8, 0.9], [0.9, 0.2, 0.0]]), dim=1)
-    (first, score), (second, _) = zoo.rank(prompts)
-    assert (first.name, second.name) == ("y", "x")
-    assert score == pytest.approx(float(prompts[:, 1].mean()))
-    assert torch.equal(zoo.nearest(prompts), random_flat(layout, seed=1))
-    assert len(Zoo(home.adapters, layout, "base", "enc")) == 2
+    prompts = torch.nn.functional.normalize(torch.tensor([[0.1, 0.5, 0.9], [0.2, 0.6, 0.9], [0.4, 0.2, 0.9]]), dim=1)
+    for folder in (home.root, home.adapters):
+        zoo = Zoo(folder, layout, "base", "enc")
+        assert [name for name, _ in zoo.rank(prompts)] == ["y", "x"]
+        assert torch.equal(zoo.nearest(prompts), random_flat(layout, seed=1))
 
 
-def test_an_empty_zoo_is_refused(tmp_path: Path, zoo_home: tuple[Home, LoraLayout]) -> None:
+def test_a_zoo_without_a_fitting_adapter_is_refused(tmp_path: Path, zoo_home: tuple[Home, LoraLayout]) -> None:
     home, layout = zoo_home
-    for folder, base in ((tmp_path / "nothing", "base"), (home.root, "third")):
+    for folder, base, encoder in (
+        (tmp_path / "no", "base", "enc"),
+        (home.root, "b3", "enc"),
+        (home.root, "base", "e3"),
+    ):
         with pytest.raises(ConfigError, match=r"no adapter in .* fits this base and encoder"):
-            Zoo(folder, layout, base, "enc")
+            Zoo(folder, layout, base, encoder)
 
 
 def test_nearest_asks_the_zoo_with_the_tasks_own_prompts() -> None:

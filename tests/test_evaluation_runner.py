@@ -57,20 +57,15 @@ def test_answers_and_options_are_matched_to_their_own_rows() -> None:
     prompts = [f"row {i} {'x' * (7 * i % 5)}" for i in range(12)]
     echo = make_task("echo", answer_type="short-text", test=tuple(Row(p, p, "test") for p in prompts))
     odd = make_task("odd", test=tuple(Row(p, LABELS[0] if len(p) % 2 else LABELS[1], "test") for p in prompts))
-    tasks = run(make_parts(engine=Echo()), ["base"], tasks=[echo, odd], limit=12, batch_rows=5)["methods"]["base"][
-        "tasks"
-    ]
+    tasks = run(make_parts(engine=Echo()), ["base"], tasks=[echo, odd], limit=12)["methods"]["base"]["tasks"]
     assert tasks["echo"]["exact_match"] == 1.0
     assert tasks["odd"]["option_accuracy"] == 1.0 and tasks["odd"]["exact_match"] == 0.0
 
 
-def test_rows_go_in_batches_of_like_length_with_the_tasks_token_limit() -> None:
+def test_a_task_is_asked_greedily_with_its_own_token_limit() -> None:
     parts = make_parts()
-    run(parts, ["base"], tasks=TASKS[:2], limit=6, batch_rows=4)
-    assert parts.engine.batches == [4, 2, 4, 2]
-    lengths = [len(m[-1]["content"]) for m in parts.engine.asked[:6]]
-    assert lengths == sorted(lengths)
-    assert [o.max_new_tokens for o in parts.engine.options] == [5, 5, 6, 6]  # longest train response + 4
+    run(parts, ["base"], tasks=TASKS[:2], limit=6)
+    assert [o.max_new_tokens for o in parts.engine.options] == [5, 6]  # longest train response + 4
     assert all(o.temperature == 0.0 for o in parts.engine.options)
     run(parts, ["base"], tasks=TASKS[:1], max_new_tokens=2)
     assert parts.engine.options[-1].max_new_tokens == 2

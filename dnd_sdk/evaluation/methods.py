@@ -10,13 +10,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation.parts import AdapterZoo, Parts
 from dnd_sdk.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PROMPTS = 64
 """`generated` sees at most this many prompts of a task."""

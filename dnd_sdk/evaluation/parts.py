@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
 from dnd_sdk.config import SamplingOptions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dnd_sdk.session import DnD
 
 Messages = list[dict[str, str]]
@@ -46,8 +46,13 @@ class PromptEncoder(Protocol):
 class LoraGenerator(Protocol):
     """The generator of `dnd_sdk.generator`."""
 
-    id: str
-    state_tokens: int
+    @property
+    def id(self) -> str:
+        """What names its weights."""
+
+    @property
+    def state_tokens(self) -> int:
+        """Token states per prompt it takes."""
 
     def generate(self, states: Tensor) -> Tensor:
         """Token states -> flat LoRA vector."""

@@ -1,4 +1,4 @@
-"""Runs methods over tasks: rows in length-sorted batches, answers cached by content, one bad task loses no other.
+"""Runs methods over tasks: answers cached by content, one bad task loses no other.
 
 * The unit of work is (task, method, seed). Its cache key is made of what decides the answer: the rows, the labels, the
   base, the LoRA's own bytes, the system text, the token limit; not of the method's name.
@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import ConfigError, DndError, InputError
@@ -27,6 +25,9 @@ from dnd_sdk.evaluation.parts import AdapterZoo, Messages, Parts
 from dnd_sdk.evaluation.report import Unit, build_report
 from dnd_sdk.evaluation.scoring import score_answers
 from dnd_sdk.tasks import Row, Task, data_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +46,13 @@ class EvalSettings:
     """Seeds per method whose prompts are drawn; their scores are averaged."""
     n_prompts: int = MAX_PROMPTS
     """Prompts of a task that condition the generator or the router, at most."""
-    batch_rows: int = 16
-    """Rows completed together."""
     max_new_tokens: int = 64
     """Upper bound; a task whose train responses are shorter gets less."""
     run_dir: Path | None = None
     """Folder of `results.jsonl`; None keeps nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "seeds", "n_prompts", "batch_rows", "max_new_tokens"):
+        for name in ("limit", "seeds", "n_prompts", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_prompts > MAX_PROMPTS:
@@ -141,7 +140,7 @@ class _Run:
             answers = self.cache.get(key)
             cached = answers is not None
             if answers is None:
-                answers = job.run(treatment, self.parts, self.settings.batch_rows)
+                answers = job.run(treatment, self.parts)
                 self.cache.put(key, answers, task=task.name, method=method.name, seed=seed)
             return Unit(task.name, method.name, seed, len(job.rows), score_answers(task, job.rows, *answers)), cached
         except (DndError, RuntimeError, ValueError) as e:  # whatever this task's rows or adapter bring about
@@ -198,32 +197,26 @@ class TaskJob:
         ]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
-    def run(self, treatment: Treatment, parts: Parts, batch_rows: int) -> Answers:
+    def run(self, treatment: Treatment, parts: Parts) -> Answers:
         """Ask every row; the adapter is in the engine only while this runs."""
         if treatment.flat is None:
-            return self._ask(None, treatment.system, parts, batch_rows)
+            return self._ask(None, treatment.system, parts)
         adapter_id = f"eval-{flat_hash(treatment.flat)}"
         parts.engine.load(adapter_id, treatment.flat)
         try:
-            return self._ask(adapter_id, treatment.system, parts, batch_rows)
+            return self._ask(adapter_id, treatment.system, parts)
         finally:
             parts.engine.evict(adapter_id)
 
-    def _ask(self, adapter_id: str | None, system: str | None, parts: Parts, batch_rows: int) -> Answers:
+    def _ask(self, adapter_id: str | None, system: str | None, parts: Parts) -> Answers:
         asked = [_messages(self.task, row, system) for row in self.rows]
-        order = sorted(range(len(asked)), key=lambda i: sum(len(m["content"]) for m in asked[i]))
-        outputs, choices = [""] * len(asked), [0] * len(asked)
-        options = SamplingOptions(max_new_tokens=self.max_new_tokens)
-        for at in range(0, len(order), batch_rows):  # neighbours in length: little padding
-            some = order[at : at + batch_rows]
-            batch, ids = [asked[i] for i in some], [adapter_id] * len(some)
-            for i, generation in zip(some, parts.engine.complete_batch(batch, ids, options), strict=True):
-                outputs[i] = generation.text
-            if self.labels is not None:
-                best = parts.engine.option_logprobs(batch, ids, self.labels).argmax(dim=-1).tolist()
-                for i, choice in zip(some, best, strict=True):
-                    choices[i] = choice
-        return Answers(outputs, None if self.labels is None else choices)
+        ids = [adapter_id] * len(asked)
+        # the engine sorts by length and cuts into batches
+        done = parts.engine.complete_batch(asked, ids, SamplingOptions(max_new_tokens=self.max_new_tokens))
+        choices = None
+        if self.labels is not None:
+            choices = parts.engine.option_logprobs(asked, ids, self.labels).argmax(dim=-1).tolist()
+        return Answers([d.text for d in done], choices)
 
 
 def _messages(task: Task, row: Row, system: str | None) -> Messages:

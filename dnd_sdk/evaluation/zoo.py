@@ -1,56 +1,55 @@
-"""The adapters that `nearest` chooses from: an `AdapterStore` folder, searched without any threshold."""
+"""The adapters that `nearest` chooses from: an `AdapterStore`, searched by the router's index without a threshold."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from dnd_sdk.adapters import Adapter, AdapterStore
+from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.routing import Router, Thresholds
+
+_NO_THRESHOLD = Thresholds(reuse=-1.0, reuse_single=-1.0, support=-1.0)
 
 
 class Zoo:
-    """Stored adapters that fit one base, with their exemplars in memory and their weights on disk."""
+    """Stored adapters that fit one base and encoder."""
 
     def __init__(self, folder: str | os.PathLike[str], layout: LoraLayout, base_fingerprint: str, encoder: str) -> None:
         """Open the home folder (or its `adapters` folder) that holds the zoo.
 
-        `encoder` is the fingerprint of the encoder whose vectors `nearest` will get. Adapters for another base or
-        encoder, or without exemplars, are passed over; `ConfigError` when none is left.
+        `encoder` is the fingerprint of the encoder whose vectors will be asked with. Adapters for another base, layout
+        or encoder, or without exemplars, do not count; `ConfigError` when none is left.
         """
         root = Path(folder).expanduser().absolute()
-        home = Home(root.parent if root.name == "adapters" else root)
-        self._store, self._layout, self._base = AdapterStore(home), layout, base_fingerprint
-        self._exemplars: list[tuple[Adapter, Tensor]] = []
-        for adapter in self._store.ls():
-            if adapter.base_fingerprint == base_fingerprint and adapter.encoder_fingerprint in (None, encoder):
-                exemplars = self._store.exemplars(adapter)
-                if exemplars is not None:
-                    self._exemplars.append((adapter, exemplars))
-        if not self._exemplars:
+        self._store = AdapterStore(Home(root.parent if root.name == "adapters" else root))
+        self._layout, self._base = layout, base_fingerprint
+        mine = [
+            a for a in self._store.ls() if (a.base_fingerprint, a.encoder_fingerprint) == (base_fingerprint, encoder)
+        ]
+        if not any(a.layout_digest == layout.digest and self._store.exemplars(a) is not None for a in mine):
             raise ConfigError(
-                f"no adapter in {home.adapters} fits this base and encoder and has exemplars",
-                fix="pass the folder of a zoo trained for this base (dnd train zoo)",
+                f"no adapter in {self._store.root} fits this base and encoder and has exemplars",
+                fix="pass a folder with stored adapters of train tasks, made for this base",
             )
+        self._router = Router(
+            self._store,
+            "zoo",
+            encoder,
+            base_fingerprint,
+            _NO_THRESHOLD,
+            usable=lambda adapter: adapter.layout_digest == layout.digest,
+        )
 
-    def __len__(self) -> int:
-        return len(self._exemplars)
-
-    def rank(self, pooled: Tensor) -> list[tuple[Adapter, float]]:
-        """Every adapter with its score for these normalised prompt vectors `(n, C)`, best first.
-
-        The score is the mean, over the prompts, of the cosine to the adapter's nearest exemplar.
-        """
-        scores = [float((pooled @ exemplars.T).max(dim=1).values.mean()) for _, exemplars in self._exemplars]
-        order = torch.tensor(scores).argsort(descending=True, stable=True).tolist()
-        return [(self._exemplars[i][0], scores[i]) for i in order]
+    def rank(self, pooled: Tensor) -> list[tuple[str, float]]:
+        """The nearest adapters' names and index scores for these normalised prompt vectors `(n, C)`, best first."""
+        return self._router.route(pooled).neighbours
 
     def nearest(self, pooled: Tensor) -> Tensor:
         """The flat LoRA vector of the best adapter for these prompts."""
-        best, _ = self.rank(pooled)[0]
+        best = self._store.get(self.rank(pooled)[0][0])
         return self._store.load(best, self._layout, base_fingerprint=self._base)
