@@ -1,0 +1,204 @@
+"""`Router`: reuse an adapter made before, generate a new one, or stay on the base model; the decision is a value.
+
+* The same prompts again are recognised by their hash, before anything is encoded.
+* Thresholds come from a `Calibration` measured on real tasks; nothing is guessed here.
+* Adapters that another process adds or removes are noticed through the store's version at the next question.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from dnd_sdk.adapters import Adapter
+from dnd_sdk.errors import ConfigError, StorageError
+from dnd_sdk.routing.calibration import Thresholds
+from dnd_sdk.routing.index import AdapterIndex, Key, Store
+from dnd_sdk.routing.support import Support
+
+log = logging.getLogger(__name__)
+
+RouteMode = Literal["auto", "reuse", "generate"]
+_NEIGHBOURS = 5
+
+
+@dataclass(frozen=True)
+class RouteDecision:
+    """What to do with a set of prompts, and why."""
+
+    decision: Literal["reuse", "generate", "base"]
+    score: float | None
+    """Of the nearest adapter: about 1 for prompts of the same task; None if there is none."""
+    adapter: Adapter | None
+    """The adapter to reuse; None for the other decisions."""
+    neighbours: list[tuple[str, float]] = field(default_factory=list)
+    """Names and scores of the nearest adapters, best first."""
+    reason: str = ""
+    """One sentence for people."""
+    support: float | None = None
+    """How near the prompts are to the generator's training tasks; None if not asked or not known."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        a = self.adapter
+        return {
+            "decision": self.decision,
+            "score": self.score,
+            "adapter": None if a is None else {"name": a.name, "path": str(a.path), "source": a.source},
+            "neighbours": [{"adapter": name, "score": score} for name, score in self.neighbours],
+            "support": self.support,
+            "reason": self.reason,
+        }
+
+
+class Router:
+    """Routes for one base and encoder; safe to share between threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        encoder_name: str,
+        encoder_fp: str,
+        base_fp: str,
+        thresholds: Thresholds,
+        *,
+        support: Support | None = None,
+        folder: Path | None = None,
+        usable: Callable[[Adapter], bool] | None = None,
+    ) -> None:
+        """Nothing is read before the first question.
+
+        Args:
+            store: Where adapters are found; only those of this base and encoder count.
+            encoder_name: Name of the encoder, for the saved index.
+            encoder_fp: Its fingerprint.
+            base_fp: Fingerprint of the base model.
+            thresholds: See `Calibration`.
+            support: Where the generator was trained; None: every prompt set may be generated for.
+            folder: Where the index is kept between runs; None keeps it in memory.
+            usable: Whether an adapter may be chosen at all; None: any.
+        """
+        self.thresholds = thresholds
+        self._store, self._encoder, self._fingerprints = store, encoder_name, (base_fp, encoder_fp)
+        self._support = support
+        self._folder = None if folder is None else folder / f"{base_fp[:16]}-{encoder_fp[:16]}"
+        self._usable = usable or (lambda adapter: True)
+        self._lock = threading.Lock()
+        self._index: AdapterIndex | None = None
+        self._listed: tuple[str, tuple[Adapter, ...]] | None = None
+
+    def exact(self, prompt_hash: str) -> RouteDecision | None:
+        """Reuse of the newest adapter made for exactly these prompts, None without one; needs no embeddings."""
+        same = [a for a in self._adapters() if a.prompt_hash == prompt_hash]
+        if not same:
+            return None
+        found = max(same, key=lambda a: (a.created, a.name))
+        return RouteDecision("reuse", 1.0, found, [(found.name, 1.0)], "exact prompt set")
+
+    def route(self, pooled: Tensor, *, prompt_hash: str | None = None, mode: RouteMode = "auto") -> RouteDecision:
+        """Decide for a set of prompts.
+
+        Args:
+            pooled: `(n, C)` normalised prompt embeddings.
+            prompt_hash: Of the prompt set; None skips the exact match.
+            mode: `"reuse"` never generates, `"generate"` always does.
+
+        Raises:
+            InputError: The embeddings are not finite, not normalised or of another width.
+        """
+        if mode not in get_args(RouteMode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(RouteMode))}, got {mode!r}")
+        if prompt_hash is not None and mode != "generate" and (exact := self.exact(prompt_hash)) is not None:
+            return exact
+        ranked = self._rank(pooled)
+        if mode == "generate":
+            return _decision("generate", ranked, "generation was asked for")
+        if ranked and ranked[0][1] >= self.thresholds.reuse:
+            return _reuse(ranked, self.thresholds.reuse)
+        why_not = _why_not(ranked, self.thresholds.reuse)
+        if mode == "reuse":
+            return _decision("base", ranked, f"{why_not}, and generating was ruled out")
+        return self._generate_or_base(pooled, ranked, why_not)
+
+    def route_one(self, pooled: Tensor) -> RouteDecision:
+        """Decide for a single prompt `(1, C)`: reuse or base, by the stricter rule that one prompt calls for."""
+        if len(pooled) != 1:
+            raise ConfigError(f"route_one takes one prompt, got {len(pooled)}", fix="use route() for a set")
+        ranked = self._rank(pooled)
+        if ranked and ranked[0][1] >= self.thresholds.reuse_single:
+            return _reuse(ranked, self.thresholds.reuse_single)
+        return _decision("base", ranked, _why_not(ranked, self.thresholds.reuse_single))
+
+    def _generate_or_base(self, pooled: Tensor, ranked: list[tuple[Adapter, float]], why_not: str) -> RouteDecision:
+        if self._support is None:
+            return _decision("generate", ranked, why_not)
+        near = self._support.score(pooled)
+        limit = self.thresholds.support
+        if near < limit:
+            reason = f"{why_not}, and the prompts are unlike any training task: {near:.2f} is below {limit:.2f}"
+            return _decision("base", ranked, reason, near)
+        return _decision("generate", ranked, why_not, near)
+
+    def _adapters(self) -> tuple[Adapter, ...]:
+        """Adapters that may be chosen, read again when the store has changed."""
+        version = self._store.version()
+        listed = self._listed
+        if listed is None or listed[0] != version:
+            mine = [a for a in self._store.ls() if (a.base_fingerprint, a.encoder_fingerprint) == self._fingerprints]
+            listed = self._listed = (version, tuple(a for a in mine if self._usable(a)))
+        return listed[1]
+
+    def _rank(self, pooled: Tensor) -> list[tuple[Adapter, float]]:
+        index = self._current_index(pooled.shape[-1])
+        by_id = {a.id: a for a in self._adapters()}
+        return [(by_id[h.adapter_id], h.score) for h in index.score(pooled) if h.adapter_id in by_id]
+
+    def _current_index(self, width: int) -> AdapterIndex:
+        with self._lock:
+            if self._index is None:
+                base_fp, encoder_fp = self._fingerprints
+                key = Key(width, self._encoder, encoder_fp, base_fp)
+                saved = None if self._folder is None else AdapterIndex.load(self._folder, key)
+                self._index = AdapterIndex(key) if saved is None else saved
+            if self._index.sync(self._store) and self._folder is not None:
+                self._save(self._index, self._folder)
+            return self._index
+
+    def _save(self, index: AdapterIndex, folder: Path) -> None:
+        try:
+            index.save(folder)
+        except StorageError as e:  # the index is a cache: a full or read-only disk must not stop routing
+            log.warning("the adapter index is not kept: %s", e.message)
+
+
+def _decision(
+    decision: Literal["generate", "base"],
+    ranked: list[tuple[Adapter, float]],
+    reason: str,
+    support: float | None = None,
+) -> RouteDecision:
+    score = ranked[0][1] if ranked else None
+    return RouteDecision(decision, score, None, _neighbours(ranked), reason, support)
+
+
+def _reuse(ranked: list[tuple[Adapter, float]], threshold: float) -> RouteDecision:
+    adapter, score = ranked[0]
+    reason = f"{adapter.name} was made for such prompts: {score:.2f} reaches {threshold:.2f}"
+    return RouteDecision("reuse", score, adapter, _neighbours(ranked), reason)
+
+
+def _neighbours(ranked: list[tuple[Adapter, float]]) -> list[tuple[str, float]]:
+    return [(a.name, s) for a, s in ranked[:_NEIGHBOURS]]
+
+
+def _why_not(ranked: list[tuple[Adapter, float]], threshold: float) -> str:
+    if not ranked:
+        return "no stored adapter to compare with"
+    adapter, score = ranked[0]
+    return f"the nearest adapter {adapter.name} is not near enough: {score:.2f} is below {threshold:.2f}"
