@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from dnd_sdk.config import Home
+
+if TYPE_CHECKING:
+    from tiny_world import World
 
 REAL_HOME = os.environ.get("DND_TEST_HOME") or os.environ.get("DND_HOME")
 
@@ -28,3 +32,17 @@ def home(tmp_path: Path) -> Home:
 def real_home() -> Home:
     """A home that keeps the embedded weights between runs (`make test` sets DND_TEST_HOME); fetched on first use."""
     return Home.find(REAL_HOME)
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Tiny base, encoder and generator on disk, saved once."""
+    from tiny_world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(tiny_folders: World, home: Home) -> World:
+    """The tiny installation with a home of this test's own."""
+    return tiny_folders._replace(home=home)

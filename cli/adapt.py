@@ -1,0 +1,77 @@
+"""`dnd adapt`: a file of prompts in, the adapter for them out (reused, generated, or the base as it is)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dnd_sdk.cli.options import ModelOptions
+from dnd_sdk.cli.output import Output
+
+if TYPE_CHECKING:
+    from dnd_sdk.session import AdaptResult
+
+
+class Mode(StrEnum):
+    """What `adapt` may do."""
+
+    auto = "auto"
+    reuse = "reuse"
+    generate = "generate"
+
+
+def adapt(
+    out: Output,
+    models: ModelOptions,
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="Prompts: .txt (one a line), .jsonl, .csv, or - for stdin.")
+    ],
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Name of a newly made adapter.")] = None,
+    mode: Annotated[Mode, typer.Option("--mode", help="reuse: never make one; generate: always make one.")] = Mode.auto,
+    column: Annotated[str, typer.Option("--column", help="Column or JSON field that holds the prompt.")] = "prompt",
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Also export the adapter as a PEFT folder.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the nearest adapters and the reason.")] = False,
+) -> None:
+    """Decide how to serve the task behind these prompts, and make its adapter if needed."""
+    from dnd_sdk.prompts import read_prompts
+
+    prompt_set = read_prompts(prompts, column=column)
+    with models.load(out) as dnd:
+        with out.step(f"adapting to {len(prompt_set.prompts)} prompts"):
+            result = dnd.adapt(prompt_set, mode=mode.value, name=name)
+        if out_dir is not None and result.adapter is not None:
+            dnd.store.export(result.adapter.name, out_dir)
+    for line in result.notes:
+        out.note(f"note: {line}")
+    if out_dir is not None and result.adapter is None:
+        out.note("note: nothing exported, the base model serves these prompts")
+    out.emit(_payload(result, explain), lambda: _text(result, explain, out, out_dir))
+
+
+def _payload(result: AdaptResult, explain: bool) -> dict[str, Any]:
+    more = {
+        "reason": result.reason,
+        "neighbours": [{"name": n, "score": s} for n, s in result.neighbours],
+        "notes": list(result.notes),
+    }
+    return {**result.to_dict(), **(more if explain else {})}
+
+
+def _text(result: AdaptResult, explain: bool, out: Output, out_dir: Path | None) -> str:
+    if out.quiet:
+        return result.adapter.name if result.adapter else "base"
+    lines = [f"decision: {result.decision}"]
+    if result.adapter is not None:
+        lines += [f"adapter:  {result.adapter.name}", f"path:     {result.adapter.path}"]
+        if out_dir is not None:
+            lines.append(f"exported: {out_dir}")
+    lines.append(f"prompts:  {result.n_prompts}")
+    if explain or result.adapter is None:
+        lines.append(f"reason:   {result.reason}")
+    if explain:
+        lines += [f"  near:   {name}  {score:.3f}" for name, score in result.neighbours]
+    timings = "  ".join(f"{step} {1000 * seconds:.0f} ms" for step, seconds in result.timings_s.items() if seconds)
+    return "\n".join([*lines, f"time:     {timings}"])

@@ -1,0 +1,120 @@
+"""`dnd adapters ls|show|rm|import|export|verify`: the store, from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dnd_sdk.cli.options import ModelOptions
+from dnd_sdk.cli.output import EXIT_PROBLEM, Output, sized, table
+
+if TYPE_CHECKING:
+    from dnd_sdk.adapters import Adapter, AdapterStore
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name or id.")]
+
+
+def _store(out: Output) -> AdapterStore:
+    from dnd_sdk.adapters import AdapterStore
+
+    return AdapterStore(out.find_home())
+
+
+def _describe(adapter: Adapter) -> dict[str, Any]:
+    size = sum(f.stat().st_size for f in adapter.path.glob("*") if f.is_file())
+    return {
+        "name": adapter.name,
+        "id": adapter.id,
+        "path": str(adapter.path),
+        "source": adapter.source,
+        "created": adapter.created,
+        "n_prompts": adapter.n_prompts,
+        "bytes": size,
+        "base_fingerprint": adapter.base_fingerprint,
+        "layout_digest": adapter.layout_digest,
+        "prompt_hash": adapter.prompt_hash,
+        "generator": adapter.generator,
+        "encoder": adapter.encoder,
+        "scores": dict(adapter.scores),
+    }
+
+
+def ls(out: Output) -> None:
+    """List the stored adapters."""
+    found = [_describe(a) for a in _store(out).ls()]
+    columns = ("name", "source", "created", "prompts", "size", "id")
+
+    def text() -> str:
+        if out.quiet:
+            return "\n".join(str(a["name"]) for a in found)
+        if not found:
+            return "no adapters yet; make one with: dnd adapt PROMPTS"
+        rows = [(a["name"], a["source"], a["created"], a["n_prompts"], sized(a["bytes"]), a["id"][:12]) for a in found]
+        drawn: str = table(columns, rows)
+        return drawn
+
+    out.emit({"adapters": found}, text)
+
+
+def show(out: Output, name: Name) -> None:
+    """Show everything known about one adapter."""
+    described = _describe(_store(out).get(name))
+    width = max(map(len, described))
+    lines = [f"{key:<{width}}  {'-' if value is None else value}" for key, value in described.items()]
+    out.emit({"adapter": described}, str(described["name"]) if out.quiet else "\n".join(lines))
+
+
+def rm(out: Output, names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names or ids.")]) -> None:
+    """Remove adapters; nothing is removed unless every name is known."""
+    store = _store(out)
+    chosen = list(dict.fromkeys(store.get(n).name for n in names))
+    for name in chosen:
+        store.rm(name)
+    out.emit({"removed": chosen}, "\n".join(chosen if out.quiet else (f"removed {n}" for n in chosen)))
+
+
+def import_(
+    out: Output,
+    models: ModelOptions,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A PEFT LoRA folder made for the same base.")],
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Name in the store.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts of its task, so that it is found.")] = None,
+) -> None:
+    """Check a PEFT LoRA folder and take it into the store."""
+    from dnd_sdk.prompts import read_prompts
+
+    prompt_set = read_prompts(prompts) if prompts else None
+    with models.load(out) as dnd:
+        adapter = dnd.import_adapter(folder, name=name, prompts=prompt_set)
+    if prompt_set is None:
+        out.note("note: without --prompts it is used by name only, never by routing")
+    out.emit({"adapter": _describe(adapter)}, adapter.name if out.quiet else f"imported {adapter.name}")
+
+
+def export(
+    out: Output,
+    name: Name,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
+) -> None:
+    """Write an adapter as a plain PEFT folder that peft and vLLM load."""
+    store = _store(out)
+    adapter = store.get(name)
+    store.export(adapter.name, folder)
+    out.emit({"name": adapter.name, "path": str(folder)}, str(folder) if out.quiet else f"exported to {folder}")
+
+
+def verify(
+    out: Output,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only this adapter; all without it.")] = None,
+) -> None:
+    """Check that stored adapters are whole: hashes, shapes, finite values. Exit code 3 when one is not."""
+    store = _store(out)
+    checked = [store.get(name).name] if name else [a.name for a in store.ls()]
+    problems = [{"name": p.name, "what": p.what, "fix": p.fix} for p in store.verify(name)]
+    lines = [f"{p['name']}: {p['what']}\n  fix: {p['fix']}" for p in problems]
+    ok = [] if out.quiet or problems else [f"{len(checked)} adapters are whole"]
+    out.emit({"ok": not problems, "checked": len(checked), "problems": problems}, "\n".join(lines + ok))
+    if problems:
+        raise typer.Exit(EXIT_PROBLEM)

@@ -1,0 +1,70 @@
+"""`dnd eval` and `dnd bench`: how good the answers are, and how fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dnd_sdk.cli.options import ModelOptions
+from dnd_sdk.cli.output import EXIT_FAILURE, Output
+from dnd_sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dnd_sdk.evaluation.runner import Progress
+
+ROLES = ("train", "validation", "all")
+
+
+def evaluate(
+    out: Output,
+    models: ModelOptions,
+    tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).")],
+    methods: Annotated[str, typer.Option("--methods", help="Comma separated; all without it.")] = "",
+    names: Annotated[list[str] | None, typer.Option("--task", help="Only this task; repeatable.")] = None,
+    role: Annotated[str, typer.Option("--role", help="validation, train or all.")] = "validation",
+    limit: Annotated[int, typer.Option("--limit", help="Test rows per task.")] = 30,
+    seeds: Annotated[int, typer.Option("--seeds", help="Seeds per method whose prompts are drawn.")] = 1,
+    zoo: Annotated[Path | None, typer.Option("--zoo", help="Run folder of dnd train zoo, for `nearest`.")] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Keeps answers; run again to go on.")] = None,
+) -> None:
+    """Compare methods on labelled tasks: exact match, option likelihood, valid format."""
+    if role not in ROLES:
+        raise ConfigError(f"--role takes {', '.join(ROLES)}, got {role!r}")
+    from dnd_sdk.evaluation import METHODS, EvalSettings, Zoo, render
+    from dnd_sdk.evaluation import evaluate as run_evaluation
+    from dnd_sdk.tasks import read_tasks
+
+    chosen = tuple(m.strip() for m in methods.split(",") if m.strip()) or METHODS
+    settings = EvalSettings(limit=limit, seeds=seeds, run_dir=run_dir)
+    found = read_tasks(tasks, role=None if role == "all" else role, names=names or None)
+    with models.load(out) as dnd, out.progress("evaluating") as report:
+
+        def tell(p: Progress) -> None:
+            report(p.done, p.total, f"{p.task} {p.method}", p.eta_s)
+
+        stored = Zoo(zoo, dnd.layout, dnd.base.fingerprint, dnd.encoder.fingerprint) if zoo else None
+        result = run_evaluation(dnd, found, chosen, settings, tell, zoo=stored)
+    out.emit(result, lambda: render(result))
+    for failure in result["failures"]:
+        out.note(f"failed: {failure['task']} {failure['method']} seed {failure['seed']}: {failure['error']}")
+    if result["failures"]:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def bench_adapt(
+    out: Output,
+    models: ModelOptions,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts to adapt to; made up without it.")] = None,
+    n_prompts: Annotated[int, typer.Option("--n-prompts", help="How many to make up.")] = 64,
+) -> None:
+    """Time adapting, reusing, swapping and decoding, against encoding alone and against the plain base."""
+    from dnd_sdk.bench import bench_adapt as measure
+    from dnd_sdk.bench import render
+    from dnd_sdk.prompts import read_prompts
+
+    chosen = list(read_prompts(prompts).prompts) if prompts else None
+    with models.load(out) as dnd, out.step("measuring"):
+        result = measure(dnd, chosen, n_prompts=n_prompts)
+    out.emit(result, lambda: render(result))

@@ -1,0 +1,141 @@
+"""The `dnd` command: which commands there are, their help, and the one place errors become exit codes.
+
+Nothing here (nor at the top of any command's module) imports torch, so help and completion are quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dnd_sdk import __version__
+from dnd_sdk.cli import adapt, adapters, doctor, evaluate, models, run, train
+from dnd_sdk.cli.options import command
+from dnd_sdk.cli.output import error_exit, wants
+
+
+class DndGroup(TyperGroup):
+    """The top command: any exception becomes two lines on stderr (or JSON) and an exit code."""
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
+        """Run one command line and exit."""
+        argv = list(sys.argv[1:] if args is None else args)
+        as_json = wants("--json", argv)
+        try:
+            # outside standalone mode the parser hands us its usage errors instead of drawing them
+            code = super().main(argv, **{**extra, "prog_name": "dnd", "standalone_mode": not as_json})
+        except (Exception, KeyboardInterrupt) as error:
+            code = error_exit(error, argv)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command; Ctrl-C is reported by us, not by the parser."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(error_exit(error, [])) from error
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join(("Examples:", *(f"  {line}" for line in lines)))
+
+
+def _group(text: str) -> typer.Typer:
+    return typer.Typer(help=text, no_args_is_help=True, context_settings=CONTEXT, rich_markup_mode="rich")
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="dnd",
+    cls=DndGroup,
+    no_args_is_help=True,
+    context_settings=CONTEXT,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog=_examples(
+        "dnd adapt examples/support_tickets/prompts.txt --name tickets",
+        'dnd run "My card was charged twice" -a tickets --compare base',
+        "dnd doctor",
+    ),
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"dnd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Prompts in, a task LoRA out, hot-swapped on one resident LLM."""
+
+
+app.command("adapt", epilog=_examples(
+    "dnd adapt prompts.txt --name tickets",
+    "cat prompts.jsonl | dnd adapt - --mode generate --json",
+    "dnd adapt prompts.csv --column question --out ./tickets-lora --explain",
+))(command(adapt.adapt))  # fmt: skip
+app.command("run", epilog=_examples(
+    'dnd run "My card was charged twice" -a tickets',
+    'dnd run "My card was charged twice" -a auto --compare base',
+    "echo 'What is 2 + 2?' | dnd run - -a base --json",
+))(command(run.run))  # fmt: skip
+app.command("chat", epilog=_examples("dnd chat", "dnd chat -a tickets"))(command(run.chat))
+app.command("route", epilog=_examples(
+    'dnd route "My card was charged twice" --explain',
+    "cat prompts.txt | dnd route - --json",
+))(command(run.route))  # fmt: skip
+
+adapters_app = _group("List, inspect, move and check stored adapters.")
+adapters_app.command("ls", epilog=_examples("dnd adapters ls", "dnd adapters ls -q"))(command(adapters.ls))
+adapters_app.command("show", epilog=_examples("dnd adapters show tickets --json"))(command(adapters.show))
+adapters_app.command("rm", epilog=_examples("dnd adapters rm tickets"))(command(adapters.rm))
+adapters_app.command("import", epilog=_examples(
+    "dnd adapters import ./my-peft-lora --name mine --prompts prompts.txt",
+))(command(adapters.import_))  # fmt: skip
+adapters_app.command("export", epilog=_examples("dnd adapters export tickets ./tickets-lora"))(command(adapters.export))
+adapters_app.command("verify", epilog=_examples("dnd adapters verify", "dnd adapters verify tickets --json"))(
+    command(adapters.verify)
+)
+app.add_typer(adapters_app, name="adapters")
+
+train_app = _group("Train the zoo of task LoRAs and the generator that learns from it.")
+train_app.command("zoo", epilog=_examples("dnd train zoo examples/tasks --out runs/zoo"))(command(train.zoo))
+train_app.command("generator", epilog=_examples(
+    "dnd train generator examples/tasks --config recipe.toml --out runs/generator",
+))(command(train.generator))  # fmt: skip
+app.add_typer(train_app, name="train")
+
+app.command("eval", epilog=_examples(
+    "dnd eval tasks --methods base,generated,shuffled --limit 30",
+    "dnd eval tasks --role validation --run-dir runs/eval --json",
+))(command(evaluate.evaluate))  # fmt: skip
+bench_app = _group("Measure speed and memory on this machine.")
+bench_app.command("adapt", epilog=_examples("dnd bench adapt", "dnd bench adapt --json"))(command(evaluate.bench_adapt))
+app.add_typer(bench_app, name="bench")
+
+models_app = _group("The weights dnd works with.")
+models_app.command("ls", epilog=_examples("dnd models ls"))(command(models.ls))
+models_app.command("pull", epilog=_examples("dnd models pull", "dnd models pull smollm2-135m"))(command(models.pull))
+app.add_typer(models_app, name="models")
+
+app.command("doctor", epilog=_examples("dnd doctor", "dnd doctor --json"))(command(doctor.doctor))
+
+
+def main() -> None:
+    """Entry point of the `dnd` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

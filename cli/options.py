@@ -1,0 +1,102 @@
+"""Option groups: a command's parameter annotated `Output` or `ModelOptions` becomes that group's options.
+
+So every command has the same `--json -q --home --debug`, spelled once, and commands that load a model share
+`--base --generator --encoder --device`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dnd_sdk.cli.output import Output
+
+if TYPE_CHECKING:
+    from dnd_sdk.session import DnD
+
+GENERAL = "General"
+MODEL = "Model"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which models a command works with; None means the default."""
+
+    base: str | None = None
+    generator: str | None = None
+    encoder: str | None = None
+    device: str = "auto"
+
+    def load(self, out: Output) -> DnD:
+        """The session over these models; says on stderr that it is loading."""
+        from dnd_sdk.models import DEFAULT_BASE
+        from dnd_sdk.session import DnD
+
+        quiet_libraries(out)
+        with out.step("loading the base model"):
+            return DnD.load(
+                self.base or DEFAULT_BASE,
+                self.generator,
+                encoder=self.encoder,
+                home=out.find_home(),
+                device=self.device,
+                progress=out.note,
+            )
+
+
+def quiet_libraries(out: Output) -> None:
+    """Keep other libraries' bars off the terminal (we draw our own); `--debug` lets our log through."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if out.debug:
+        logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
+        logging.getLogger("dnd_sdk").setLevel(logging.DEBUG)
+
+
+def _option(name: str, kind: Any, default: Any, *flags: str, panel: str, text: str) -> inspect.Parameter:
+    annotation = Annotated[kind, typer.Option(*flags, help=text, rich_help_panel=panel, show_default=bool(default))]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
+    ModelOptions: (
+        _option("base", str | None, None, "--base", panel=MODEL, text="Base LLM: embedded name, folder or hub id."),
+        _option("generator", str | None, None, "--generator", panel=MODEL, text="Generator folder."),
+        _option("encoder", str | None, None, "--encoder", panel=MODEL, text="Prompt encoder: name, folder or hub id."),
+        _option("device", str, "auto", "--device", panel=MODEL, text="auto, cpu or cuda."),
+    ),
+    Output: (
+        _option("json", bool, False, "--json", panel=GENERAL, text="Print one JSON object."),
+        _option("quiet", bool, False, "--quiet", "-q", panel=GENERAL, text="No notes; names only."),
+        _option(
+            "home", Path | None, None, "--home", panel=GENERAL, text="Folder for adapters and weights (also DND_HOME)."
+        ),
+        _option("debug", bool, False, "--debug", panel=GENERAL, text="Show tracebacks and logs (also DND_DEBUG)."),
+    ),
+}
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Replace every parameter whose annotation is a group by the group's options."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    groups = {p.name: p.annotation for p in parameters if p.annotation in GROUPS}
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters if p.name not in groups]
+
+    @functools.wraps(function)
+    def wrapper(**values: Any) -> None:
+        built = {name: kind(**{p.name: values.pop(p.name) for p in GROUPS[kind]}) for name, kind in groups.items()}
+        function(**values, **built)
+
+    # innermost groups last in the help: the command's own options come first
+    listed = own + [p for kind in GROUPS if kind in groups.values() for p in GROUPS[kind]]
+    wrapper.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in listed}
+    return wrapper

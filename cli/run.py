@@ -1,0 +1,175 @@
+"""`dnd run`, `dnd chat` and `dnd route`: text in, text (or the routing decision) out."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dnd_sdk.cli.options import ModelOptions
+from dnd_sdk.cli.output import Output, read_text
+from dnd_sdk.errors import ConfigError, DndError
+
+if TYPE_CHECKING:
+    from dnd_sdk.adapters import AdapterStore
+    from dnd_sdk.session import Completion, DnD
+
+BASE = "base"
+
+Adapter = Annotated[str, typer.Option("--adapter", "-a", help="Adapter name, auto (routed) or base.")]
+MaxTokens = Annotated[int, typer.Option("--max-new-tokens", help="Upper bound on the answer's tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Cut the answer before this text; repeatable.")]
+
+
+def run(
+    out: Output,
+    models: ModelOptions,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt, or - for stdin.")],
+    adapter: Adapter = "auto",
+    compare: Annotated[str | None, typer.Option("--compare", help="base: also show the base model's answer.")] = None,
+    max_new_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> None:
+    """Answer one prompt with an adapter, a routed one, or the base model."""
+    from dnd_sdk.adapters import AdapterStore
+
+    if compare not in (None, BASE):
+        raise ConfigError(f"--compare takes {BASE!r}, got {compare!r}", fix="leave it out or write --compare base")
+    prompt = read_text(text)
+    sampling = _sampling(max_new_tokens, temperature, seed, stop)
+    chosen = _known(AdapterStore(out.find_home()), adapter)  # before the slow part
+    with models.load(out) as dnd:
+        if out.json or compare:
+            answer = dnd.complete(prompt, adapter=chosen, **sampling)
+            other = dnd.complete(prompt, adapter=None, **sampling) if compare else None
+            out.emit(_payload(answer, other), lambda: _text(answer, other))
+        else:
+            answer = _stream(dnd, out, prompt, chosen, sampling)
+    out.note(f"[{answer.adapter or BASE}, {answer.usage['completion_tokens']} tokens]")
+
+
+def chat(
+    out: Output,
+    models: ModelOptions,
+    adapter: Adapter = BASE,
+    max_new_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> None:
+    """Talk to the model. /adapter NAME switches, /base goes back, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    from dnd_sdk.adapters import AdapterStore
+
+    sampling = _sampling(max_new_tokens, temperature, seed, stop)
+    chosen = _known(AdapterStore(out.find_home()), adapter)
+    with models.load(out) as dnd:
+        talk = Chat(dnd, out, chosen, sampling)
+        out.note("/adapter NAME, /base, /exit; Ctrl-C stops an answer")
+        while talk.turn():
+            pass
+    out.emit({"messages": talk.messages, "adapter": talk.adapter}, "")
+
+
+def route(
+    out: Output,
+    models: ModelOptions,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="A prompt, or - for stdin (one prompt a line).")],
+    explain: Annotated[bool, typer.Option("--explain", help="Show the nearest adapters and the reason.")] = False,
+) -> None:
+    """Show which adapter would serve a prompt, without making or changing anything."""
+    prompts = [line for line in read_text(text).splitlines() if line.strip()] if text == "-" else [read_text(text)]
+    with models.load(out) as dnd:
+        decision = dnd.route(prompts)
+    payload: dict[str, Any] = {
+        "decision": decision.decision,
+        "score": decision.score,
+        "adapter": decision.adapter.name if decision.adapter else None,
+        "neighbours": [{"name": n, "score": s} for n, s in decision.neighbours],
+        "reason": decision.reason,
+    }
+    lines = [f"{decision.decision} {payload['adapter'] or ''}".strip()]
+    if explain and not out.quiet:
+        lines += [f"reason: {decision.reason}", *(f"near:   {n}  {s:.3f}" for n, s in decision.neighbours)]
+    out.emit(payload, "\n".join(lines))
+
+
+class Chat:
+    """The state of one conversation."""
+
+    def __init__(self, dnd: DnD, out: Output, adapter: str | None, sampling: dict[str, Any]) -> None:
+        self.dnd, self.out, self.adapter, self.sampling = dnd, out, adapter, sampling
+        self.messages: list[dict[str, str]] = []
+
+    def turn(self) -> bool:
+        """Read one line and act on it; False ends the conversation."""
+        if sys.stdin.isatty():
+            typer.echo(f"{self.adapter or BASE}> ", nl=False, err=True)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            typer.echo(err=True)
+            return True
+        if not line or line.strip() == "/exit":
+            return False
+        try:
+            self._act(line.strip())
+        except DndError as error:  # a bad line must not end the conversation
+            typer.echo(f"error: {error}", err=True)
+        return True
+
+    def _act(self, line: str) -> None:
+        if line == "/base":
+            self.adapter = None
+        elif line.startswith("/adapter"):
+            self.adapter = _known(self.dnd.store, line.removeprefix("/adapter").strip() or "auto")
+        elif line.startswith("/"):
+            raise ConfigError(f"unknown command {line.split()[0]}", fix="use /adapter NAME, /base or /exit")
+        elif line:
+            self._answer(line)
+
+    def _answer(self, line: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": line}]
+        answer = _stream(self.dnd, self.out, asked, self.adapter, self.sampling)
+        self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+
+
+def _stream(dnd: DnD, out: Output, prompt: Any, adapter: str | None, sampling: dict[str, Any]) -> Completion:
+    """Print an answer as it is made; Ctrl-C ends the answer, and what was said so far is the result."""
+    stream = dnd.stream(prompt, adapter=adapter, **sampling)
+    try:
+        for piece in stream:
+            if not out.json:
+                out.piece(piece)
+    except KeyboardInterrupt:
+        stream.cancel()
+        out.note("\n[stopped]")
+    if not out.json:
+        out.piece("\n")
+    return stream.result
+
+
+def _known(store: AdapterStore, adapter: str) -> str | None:
+    """`base` is None, `auto` stays, a name must be in the store (`AdapterNotFoundError`)."""
+    if adapter == BASE:
+        return None
+    return adapter if adapter == "auto" else store.get(adapter).name
+
+
+def _sampling(max_new_tokens: int, temperature: float, seed: int | None, stop: list[str] | None) -> dict[str, Any]:
+    return {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": tuple(stop or ())}
+
+
+def _payload(answer: Completion, other: Completion | None) -> dict[str, Any]:
+    payload = {"text": answer.text, "adapter": answer.adapter, "decision": answer.decision, "usage": answer.usage}
+    return payload if other is None else {**payload, "base": {"text": other.text}}
+
+
+def _text(answer: Completion, other: Completion | None) -> str:
+    if other is None:
+        return answer.text
+    return f"--- {answer.adapter or BASE}\n{answer.text}\n--- {BASE}\n{other.text}"

@@ -1,0 +1,63 @@
+"""`dnd train zoo|generator`: make task LoRAs, then the generator that learns from them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dnd_sdk.cli.output import Output
+from dnd_sdk.errors import InputError
+
+Tasks = Annotated[Path, typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file with every setting.")]
+RunDir = Annotated[Path, typer.Option("--out", help="Run folder; run again with the same one to resume.")]
+
+
+def zoo(out: Output, tasks: Tasks, run_dir: RunDir = Path("runs/zoo"), config: Config = None) -> None:
+    """Train one LoRA per task, several tasks at once on one resident base."""
+    from dnd_sdk.training import run_zoo
+
+    _run(out, "training the zoo", run_zoo, tasks, config, run_dir)
+
+
+def generator(out: Output, tasks: Tasks, run_dir: RunDir = Path("runs/generator"), config: Config = None) -> None:
+    """Train a generator: by reconstruction, end to end through the frozen base, or both in sequence."""
+    from dnd_sdk.training import run_generator
+
+    _run(out, "training the generator", run_generator, tasks, config, run_dir)
+
+
+def _run(out: Output, text: str, job: Any, tasks: Path, config: Path | None, run_dir: Path) -> None:
+    if config is not None and not config.is_file():
+        raise InputError(f"config file {config} does not exist", fix="pass an existing TOML file to --config")
+    with out.progress(text) as report:
+        eta = _Eta()
+        job(
+            tasks,
+            config,
+            run_dir,
+            home=out.find_home(),
+            progress=lambda stage, done, total, value: report(
+                done, total, f"{stage} {value:.4f}", eta.left_s(stage, done, total)
+            ),
+        )
+    out.emit({"run_dir": str(run_dir)}, str(run_dir) if out.quiet else f"done: {run_dir}")
+
+
+class _Eta:
+    """Seconds left in a stage, from the steps this process has seen of it (a resumed run starts in the middle)."""
+
+    def __init__(self) -> None:
+        self._stage: str | None = None
+        self._first, self._since = 0, 0.0
+
+    def left_s(self, stage: str, done: int, total: int) -> float | None:
+        """None until two steps of the stage were seen."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._first, self._since = stage, done, now
+        steps = done - self._first
+        return (now - self._since) / steps * (total - done) if steps > 0 else None

@@ -1,0 +1,103 @@
+"""The values a session returns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from dnd_sdk.adapters import Adapter
+    from dnd_sdk.engine import Generation
+
+STEPS = ("encode", "route", "generate", "validate", "store", "swap", "total")
+
+Mode = Literal["auto", "reuse", "generate"]
+Decision = Literal["reuse", "generate", "base"]
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """What `DnD.adapt` decided and did."""
+
+    adapter: Adapter | None
+    """The adapter to complete with; None: the base model."""
+    decision: Decision
+    score: float | None
+    """Similarity to the nearest stored adapter, 1.0 for the same prompt set; None when nothing was compared."""
+    neighbours: tuple[tuple[str, float], ...]
+    """Nearest adapters and their scores, best first."""
+    reason: str
+    n_prompts: int
+    """Prompts used, after cleaning and sampling."""
+    notes: tuple[str, ...]
+    """What was left out of the prompts, in words."""
+    timings_s: dict[str, float]
+    """Seconds per step and in total; steps that were not needed are 0."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object `dnd adapt --json` prints."""
+        found = self.adapter
+        return {
+            "decision": self.decision,
+            "score": self.score,
+            "adapter": found and {"name": found.name, "path": str(found.path), "source": found.source},
+            "n_prompts": self.n_prompts,
+            "timings_s": dict(self.timings_s),
+        }
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer."""
+
+    text: str
+    usage: dict[str, int]
+    """`prompt_tokens` and `completion_tokens`."""
+    adapter: str | None
+    """Name of the adapter that answered; None: the base model."""
+    decision: Decision
+    """`"reuse"` with an adapter, `"base"` without."""
+
+
+def completion(generation: Generation, adapter: Adapter | None) -> Completion:
+    """The engine's generation as an answer of this adapter."""
+    usage = {"prompt_tokens": generation.prompt_tokens, "completion_tokens": generation.completion_tokens}
+    if adapter is None:
+        return Completion(generation.text, usage, None, "base")
+    return Completion(generation.text, usage, adapter.name, "reuse")
+
+
+@dataclass(frozen=True)
+class ObserveResult:
+    """What `DnD.observe` made of one prompt of a stream."""
+
+    adapter: Adapter | None
+    """The adapter of this prompt's task; None: complete it with the base model."""
+    cluster: int
+    """Which task of the stream the prompt was counted to."""
+    adapted: AdaptResult | None
+    """The adaptation this prompt set off; None for nearly all prompts."""
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent per step of one adaptation; steps that were not needed stay 0."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`."""
+        at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - at
+
+    def stop(self) -> dict[str, float]:
+        """All steps and the total."""
+        return {**self.seconds, "total": time.perf_counter() - self.started}

@@ -1,0 +1,227 @@
+"""`DnD`: one resident base and everything an agent needs around it, safe to share between threads.
+
+* Every call carries its own adapter; there is no "current adapter" that two threads could fight over.
+* Adapters come into the engine when a call names them, and leave it least recently used.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from dnd_sdk.adapters import Adapter, AdapterStore
+from dnd_sdk.config import Home, SamplingOptions
+from dnd_sdk.encoder import Encoder
+from dnd_sdk.engine import Engine
+from dnd_sdk.errors import ConfigError, InputError
+from dnd_sdk.generator import Generator
+from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.models import DEFAULT_BASE, Base
+from dnd_sdk.prompts import PromptSet, clean_prompts
+from dnd_sdk.routing import RouteDecision, Router, choose_exemplars
+from dnd_sdk.session.adaptation import Adaptation
+from dnd_sdk.session.loading import load_parts
+from dnd_sdk.session.results import AdaptResult, Completion, Mode, completion
+from dnd_sdk.session.stream import CompletionStream
+from dnd_sdk.session.vetting import Limits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AUTO = "auto"
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""One user message, or chat messages, oldest first."""
+AdapterChoice = Adapter | str | None
+"""An adapter or its name, `"auto"` (routed by the prompt), or None (the base)."""
+
+
+class DnD:
+    """Prompts in, an adapter out, hot-swapped on one resident LLM."""
+
+    def __init__(
+        self,
+        base: Base,
+        generator: Generator | None,
+        encoder: Encoder,
+        store: AdapterStore,
+        router: Router,
+        engine: Engine,
+        *,
+        limits: Limits | None = None,
+    ) -> None:
+        """Put parts together that fit each other; `load` makes them. `generator` None: reuse or base only."""
+        self.base, self.generator, self.encoder = base, generator, encoder
+        self.store, self.router, self.engine = store, router, engine
+        self._adaptation = Adaptation(self, limits or Limits())
+
+    @classmethod
+    def load(
+        cls,
+        base: str = DEFAULT_BASE,
+        generator: str | os.PathLike[str] | None = None,
+        *,
+        encoder: str | None = None,
+        home: str | os.PathLike[str] | Home | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        n_slots: int = 8,
+        progress: Callable[[str], None] | None = None,
+    ) -> DnD:
+        """Load the models once; everything after shares them.
+
+        Args:
+            base: `DEFAULT_BASE`, a local folder or a Hugging Face id of a causal LM.
+            generator: A generator's folder; None is the one shipped for the default base, none for another base.
+            encoder: None is the one the generator was made with.
+            home: Folder for adapters and weights; None is `DND_HOME`, else the user data folder.
+            device: `auto`, `cpu`, `cuda`, ...
+            dtype: `auto`, `float32`, `bfloat16` or `float16`.
+            n_slots: How many adapters stay swapped in.
+            progress: Told in words about fetching and converting.
+
+        Raises:
+            WeightsUnavailableError: A model that can be neither found nor fetched.
+            GeneratorError: The generator's folder is missing or damaged.
+            LayoutMismatchError: The generator was made for another base.
+        """
+        where = home if isinstance(home, Home) else Home.find(home)
+        return cls(*load_parts(base, generator, encoder, where, device, dtype, n_slots, progress))
+
+    @property
+    def home(self) -> Home:
+        """Where this session keeps its adapters."""
+        return Home(self.store.root.parent)
+
+    @property
+    def layout(self) -> LoraLayout:
+        """The LoRA layout that every adapter of this session has."""
+        return self.engine.layout
+
+    def adapt(self, prompts: Sequence[str] | PromptSet, mode: Mode = "auto", name: str | None = None) -> AdaptResult:
+        """Decide how to serve the task behind `prompts`, and have its adapter ready.
+
+        Args:
+            prompts: Unlabeled prompts of one task; duplicates and blanks are dropped, very many are sampled.
+            mode: `"reuse"` never makes an adapter, `"generate"` always does.
+            name: For an adapter that is made; None names it after its content.
+
+        Raises `InputError` for unusable prompts, `ConfigError` for a bad mode or name, `StorageError` when it cannot be
+        stored, `BankFullError` when no slot is free. Whatever is raised, nothing has changed.
+        """
+        return self._adaptation.run(prompts, mode, name)
+
+    def route(self, prompts: str | Sequence[str]) -> RouteDecision:
+        """What `adapt` would decide for several prompts, or what `"auto"` does for a single one; changes nothing."""
+        kept = clean_prompts([prompts] if isinstance(prompts, str) else prompts)
+        pooled = self._pooled(kept.prompts)
+        return self.router.route_one(pooled) if len(pooled) == 1 else self.router.route(pooled)
+
+    def complete(self, prompt: Prompt, adapter: AdapterChoice = None, **sampling: Any) -> Completion:
+        """Answer one prompt.
+
+        Args:
+            prompt: Text or chat messages.
+            adapter: An adapter or its name, `"auto"`, or None for the base.
+            sampling: Fields of `SamplingOptions`.
+        """
+        return self.complete_batch([prompt], [adapter], **sampling)[0]
+
+    def complete_batch(
+        self, prompts: Sequence[Prompt], adapters: Sequence[AdapterChoice] | None = None, **sampling: Any
+    ) -> list[Completion]:
+        """Answer several prompts together, each with its own adapter; None: all by the base."""
+        options = _options(sampling)
+        if isinstance(prompts, str):
+            raise InputError("prompts must be a list", fix="use complete() for a single prompt")
+        wanted = list(adapters) if adapters is not None else [None] * len(prompts)
+        if len(wanted) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts but {len(wanted)} adapters", fix="give one adapter per prompt")
+        chosen = [self._choose(p, a) for p, a in zip(prompts, wanted, strict=True)]
+        for adapter in {a.id: a for a in chosen if a is not None}.values():
+            self.make_resident(adapter)
+        answers = self.engine.complete_batch(prompts, [None if a is None else a.id for a in chosen], options)
+        return [completion(g, a) for g, a in zip(answers, chosen, strict=True)]
+
+    def stream(self, prompt: Prompt, adapter: AdapterChoice = None, **sampling: Any) -> CompletionStream:
+        """Answer one prompt piece by piece: iterate for text, then read `.result`."""
+        options = _options(sampling)
+        chosen = self._choose(prompt, adapter)
+        if chosen is not None:
+            self.make_resident(chosen)
+        cancel = threading.Event()
+        pieces = self.engine.stream(prompt, None if chosen is None else chosen.id, options, cancel)
+        return CompletionStream(pieces, cancel, chosen)
+
+    def import_adapter(
+        self,
+        folder: str | os.PathLike[str],
+        name: str | None = None,
+        prompts: Sequence[str] | PromptSet | None = None,
+    ) -> Adapter:
+        """Take a PEFT LoRA folder made for this base into the store, checked; see `AdapterStore.import_folder`.
+
+        `prompts` of its task let the router find it; None: it is used by name only.
+        """
+        exemplars: Tensor | None = None
+        if prompts is not None:
+            kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
+            exemplars = choose_exemplars(self._pooled(kept.prompts))
+        return self.store.import_folder(
+            folder,
+            self.layout,
+            base_fingerprint=self.base.fingerprint,
+            name=name,
+            exemplars=exemplars,
+            encoder=None if exemplars is None else self.encoder.name,
+            encoder_fingerprint=None if exemplars is None else self.encoder.fingerprint,
+        )
+
+    def make_resident(self, adapter: Adapter) -> None:
+        """Have an adapter swapped in, now and whenever a later call leases it; its weights are checked when read."""
+        self.engine.ensure(
+            adapter.id, lambda: self.store.load(adapter, self.layout, base_fingerprint=self.base.fingerprint)
+        )
+
+    def close(self) -> None:
+        """Evict every idle adapter. The models are freed with the last reference to this session."""
+        for adapter_id in self.engine.resident():
+            self.engine.evict(adapter_id)
+
+    def __enter__(self) -> DnD:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _choose(self, prompt: Prompt, adapter: AdapterChoice) -> Adapter | None:
+        if adapter is None or isinstance(adapter, Adapter):
+            return adapter
+        if adapter == AUTO:
+            return self.router.route_one(self._pooled([_last_user_text(prompt)])).adapter
+        return self.store.get(adapter)
+
+    def _pooled(self, prompts: Sequence[str]) -> Tensor:
+        return self.encoder.encode(prompts, with_states=False).pooled
+
+
+def _options(sampling: dict[str, Any]) -> SamplingOptions:
+    try:
+        return SamplingOptions(**sampling)
+    except TypeError as e:
+        known = ", ".join(SamplingOptions.__dataclass_fields__)
+        raise ConfigError(f"unknown sampling option: {e}", fix=f"use {known}") from e
+
+
+def _last_user_text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    texts = [m.get("content") for m in prompt if m.get("role") == "user"]
+    if not texts or not isinstance(texts[-1], str):
+        raise InputError("no user message to route by", fix="name an adapter, or add a user message")
+    return texts[-1]
