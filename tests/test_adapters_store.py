@@ -102,7 +102,7 @@ def test_names_cannot_leave_the_folder(store: AdapterStore, name: str, tmp_path:
     (tmp_path / "dnd-home" / "escape").mkdir()
     with pytest.raises(ConfigError, match="is not allowed"):
         store_one(store, name=name)
-    for use in (store.get, store.rm, store.verify):
+    for use in (store.get, store.find, store.rm, store.verify):
         with pytest.raises(AdapterNotFoundError, match="no adapter"):
             use(name)
     assert (tmp_path / "dnd-home" / "escape").is_dir()
@@ -141,7 +141,8 @@ def test_rm_removes_sound_and_damaged_folders(store: AdapterStore) -> None:
     adapter = store_one(store, name="one")
     (store.root / "broken").mkdir()
     (store.root / "link").symlink_to(adapter.path)
-    for name in ("broken", "link", "one"):
+    assert [store.find(n) for n in ("broken", adapter.id)] == ["broken", "link"], "the first of two with that id"
+    for name in ("broken", "link", adapter.id):
         store.rm(name)
     assert os.listdir(store.root) == [] and store.ls() == []
     for use in (lambda: store.rm("one"), lambda: store.load(adapter, TINY), lambda: store.exemplars(adapter)):

@@ -149,11 +149,19 @@ class AdapterStore:
 
     def get(self, name_or_id: str) -> Adapter:
         """The adapter of that name or full id. Raises `AdapterNotFoundError`, or `AdapterCorruptError` if damaged."""
-        name = name_or_id if self._has(name_or_id) else self._name_of(name_or_id)
-        adapter = None if name is None else self._folders.read(name, read_manifest)
+        adapter = self._folders.read(self.find(name_or_id), read_manifest)
         if adapter is None:
             raise self._not_found(name_or_id)
         return adapter
+
+    def find(self, name_or_id: str) -> str:
+        """The name behind a name or full id, damaged or not. Raises `AdapterNotFoundError`."""
+        if is_name(name_or_id) and self._folders.has(name_or_id):
+            return name_or_id
+        name = self._name_of(name_or_id)
+        if name is None:
+            raise self._not_found(name_or_id)
+        return name
 
     def load(self, adapter: Adapter, layout: LoraLayout, *, base_fingerprint: str | None = None) -> Tensor:
         """The adapter's weights as a flat fp32 vector of `layout`, everything checked.
@@ -188,9 +196,10 @@ class AdapterStore:
         """Every sound adapter by name; damaged folders are skipped with a warning, once each."""
         return [adapter for name in self._folders.names() if (adapter := self._try_read(name)) is not None]
 
-    def rm(self, name: str) -> None:
+    def rm(self, name_or_id: str) -> None:
         """Remove an adapter, damaged or not. Raises `AdapterNotFoundError` or `StorageError`."""
-        if not self._has(name) or not self._folders.remove(name):
+        name = self.find(name_or_id)
+        if not self._folders.remove(name):
             raise self._not_found(name)
         self._read.pop(name, None)
         self._warned.discard(name)
@@ -200,9 +209,7 @@ class AdapterStore:
 
         Raises `AdapterNotFoundError` for an unknown name.
         """
-        if name is not None and not self._has(name):
-            raise self._not_found(name)
-        names = self._folders.names() if name is None else [name]
+        names = self._folders.names() if name is None else [self.find(name)]
         return [problem for n in names if (problem := self._problem(n)) is not None]
 
     def import_folder(
@@ -283,9 +290,6 @@ class AdapterStore:
                 fix=f"choose another --name or `dnd adapters rm {adapter.name}`",
             )
         return stored
-
-    def _has(self, name: str) -> bool:
-        return is_name(name) and self._folders.has(name)
 
     def _name_of(self, weights_id: str) -> str | None:
         return next((a.name for a in self.ls() if a.id == weights_id), None)
