@@ -63,6 +63,26 @@ def dnd_command(*arguments: str) -> str:
     return done.stdout
 
 
+def fetch_weights(home: Any) -> None:
+    """Fetch what is missing, by the command."""
+    from dnd_sdk.embedded import EMBEDDED, is_pulled
+
+    if all(is_pulled(name, home) for name in EMBEDDED):
+        print(f"  {', '.join(EMBEDDED)}: already in {home.models}")
+    else:
+        print(dnd_command("models", "pull").rstrip())
+
+
+def remove_adapters(home: Any) -> None:
+    """Forget what an earlier run of the demo made."""
+    from dnd_sdk import AdapterStore
+
+    store = AdapterStore(home)
+    for stored in store.ls():
+        if stored.name in (adapter_name(FIRST), adapter_name(SECOND)):
+            store.rm(stored.name)
+
+
 def show_adaptation(result: dict[str, Any], expected: str, wall_s: float | None = None) -> None:
     """Print one adaptation in the shape of `dnd adapt --json`; raise if the decision is not the expected one."""
     adapter = result["adapter"]
@@ -147,15 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(n_questions: int) -> None:
     """The steps in order."""
-    from dnd_sdk import AdapterStore, DnD, Home
+    from dnd_sdk import DnD, Home
 
     started = time.perf_counter()
+    home = Home.find()
     heading("The default weights")
-    print(dnd_command("models", "pull").rstrip())
-    store = AdapterStore(Home.find())
-    for stored in store.ls():
-        if stored.name in (adapter_name(FIRST), adapter_name(SECOND)):
-            store.rm(stored.name)
+    fetch_weights(home)
+    remove_adapters(home)
     adapt_by_command(FIRST)
     with DnD.load() as dnd:
         side_by_side(dnd, FIRST, n_questions)

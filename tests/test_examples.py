@@ -146,6 +146,63 @@ def test_demo_complains_about_the_wrong_decision() -> None:
         demo.show_adaptation(result, "generate")
 
 
+class FakeSession:
+    """Decides and answers as told; only what the demo calls."""
+
+    def __init__(self, decisions: list[str]) -> None:
+        self.decisions = decisions
+
+    def __enter__(self) -> FakeSession:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def to_dict(self, prompts: list[str], name: str) -> dict:
+        adapter = {"name": name, "path": "-", "source": "generated"}
+        timings = {"encode": 0.2, "route": 0.0, "total": 0.2}
+        decision = self.decisions.pop(0)
+        return {"decision": decision, "score": 0.5, "adapter": adapter, "n_prompts": len(prompts), "timings_s": timings}
+
+    def adapt(self, prompts: list[str], name: str) -> SimpleNamespace:
+        found = self.to_dict(prompts, name)
+        return SimpleNamespace(to_dict=lambda: found)
+
+    def complete_batch(self, prompts: list[str], adapters: list[str | None], max_new_tokens: int) -> list:
+        return [SimpleNamespace(text="billing") for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("decisions", "code"),
+    [(["generate", "reuse"] * 2, 0), (["generate", "generate"], 1), (["generate", "reuse", "base"], 1)],
+)
+def test_demo_goes_through_its_steps_and_fails_on_a_wrong_decision(
+    decisions: list[str],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    demo, session, ran = load("demo.py"), FakeSession(list(decisions)), []
+
+    def command(*arguments: str) -> str:
+        ran.append(arguments)
+        if arguments[0] != "adapt":
+            return "fetched\n"
+        prompts = [row["prompt"] for row in map(json.loads, (EXAMPLES.parent / arguments[1]).open(encoding="utf-8"))]
+        return json.dumps(session.to_dict(prompts, arguments[arguments.index("--name") + 1]))
+
+    monkeypatch.setattr(demo, "dnd_command", command)
+    monkeypatch.setattr("dnd_sdk.session.DnD.load", lambda: session)
+    monkeypatch.setenv("DND_HOME", "replaced by the demo")
+    assert demo.main(["--home", str(tmp_path / "new"), "--questions", "5"]) == code
+    assert ran[0] == ("models", "pull") and ran[1] == ran[2] and len(ran) == 3
+    shown = capsys.readouterr()
+    assert re.findall(r"decision  (\w+)", shown.out) == decisions
+    assert ("demo failed: expected the decision" in shown.err) == bool(code)
+    assert code or shown.out.count("5 unseen questions of") == 2
+
+
 @pytest.fixture
 def warm_home(real_home: Home, tmp_path: Path) -> Home:
     """An empty home that shares only the weights of `real_home`."""
