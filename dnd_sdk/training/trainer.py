@@ -48,7 +48,7 @@ class Lesson:
 def train_stages(generator: Generator, lesson: Lesson, stages: tuple[Stage, ...], out: Path) -> None:
     """Run every stage in order into `out/stage-i`; finished and half-done stages continue from their checkpoints."""
     for i, stage in enumerate(stages):
-        if stage.objective == "reconstruction" and float(generator.gain.abs().max()) == 0.0:
+        if stage.objective == "reconstruction" and not generator.gain.any():
             generator.gain.data.fill_(1.0)
         _train_stage(generator, lesson, stage, i, out / f"stage-{i}")
 
@@ -75,7 +75,7 @@ def _train_stage(generator: Generator, lesson: Lesson, stage: Stage, number: int
             generator.shared.grad *= mask  # what is not generated stays as it is: every adapter of the zoo shares it
         torch.nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss=round(loss, 6), gain=round(float(generator.gain.abs().mean()), 6))
+        run.log(step, loss=round(loss, 6), gain=round(generator.gain.detach().abs().mean().item(), 6))
         bench.progress(stage.objective, step + 1, stage.steps, loss)
         if run.due() or step + 1 == stage.steps:
             state = {f"model.{k}": v for k, v in generator.state_dict().items()}

@@ -1,0 +1,341 @@
+"""Training on a tiny base: it learns, it resumes to the same curve after kill -9, it leaves a generator that loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SAME_MATHS, random_flat, tiny_model
+from tiny_world import save_base, save_encoder
+
+from dnd_sdk.config import Home
+from dnd_sdk.errors import ConfigError, GeneratorError, InputError, LayoutMismatchError
+from dnd_sdk.generator import Generator, GeneratorConfig
+from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.training import run_generator, run_zoo
+from dnd_sdk.training.batches import TokenRow, answer_loss, micro_batches, sample_tasks
+from dnd_sdk.training.int8_base import quantize_frozen_linears
+from dnd_sdk.training.run_dir import RunDir
+from dnd_sdk.training.settings import read_settings
+from dnd_sdk.training.trainer import masked_mse, token_weights
+from dnd_sdk.training.zoo import initial_adapter, read_zoo
+from dnd_sdk.weight_tokenizer import WeightTokenizer
+
+MAKE_TASKS = Path(__file__).parents[1] / "examples" / "tiny_tasks" / "make.py"
+
+
+def _config(root: Path, **changes: str) -> Path:
+    values = {"seed": "0", "every": "0", "shared_steps": "6", "stages": "4"} | changes
+    path = root / "train.toml"
+    path.write_text(
+        f"""
+base = "{root / "base"}"
+encoder = "{root / "encoder"}"
+[lora]
+r = 4
+[data]
+max_tokens = 200
+max_rows = 40
+[shared]
+steps = {values["shared_steps"]}
+rows = 4
+lr = 1e-2
+[per_task]
+steps = 3
+tasks = 2
+rows = 2
+checkpoints = 2
+[generator]
+n_prompts = 4
+state_tokens = 8
+width = 8
+pool = 24
+[[stages]]
+objective = "reconstruction"
+steps = {values["stages"]}
+tasks = 2
+[[stages]]
+objective = "end-to-end"
+steps = {values["stages"]}
+tasks = 2
+rows = 2
+train_shared = true
+[run]
+seed = {values["seed"]}
+checkpoint_every_s = {values["every"]}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("training")
+    save_base(root / "base")
+    save_encoder(root / "encoder")
+    spec = importlib.util.spec_from_file_location("make_tasks", MAKE_TASKS)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(["--out", str(root / "tasks"), "--rows", "60"])
+    _config(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Path:
+    home = Home(world / "home")
+    silent = lambda *_: None  # noqa: E731
+    run_zoo(world / "tasks", world / "train.toml", world / "zoo", home=home, progress=silent)
+    out = world / "run"
+    run_generator(world / "tasks", world / "train.toml", out, zoo=world / "zoo", home=home, progress=silent)
+    return world
+
+
+def test_zoo_learns_and_keeps_one_adapter_per_train_task(trained: Path) -> None:
+    losses = [x["loss"] for x in RunDir.read_losses(trained / "zoo" / "shared")]
+    assert losses[-1] < losses[0]
+    shared, tasks = read_zoo(trained / "zoo")
+    index = json.loads((trained / "tasks" / "index.json").read_text())
+    assert sorted(tasks) == sorted(t["name"] for t in index if t["role"] == "train")
+    layout = LoraLayout.from_model(tiny_model(), r=4)
+    for snapshots in tasks.values():
+        assert snapshots.shape == (2, layout.n_parameters)
+        for segment, view in layout.views(snapshots[-1] - shared):
+            assert (view.abs().max() > 0) == (segment.part == "lora_B"), segment
+
+
+def test_generator_folder_loads_and_uses_its_condition(trained: Path) -> None:
+    layout = LoraLayout.from_model(tiny_model(), r=4)
+    generator = Generator.from_pretrained(trained / "run" / "generator", layout)
+    one, other = torch.randn(5, 8, 32), torch.randn(5, 8, 32)
+    assert not torch.equal(generator.generate(one), generator.generate(other))
+    files = {p.name for p in (trained / "run" / "generator").iterdir()}
+    assert {"config.json", "model.safetensors", "router.json", "support.safetensors", "README.md"} <= files
+    assert "Training tasks and their licences" in (trained / "run" / "generator" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("stage", ["zoo", "generator"])
+def test_kill_9_and_the_same_command_gives_the_same_curve(trained: Path, tmp_path: Path, stage: str) -> None:
+    script = (
+        "import sys,time; from pathlib import Path; from dnd_sdk.config import Home\n"
+        "from dnd_sdk.training import run_zoo, run_generator\n"
+        "w, out = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "slow = lambda *a: time.sleep(0.3)\n"
+        "kw = dict(home=Home(w / 'home'), progress=slow)\n"
+        "run_zoo(w / 'tasks', w / 'train.toml', out, **kw) if sys.argv[3] == 'zoo' else "
+        "run_generator(w / 'tasks', w / 'train.toml', out, zoo=w / 'zoo', **kw)\n"
+    )
+    watched = "shared" if stage == "zoo" else "stage-1"
+    command = [sys.executable, "-c", script, str(trained), str(tmp_path / "out"), stage]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env)
+    deadline = time.monotonic() + 600
+    while len(RunDir.read_losses(tmp_path / "out" / watched)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(RunDir.read_losses(tmp_path / "out" / watched)) < (6 if stage == "zoo" else 4)
+    subprocess.run(command, env=env, check=True)
+    subprocess.run([*command[:4], str(tmp_path / "straight"), stage], env=env, check=True)
+    curves = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("losses.jsonl"))
+    assert len(curves) >= 2
+    for curve in curves:
+        assert (tmp_path / "out" / curve).read_text() == (tmp_path / "straight" / curve).read_text(), curve
+
+
+def test_other_settings_refuse_to_continue_a_run(trained: Path, tmp_path: Path) -> None:
+    RunDir(tmp_path / "run", {"seed": 0, "stage": {"lr": 1}})
+    with pytest.raises(ConfigError, match="other stage"):
+        RunDir(tmp_path / "run", {"seed": 0, "stage": {"lr": 2}})
+
+
+def test_generator_needs_a_finished_zoo(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no finished zoo"):
+        run_generator(
+            world / "tasks", world / "train.toml", tmp_path / "o", zoo=tmp_path, home=Home(tmp_path), progress=print
+        )
+
+
+def test_settings_name_the_bad_key(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text("[shared]\nstepz = 3\n")
+    with pytest.raises(ConfigError, match=r"shared\.stepz"):
+        read_settings(path)
+    path.write_text("[shared\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        read_settings(path)
+
+
+def test_micro_batches_give_the_loss_and_gradient_of_single_rows() -> None:
+    model = tiny_model()
+    layout = LoraLayout.from_model(model, r=2)
+    attach_lora(model, layout)
+    rows = [(TokenRow(tuple(range(4, 4 + n)), n - k), i % 2) for i, (n, k) in enumerate([(9, 2), (30, 1), (12, 5)])]
+    flat = torch.stack([random_flat(layout, seed=s) for s in (1, 2)])
+
+    batched = flat.clone().requires_grad_()
+    total = 0.0
+    for batch in micro_batches(rows, max_padded=64, pad=0):
+        with use_lora(tables_from_flat(layout, batched), batch.owner):
+            loss = answer_loss(model, batch)
+        loss.backward()
+        total += loss.item()
+
+    single = flat.clone().requires_grad_()
+    losses = []
+    for row, owner in rows:
+        with use_lora(tables_from_flat(layout, single), owner):
+            logits = model(torch.tensor([row.ids])).logits[0]
+        answer = torch.tensor(row.ids[row.n_prompt :])
+        losses.append(torch.nn.functional.cross_entropy(logits[row.n_prompt - 1 : -1], answer))
+    torch.stack(losses).mean().backward()
+    assert total == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
+    torch.testing.assert_close(batched.grad, single.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_every_task_comes_once_per_pass() -> None:
+    names = [f"t{i}" for i in range(7)]
+    seen = [n for step in range(3) for n in sample_tasks(names, 2, step, seed=1)]
+    assert len(seen) == len(set(seen)) == 6
+
+
+def test_initial_adapter_is_the_base_with_orthonormal_a() -> None:
+    layout = LoraLayout.from_model(tiny_model(), r=4)
+    for segment, view in layout.views(initial_adapter(layout, seed=3)):
+        if segment.part == "lora_A":
+            torch.testing.assert_close(view @ view.T, torch.eye(4), **SAME_MATHS)
+        else:
+            assert not view.any()
+
+
+def test_int8_base_stays_near_the_exact_one() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48)
+    holder = torch.nn.ModuleDict({"q_proj": linear})
+    layout = LoraLayout.from_model(holder, target_modules=("q_proj",))
+    x = torch.randn(40, 64, requires_grad=True)
+    exact = linear(x)
+    (grad,) = torch.autograd.grad(exact.square().sum(), x)
+    quantize_frozen_linears(holder, layout)
+    rough = linear(x)
+    (rough_grad,) = torch.autograd.grad(rough.square().sum(), x)
+    assert not torch.equal(exact, rough)
+    assert (exact - rough).norm() / exact.norm() < 0.02
+    assert (grad - rough_grad).norm() / grad.norm() < 0.03
+
+
+def test_masked_mse_equals_a_loop() -> None:
+    layout = LoraLayout.from_model(tiny_model(), r=3)
+    tokenizer = WeightTokenizer(layout, ("lora_B",))
+    target = tokenizer.tokenise(random_flat(layout))
+    tokens = torch.randn_like(target)
+    weights = token_weights(tokenizer, random_flat(layout, seed=5).abs())
+    assert weights.mean() == pytest.approx(1.0, rel=1e-5)
+    total, n = 0.0, 0
+    for t in range(tokenizer.T):
+        for want, got in zip(target[t].flatten().tolist(), tokens[t].flatten().tolist(), strict=True):
+            if want == want:
+                total, n = total + float(weights[t]) * (got - want) ** 2, n + 1
+    assert masked_mse(tokens, target, weights).item() == pytest.approx(total / n, rel=1e-4)
+
+
+def test_reconstruction_can_overfit_two_adapters() -> None:
+    layout = LoraLayout.from_model(tiny_model(), r=4)
+    torch.manual_seed(0)
+    generator = Generator(GeneratorConfig(encoder_width=32, n_prompts=4, state_tokens=8, width=8), layout)
+    tokenizer = generator.weight_tokenizer
+    x = torch.randn(2, 4, 8, 32)
+    target = tokenizer.tokenise(torch.stack([random_flat(layout, seed=s) for s in (1, 2)]))
+    weights = torch.ones(tokenizer.T, 1, 1)
+    optimizer = torch.optim.AdamW(generator.decoder.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = masked_mse(generator.decoder(x), target, weights)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def _generator(layout: LoraLayout, **sizes: int) -> Generator:
+    torch.manual_seed(0)
+    config = GeneratorConfig(encoder_width=32, **({"n_prompts": 4, "state_tokens": 8, "width": 8} | sizes))
+    generator = Generator(config, layout).eval()
+    generator.shared.data.copy_(random_flat(layout))
+    generator.gain.data.fill_(0.7)
+    return generator
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 40])
+def test_any_number_of_prompts_in_any_order(n: int) -> None:
+    layout = LoraLayout.from_model(tiny_model(), r=4)
+    generator = _generator(layout)
+    states = torch.randn(n, 8, 32)
+    flat = generator.generate(states)
+    assert flat.shape == (layout.n_parameters,) and flat.isfinite().all()
+    torch.testing.assert_close(generator.generate(states[torch.randperm(n)]), flat, **SAME_MATHS)
+
+
+def test_zeroed_condition_is_the_shared_adapter() -> None:
+    generator = _generator(LoraLayout.from_model(tiny_model(), r=4))
+    torch.testing.assert_close(generator.generate(torch.zeros(3, 8, 32)), generator.mean(), **SAME_MATHS)
+    torch.testing.assert_close(generator(torch.zeros(2, 4, 8, 32))[1], generator.mean(), **SAME_MATHS)
+    assert not torch.allclose(generator.generate(torch.randn(3, 8, 32)), generator.mean(), atol=1e-3)
+
+
+def test_training_and_serving_forward_agree() -> None:
+    generator = _generator(LoraLayout.from_model(tiny_model(), r=4))
+    states = torch.randn(4, 8, 32)
+    x = generator.condition(states)
+    torch.testing.assert_close(generator(x)[0], generator.generate(states), **SAME_MATHS)
+
+
+def test_save_and_load_are_exact_and_checked(tmp_path: Path) -> None:
+    layout = LoraLayout.from_model(tiny_model(), r=4)
+    generator = _generator(layout)
+    generator.save_pretrained(tmp_path)
+    again = Generator.from_pretrained(tmp_path, layout)
+    states = torch.randn(3, 8, 32)
+    assert torch.equal(again.generate(states), generator.generate(states)) and again.id == generator.id
+    with pytest.raises(LayoutMismatchError, match="does not fit this base"):
+        Generator.from_pretrained(tmp_path, LoraLayout.from_model(tiny_model(), r=8))
+    with pytest.raises(GeneratorError, match="takes"):
+        again.generate(torch.randn(3, 9, 32))
+    with pytest.raises(GeneratorError, match="NaN"):
+        again.generate(torch.full((3, 8, 32), torch.nan))
+
+
+@pytest.mark.parametrize("damage", ["no config", "json", "version", "truncated", "shape", "nan", "extra", "no weights"])
+def test_damaged_generator_folder(tmp_path: Path, damage: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    _generator(LoraLayout.from_model(tiny_model(), r=4)).save_pretrained(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    if damage == "no config":
+        config.unlink()
+    elif damage == "json":
+        config.write_text("{")
+    elif damage == "version":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "format_version": 99}))
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        changed = {"shape": tensors["gain"][:-1], "nan": tensors["gain"] * torch.nan, "extra": tensors["gain"]}[damage]
+        save_file({**tensors, "gain" if damage != "extra" else "other": changed.clone()}, weights)
+    with pytest.raises(GeneratorError):
+        Generator.from_pretrained(tmp_path)
