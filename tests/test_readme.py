@@ -128,6 +128,13 @@ def test_the_settings_example_is_accepted(tmp_path: Path) -> None:
     assert [s.objective for s in settings.stages] == [s["objective"] for s in wanted["stages"]]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.toml")), ids=lambda p: p.name)
+def test_every_recipe_in_the_examples_is_accepted(path: Path) -> None:
+    from dnd_sdk.training.settings import read_settings
+
+    assert read_settings(path).stages
+
+
 def test_relative_links_resolve() -> None:
     links = [target for target in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in target]
     assert links and all((ROOT / target).exists() for target in links)
