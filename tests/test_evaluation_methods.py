@@ -131,6 +131,8 @@ def test_a_zoo_without_a_fitting_adapter_is_refused(tmp_path: Path, zoo_home: tu
     ):
         with pytest.raises(ConfigError, match=r"no adapter in .* fits this base and encoder"):
             Zoo(folder, layout, base, encoder)
+    with pytest.raises(ConfigError, match=r"no adapter in .* fits this base and encoder"):
+        Zoo(home.root, LoraLayout.from_model(tiny_model(), r=4), "base", "enc")
 
 
 def test_nearest_asks_the_zoo_with_the_tasks_own_prompts() -> None:

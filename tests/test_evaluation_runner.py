@@ -47,6 +47,9 @@ def test_scores_follow_what_the_engine_said() -> None:
     assert delta["mean"] == pytest.approx(2 / 3)
     assert delta["ci95"] == mean_ci95([1.0, 0.0, 1.0])[1] == (0.0, 1.0)
     assert methods["base"]["mean"]["rouge_l"] == 0.0
+    # of three tasks the base is in the asked format on one, the generated adapter on all
+    assert methods["base"]["mean"]["valid_format"] == pytest.approx(1 / 3)
+    assert methods["generated"]["mean"]["delta_vs_base"]["valid_format"]["mean"] == pytest.approx(2 / 3)
 
 
 def test_answers_and_options_are_matched_to_their_own_rows() -> None:
