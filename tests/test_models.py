@@ -191,7 +191,7 @@ def is_there(folder: Path) -> bool:
 @pytest.mark.parametrize(
     ("failure", "raised", "match"),
     [
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
         (OSError(errno.ENOSPC, "No space left on device"), StorageError, "cannot use .*No space left"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), StorageError, "os error 28"),
         (PermissionError(errno.EACCES, "Permission denied"), StorageError, "Permission denied"),
@@ -286,8 +286,9 @@ def write_tiny_gguf(path: Path) -> None:
     w.add_vocab_size(config.vocab_size)
     vocab = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
     w.add_tokenizer_model("gpt2")
-    w.add_token_list([t for t, _ in vocab])
-    w.add_token_types([3 if t.startswith("<|") else 1 for t, _ in vocab])
+    tokens = [t for t, _ in vocab[:-1]] + ["ab"]  # a merge must make a token
+    w.add_token_list(tokens)
+    w.add_token_types([3 if t.startswith("<|") else 1 for t in tokens])
     w.add_token_merges(["a b"])
     w.add_eos_token_id(2)
     w.add_pad_token_id(0)
