@@ -16,6 +16,7 @@ import torch
 from helpers import SAME_MATHS, random_flat, tiny_model
 from tiny_world import save_base, save_encoder
 
+from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError, LayoutMismatchError
 from dnd_sdk.generator import Generator, GeneratorConfig
@@ -124,6 +125,17 @@ def test_generator_folder_loads_and_uses_its_condition(trained: Path) -> None:
     assert "Training tasks and their licences" in (trained / "run" / "generator" / "README.md").read_text()
 
 
+def test_zoo_is_stored_so_that_prompts_find_it(trained: Path) -> None:
+    _, tasks = read_zoo(trained / "zoo")
+    store = AdapterStore(Home(trained / "run"))
+    assert sorted(a.name for a in store.ls()) == sorted(tasks)
+    layout = LoraLayout.from_model(tiny_model(), r=4)
+    for adapter in store.ls():
+        torch.testing.assert_close(store.load(adapter, layout), tasks[adapter.name].mean(0))
+        assert store.exemplars(adapter) is not None
+    assert store.verify() == []
+
+
 @pytest.mark.parametrize("stage", ["zoo", "generator"])
 def test_kill_9_and_the_same_command_gives_the_same_curve(trained: Path, tmp_path: Path, stage: str) -> None:
     script = (
@@ -200,7 +212,7 @@ def test_micro_batches_give_the_loss_and_gradient_of_single_rows() -> None:
         answer = torch.tensor(row.ids[row.n_prompt :])
         losses.append(torch.nn.functional.cross_entropy(logits[row.n_prompt - 1 : -1], answer))
     torch.stack(losses).mean().backward()
-    assert total == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
+    assert total == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     torch.testing.assert_close(batched.grad, single.grad, rtol=1e-4, atol=1e-6)
 
 

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.encoder import Encoder
 from dnd_sdk.errors import LayoutMismatchError
 from dnd_sdk.generator import Generator, GeneratorConfig
 from dnd_sdk.generator_card import write_card
 from dnd_sdk.protocols import Progress
+from dnd_sdk.routing import choose_exemplars
 from dnd_sdk.routing.calibration import fit_thresholds
 from dnd_sdk.training.conditions import Pools, encode_pools
 from dnd_sdk.training.run_dir import RunDir, write_json
@@ -52,6 +55,7 @@ def train_generator(
         cache=out / "conditions.safetensors",
         progress=progress,
     )
+    store_zoo(bench, encoder, pools, snapshots, out)
     train_stages(generator, Lesson(bench, pools, snapshots, read_importance(zoo)), settings.stages, out)
     return finish(generator, bench, pools, settings, zoo, out)
 
@@ -69,6 +73,25 @@ def new_generator(settings: TrainSettings, bench: Workbench, encoder: Encoder) -
     )
     torch.manual_seed(settings.run.seed)
     return Generator(config, bench.layout)
+
+
+def store_zoo(bench: Workbench, encoder: Encoder, pools: Pools, snapshots: dict[str, Tensor], out: Path) -> None:
+    """Keep every task's adapter as a PEFT folder in `out/adapters`, findable by its prompts (`dnd eval --zoo out`)."""
+    store = AdapterStore(Home(out))
+    for i, (name, kept) in enumerate(sorted(snapshots.items())):
+        store.put(
+            kept.mean(0),
+            bench.layout,
+            base_name=bench.base_name,
+            base_fingerprint=bench.base_fingerprint,
+            source="trained",
+            name=name,
+            n_prompts=len(pools.pooled[name]),
+            exemplars=choose_exemplars(pools.pooled[name]),
+            encoder=encoder.name,
+            encoder_fingerprint=encoder.fingerprint,
+        )
+        bench.progress("store zoo", i + 1, len(snapshots), 0.0)
 
 
 def finish(generator: Generator, bench: Workbench, pools: Pools, settings: TrainSettings, zoo: Path, out: Path) -> Path:
