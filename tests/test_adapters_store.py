@@ -190,6 +190,47 @@ def test_version_follows_every_change_of_other_stores(home: Home, store: Adapter
     changes(lambda: os.rename(store.root / "two", store.root / "three"))
 
 
+def test_version_differs_even_within_one_tick_of_the_clock(store: AdapterStore) -> None:
+    store_one(store, name="one")
+    seen = set()
+    for name in ("two", "three"):
+        store_one(store, name=name)
+        os.utime(store.root, ns=(0, 0))
+        seen.add(store.version())
+    assert len(seen) == 2
+
+
+def test_listing_sees_what_another_process_replaced(home: Home, store: AdapterStore) -> None:
+    assert [store_one(store, name="one")] == store.ls()
+    other = AdapterStore(home)
+    other.rm("one")
+    new = store_one(other, random_flat(TINY, seed=1), name="one")
+    assert store.ls() == [new]
+
+
+def test_a_folder_replaced_while_it_is_read_is_read_again(store: AdapterStore) -> None:
+    store_one(store, name="one")
+    seen = []
+
+    def reader(folder: Path) -> int:
+        seen.append(folder)
+        if len(seen) == 1:
+            store.rm("one")
+            store_one(store, name="one")
+            raise AdapterCorruptError("half of the old folder")
+        return len(seen)
+
+    def damaged(_: Path) -> None:
+        raise AdapterCorruptError("truly damaged")
+
+    reading = folders.AdapterFolders(store.root)
+    assert reading.read("one", reader) == 2
+    with pytest.raises(AdapterCorruptError, match="truly damaged"):
+        reading.read("one", damaged)
+    store.rm("one")
+    assert reading.read("one", reader) is None
+
+
 def put_many(home: Home, barrier: Barrier, out: Connection) -> None:
     store = AdapterStore(home)
     barrier.wait(timeout=60)
