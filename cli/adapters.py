@@ -69,7 +69,7 @@ def show(out: Output, name: Name) -> None:
 def rm(out: Output, names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names or ids.")]) -> None:
     """Remove adapters; nothing is removed unless every name is known."""
     store = _store(out)
-    chosen = list(dict.fromkeys(store.get(n).name for n in names))
+    chosen = list(dict.fromkeys(store.find(n) for n in names))
     for name in chosen:
         store.rm(name)
     out.emit({"removed": chosen}, "\n".join(chosen if out.quiet else (f"removed {n}" for n in chosen)))
@@ -111,7 +111,7 @@ def verify(
 ) -> None:
     """Check that stored adapters are whole: hashes, shapes, finite values. Exit code 3 when one is not."""
     store = _store(out)
-    checked = [store.get(name).name] if name else [a.name for a in store.ls()]
+    checked = [store.find(name)] if name else [a.name for a in store.ls()]
     problems = [{"name": p.name, "what": p.what, "fix": p.fix} for p in store.verify(name)]
     lines = [f"{p['name']}: {p['what']}\n  fix: {p['fix']}" for p in problems]
     ok = [] if out.quiet or problems else [f"{len(checked)} adapters are whole"]

@@ -123,7 +123,7 @@ class LoraLayout:
         try:
             modules = tuple(LoraModule(str(n), int(i), int(o)) for n, i, o in data["modules"])
             return cls(int(data["r"]), float(data["lora_alpha"]), tuple(map(str, data["target_modules"])), modules)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise LayoutMismatchError(f"not a LoRA layout: {e}") from e
 
     @classmethod
