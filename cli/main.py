@@ -58,7 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     epilog=_examples(
-        "dnd adapt examples/support_tickets/prompts.txt --name tickets",
+        "dnd adapt examples/support_tickets/prompts.jsonl --name tickets",
         'dnd run "My card was charged twice" -a tickets --compare base',
         "dnd doctor",
     ),
@@ -110,9 +110,9 @@ adapters_app.command("verify", epilog=_examples("dnd adapters verify", "dnd adap
 app.add_typer(adapters_app, name="adapters")
 
 train_app = _group("Train the zoo of task LoRAs and the generator that learns from it.")
-train_app.command("zoo", epilog=_examples("dnd train zoo examples/tasks --out runs/zoo"))(command(train.zoo))
+train_app.command("zoo", epilog=_examples("dnd train zoo examples/tiny_tasks/tasks --out runs/zoo"))(command(train.zoo))
 train_app.command("generator", epilog=_examples(
-    "dnd train generator examples/tasks --config recipe.toml --out runs/generator",
+    "dnd train generator examples/tiny_tasks/tasks --zoo runs/zoo --config recipe.toml",
 ))(command(train.generator))  # fmt: skip
 app.add_typer(train_app, name="train")
 

@@ -26,6 +26,9 @@ from dnd_sdk.errors import AdapterNotFoundError, DndError, InputError
 SCHEMA_VERSION = 1
 EXIT_FAILURE, EXIT_USAGE, EXIT_PROBLEM, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
+Report = Callable[[int, int, str, float | None], None]
+"""Called as report(done, total, about, seconds left or None)."""
+
 
 @dataclass(frozen=True)
 class Output:
@@ -78,7 +81,7 @@ class Output:
             yield
 
     @contextmanager
-    def progress(self, text: str) -> Iterator[Callable[[int, int, str, float | None], None]]:
+    def progress(self, text: str) -> Iterator[Report]:
         """Yield `report(done, total, about, eta_s)`: a bar on a terminal, else a line now and then."""
         if self.quiet:
             yield lambda done, total, about, eta_s: None

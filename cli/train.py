@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dnd_sdk.cli.output import Output
+from dnd_sdk.cli.output import Output, Report
 from dnd_sdk.errors import InputError
+from dnd_sdk.protocols import Progress
 
 Tasks = Annotated[Path, typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).")]
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file with every setting.")]
@@ -18,33 +19,43 @@ RunDir = Annotated[Path, typer.Option("--out", help="Run folder; run again with 
 
 def zoo(out: Output, tasks: Tasks, run_dir: RunDir = Path("runs/zoo"), config: Config = None) -> None:
     """Train one LoRA per task, several tasks at once on one resident base."""
+    _check_config(config)
     from dnd_sdk.training import run_zoo
 
-    _run(out, "training the zoo", run_zoo, tasks, config, run_dir)
+    with out.progress("training the zoo") as report:
+        run_zoo(tasks, config, run_dir, home=out.find_home(), progress=_with_eta(report))
+    out.emit({"run_dir": str(run_dir)}, str(run_dir) if out.quiet else f"done: {run_dir}")
 
 
-def generator(out: Output, tasks: Tasks, run_dir: RunDir = Path("runs/generator"), config: Config = None) -> None:
-    """Train a generator: by reconstruction, end to end through the frozen base, or both in sequence."""
+def generator(
+    out: Output,
+    tasks: Tasks,
+    zoo: Annotated[Path, typer.Option("--zoo", help="Run folder of dnd train zoo.")] = Path("runs/zoo"),
+    run_dir: RunDir = Path("runs/generator"),
+    config: Config = None,
+) -> None:
+    """Train a generator on a zoo: by reconstruction, end to end through the frozen base, or both in sequence."""
+    _check_config(config)
+    if not zoo.is_dir():
+        raise InputError(f"zoo folder {zoo} does not exist", fix="make one with dnd train zoo, then pass it as --zoo")
     from dnd_sdk.training import run_generator
 
-    _run(out, "training the generator", run_generator, tasks, config, run_dir)
+    with out.progress("training the generator") as report:
+        made = run_generator(tasks, config, run_dir, zoo=zoo, home=out.find_home(), progress=_with_eta(report))
+    out.emit(
+        {"run_dir": str(run_dir), "generator": str(made)},
+        str(made) if out.quiet else f"done: {made}\nuse it with: dnd adapt PROMPTS --generator {made}",
+    )
 
 
-def _run(out: Output, text: str, job: Any, tasks: Path, config: Path | None, run_dir: Path) -> None:
+def _check_config(config: Path | None) -> None:
     if config is not None and not config.is_file():
         raise InputError(f"config file {config} does not exist", fix="pass an existing TOML file to --config")
-    with out.progress(text) as report:
-        eta = _Eta()
-        job(
-            tasks,
-            config,
-            run_dir,
-            home=out.find_home(),
-            progress=lambda stage, done, total, value: report(
-                done, total, f"{stage} {value:.4f}", eta.left_s(stage, done, total)
-            ),
-        )
-    out.emit({"run_dir": str(run_dir)}, str(run_dir) if out.quiet else f"done: {run_dir}")
+
+
+def _with_eta(report: Report) -> Progress:
+    eta = _Eta()
+    return lambda stage, done, total, value: report(done, total, f"{stage} {value:.4f}", eta.left_s(stage, done, total))
 
 
 class _Eta:

@@ -192,7 +192,7 @@ def _adapters(s: _Subject) -> Iterator[Check]:
 
 
 def _index(s: _Subject) -> Iterator[Check]:
-    """Every saved index holds only adapters that are in the store; it is a cache, so a stale one is rebuilt."""
+    """Saved indexes can be read; they are a cache that follows the store at the next use."""
     from dnd_sdk.adapters import AdapterStore
 
     stored = {a.id for a in AdapterStore(s.home).ls()}
@@ -203,9 +203,8 @@ def _index(s: _Subject) -> Iterator[Check]:
         except (OSError, ValueError, KeyError, TypeError):
             yield Check("index", "warn", f"{path} is damaged, the next adapt makes it again", f"delete {path.parent}")
             continue
-        gone = len(indexed - stored)
-        more = f", {gone} more no longer stored (dropped at the next use)" if gone else ""
-        yield Check("index", "ok", f"{len(indexed & stored)} of {len(stored)} stored adapters indexed{more}")
+        lag = "" if indexed == stored else " (brought up to date at the next use)"
+        yield Check("index", "ok", f"{len(indexed & stored)} of {len(stored)} stored adapters indexed{lag}")
     if not manifests:
         yield Check("index", "ok", "not made yet")
 

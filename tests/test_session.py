@@ -22,6 +22,7 @@ from dnd_sdk.errors import (
     LayoutMismatchError,
     StorageError,
 )
+from dnd_sdk.observe import PromptStream, StreamSettings
 from dnd_sdk.session import DnD, Limits
 from dnd_sdk.session.results import STEPS
 from dnd_sdk.session.vetting import complaint, probe_kl
@@ -410,3 +411,40 @@ def test_a_store_shared_by_two_sessions_stays_in_step(world: World) -> None:
     AdapterStore(world.home).rm("shared")
     assert two.route(prompts_of("upper")).decision == "generate"
     assert two.adapt(prompts_of("upper")).decision == "generate"
+
+
+def test_a_mixed_stream_is_sorted_into_tasks_and_each_adapted_once(world: World) -> None:
+    dnd = world.session(stream=PromptStream(StreamSettings(min_prompts=8, merge_size=2, join=0.97, merge=0.995)))
+    mixed = [p for three in zip(*(prompts_of(t, 20) for t in ("upper", "digits", "lower")), strict=True) for p in three]
+    results = [dnd.observe(p) for p in mixed]
+    adapted = [r.adapted for r in results if r.adapted is not None]
+    assert [a.decision for a in adapted] == ["generate"] * 3 == ["generate"] * len(dnd.store.ls())
+    assert all(r.adapter is None for r in results[:21])
+    last = results[-3:]
+    assert len({r.cluster for r in last}) == len({r.adapter.id for r in last if r.adapter}) == 3
+    assert dnd.complete(mixed[-1], adapter=last[-1].adapter, max_new_tokens=3).adapter == last[-1].adapter.name
+
+
+def test_an_adaptation_that_fails_is_tried_again_with_the_next_prompt(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dnd = world.session(stream=PromptStream(StreamSettings(min_prompts=4, merge_size=2)))
+    prompts = prompts_of("upper")
+    for p in prompts[:3]:
+        assert dnd.observe(p).adapter is None
+    with monkeypatch.context() as patched:
+        patched.setattr(dnd.store, "put", Interrupt(None, StorageError("disk full"), after=False))
+        with pytest.raises(StorageError, match="disk full"):
+            dnd.observe(prompts[3])
+    again = dnd.observe(prompts[4])
+    assert again.adapted is not None and again.adapted.n_prompts == 5
+    assert again.adapter == again.adapted.adapter is not None
+    assert dnd.observe(prompts[5]).adapted is None
+
+
+def test_observed_prompts_use_adapters_that_exist_already(world: World) -> None:
+    made = world.session().adapt(prompts_of("lower")).adapter
+    dnd = world.session(reuse=0.98)
+    assert dnd.observe("the cat 7 sat on it").adapter == made
+    with pytest.raises(InputError, match="blank"):
+        dnd.observe("  ")

@@ -20,11 +20,13 @@ from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.generator import Generator
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE, Base
+from dnd_sdk.observe import PromptStream
 from dnd_sdk.prompts import PromptSet, clean_prompts
 from dnd_sdk.routing import RouteDecision, Router, choose_exemplars
 from dnd_sdk.session.adaptation import Adaptation
 from dnd_sdk.session.loading import load_parts
-from dnd_sdk.session.results import AdaptResult, Completion, Mode, completion
+from dnd_sdk.session.observing import Observer
+from dnd_sdk.session.results import AdaptResult, Completion, Mode, ObserveResult, completion
 from dnd_sdk.session.stream import CompletionStream
 from dnd_sdk.session.vetting import Limits
 
@@ -52,11 +54,13 @@ class DnD:
         engine: Engine,
         *,
         limits: Limits | None = None,
+        stream: PromptStream | None = None,
     ) -> None:
         """Put parts together that fit each other; `load` makes them. `generator` None: reuse or base only."""
         self.base, self.generator, self.encoder = base, generator, encoder
         self.store, self.router, self.engine = store, router, engine
         self._adaptation = Adaptation(self, limits or Limits())
+        self._observer = Observer(self, stream or PromptStream())
 
     @classmethod
     def load(
@@ -155,6 +159,14 @@ class DnD:
         cancel = threading.Event()
         pieces = self.engine.stream(prompt, None if chosen is None else chosen.id, options, cancel)
         return CompletionStream(pieces, cancel, chosen)
+
+    def observe(self, prompt: str) -> ObserveResult:
+        """Take in one prompt of a mixed stream and say which adapter answers it; adapts to tasks that have enough.
+
+        The prompt that completes a task waits for its adaptation. Raises what `adapt` raises; the next prompt of that
+        task then tries again.
+        """
+        return self._observer.observe(prompt)
 
     def import_adapter(
         self,
