@@ -1,0 +1,61 @@
+"""A tiny base with an engine, and the plain ways to compute what it computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from helpers import random_flat, tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+
+from dnd_sdk.engine import Engine
+from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.models import Base
+
+SAME_LOGITS = {"rtol": 1e-5, "atol": 2e-5}
+"""The same fp32 operations in another order, under adapters that magnify the rounding (logits of about 1)."""
+
+PROMPTS = ("hi", "what is the capital of France?", "route this ticket", "2 + 2 =", "x")
+
+
+def tiny_base(family: str = "llama", *, layers: int = 2) -> Base:
+    return Base(tiny_model(family, layers=layers), tiny_tokenizer(), f"tiny-{family}", "0" * 64)
+
+
+def tiny_layout(base: Base) -> LoraLayout:
+    return LoraLayout.from_model(base.model, r=4, lora_alpha=12)
+
+
+def tiny_engine(family: str = "llama", *, layers: int = 2, **settings: Any) -> Engine:
+    base = tiny_base(family, layers=layers)
+    return Engine(base, tiny_layout(base), **settings)
+
+
+def strong(layout: LoraLayout, seed: int) -> torch.Tensor:
+    """Weights that change a tiny base's greedy answers."""
+    return random_flat(layout, seed=seed, std=0.3)
+
+
+def peft_model(base: Base, layout: LoraLayout, flat: torch.Tensor) -> Any:
+    """Plain peft with the same weights, on a copy made before any engine hooks the base."""
+    config = LoraConfig(r=layout.r, lora_alpha=layout.lora_alpha, target_modules=list(layout.target_modules))
+    model = get_peft_model(copy.deepcopy(base.model), config).eval()
+    state = model.state_dict()
+    for segment, values in layout.views(flat):
+        state[segment.peft_key.replace(".weight", ".default.weight")].copy_(values)
+    return model
+
+
+def chat_ids(base: Base, text: str) -> torch.Tensor:
+    """Token ids `(1, T)` of one user message, through the tokenizer's own template call."""
+    chat = [{"role": "user", "content": text}]
+    out = base.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return out["input_ids"]
+
+
+def greedy(model: Any, base: Base, text: str, n: int) -> str:
+    """The model's own greedy answer."""
+    ids = chat_ids(base, text)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+    return base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

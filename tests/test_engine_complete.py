@@ -1,0 +1,235 @@
+"""Completion: the base bit for bit, adapters like plain peft, batches, stops, sampling, cancel, bad input."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from engine_parts import PROMPTS, SAME_LOGITS, chat_ids, greedy, peft_model, strong, tiny_base, tiny_engine, tiny_layout
+from helpers import FAMILIES
+
+from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine import Engine
+from dnd_sdk.engine.decoding import left_padded
+from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, InputError, LayoutMismatchError
+from dnd_sdk.lora_linear import use_lora
+
+SHORT = SamplingOptions(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    made = tiny_engine(n_slots=3)
+    for i, name in enumerate("ab"):
+        made.load(name, strong(made.layout, i))
+    return made
+
+
+def logits(engine: Engine, prompts: list[str], adapters: list[str | None]) -> torch.Tensor:
+    """Logits of every position `(B, T, V)`, left padded."""
+    ids = [chat_ids(engine.base, p)[0].tolist() for p in prompts]
+    ids, mask = left_padded(ids, 0, engine.base.model.device)
+    with engine.running(adapters):
+        return engine.base.model(input_ids=ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_answer_like_peft_and_the_base_like_the_plain_model(family: str) -> None:
+    base = tiny_base(family)
+    layout = tiny_layout(base)
+    flats = {name: strong(layout, i) for i, name in enumerate("ab")}
+    plain = copy.deepcopy(base.model)
+    oracles = {name: peft_model(base, layout, flat) for name, flat in flats.items()}
+    engine = Engine(base, layout)
+    for name, flat in flats.items():
+        engine.load(name, flat)
+    ids = chat_ids(base, PROMPTS[1])
+    want = {name: oracle(input_ids=ids).logits for name, oracle in oracles.items()}
+    assert not torch.allclose(want["a"], want["b"], atol=0.1)
+    got = logits(engine, [PROMPTS[1]] * 4, ["a", None, "b", "a"])
+    torch.testing.assert_close(got[[0, 2, 3]], torch.cat([want["a"], want["b"], want["a"]]), **SAME_LOGITS)
+    assert torch.equal(got[1], plain(input_ids=ids.repeat(4, 1)).logits[1])
+    for name in "ab":
+        torch.testing.assert_close(logits(engine, [PROMPTS[1]], [name]), want[name], **SAME_LOGITS)
+        assert engine.complete(PROMPTS[1], name, SHORT).text == greedy(oracles[name], base, PROMPTS[1], 8)
+    assert torch.equal(logits(engine, [PROMPTS[1]], [None]), plain(input_ids=ids).logits)
+    assert engine.complete(PROMPTS[1], None, SHORT).text == greedy(plain, base, PROMPTS[1], 8)
+
+
+def test_a_then_b_then_a(engine: Engine) -> None:
+    first, other, again = (logits(engine, ["hi"], [name]) for name in "aba")
+    assert not torch.allclose(first, other, atol=0.1)
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("kind", ["nan", "size"])
+def test_a_refused_adapter_leaves_logits_as_they_were(engine: Engine, kind: str) -> None:
+    bad = strong(engine.layout, 9)
+    bad = bad[:-3] if kind == "size" else bad.index_fill(0, torch.tensor([7]), float("nan"))
+    before = {name: logits(engine, ["hi"], [name]) for name in ("a", "b", None)}
+    with pytest.raises(LayoutMismatchError if kind == "size" else AdapterCorruptError):
+        engine.load("bad", bad)
+    assert all(torch.equal(logits(engine, ["hi"], [name]), was) for name, was in before.items())
+    assert engine.resident() == ["a", "b"]
+
+
+def test_a_base_is_hooked_once_however_many_engines() -> None:
+    base = tiny_base()
+    layout = tiny_layout(base)
+    engines = [Engine(base, layout) for _ in range(2)]
+    engines[0].load("a", strong(layout, 1))
+    once = tiny_engine()
+    once.load("a", strong(layout, 1))
+    assert torch.equal(logits(engines[0], ["hi"], ["a"]), logits(once, ["hi"], ["a"]))
+
+
+def test_mixed_batches_keep_order_and_equal_single_calls(engine: Engine) -> None:
+    prompts = [p + " more" * (i % 4) for i, p in enumerate(PROMPTS * 3)]
+    adapters = [("a", None, "b")[i % 3] for i in range(len(prompts))]
+    small = Engine(engine.base, engine.layout, n_slots=1, max_batch=4)
+    for i, name in enumerate("ab"):  # one slot: the batch must be cut so that adapters fit
+        small.ensure(name, lambda i=i: strong(engine.layout, i))
+    single = [engine.complete(p, a, SHORT) for p, a in zip(prompts, adapters, strict=True)]
+    assert len({g.text for g in single}) > 5
+    assert engine.complete_batch(prompts, adapters, SHORT) == single
+    assert small.complete_batch(prompts, adapters, SHORT) == single
+
+
+def test_no_prompts_no_completions(engine: Engine) -> None:
+    assert engine.complete_batch([], [], SHORT) == []
+
+
+def test_a_chat_is_templated_once(engine: Engine) -> None:
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    text = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    want = engine.base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert engine.prompt_ids(chat, 1) == want
+    assert engine.complete(chat, "a", SHORT).prompt_tokens == len(want)
+
+
+def test_a_base_without_template_gets_the_raw_text() -> None:
+    engine = tiny_engine()
+    engine.base.tokenizer.chat_template = None
+    assert engine.prompt_ids("hi", 1) == engine.base.tokenizer("hi")["input_ids"]
+
+
+def test_stop_strings_cut_the_text_and_end_the_row(engine: Engine) -> None:
+    whole = engine.complete("hi", "a", SamplingOptions(max_new_tokens=30))
+    stop = whole.text[4:6]
+    cut = engine.complete("hi", "a", SamplingOptions(max_new_tokens=30, stop=("never", stop)))
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop" and cut.completion_tokens < 30
+    both = engine.complete_batch(["hi", "x"], ["a", "b"], SamplingOptions(max_new_tokens=30, stop=(stop,)))
+    assert both[0] == cut and both[1].text == engine.complete("x", "b", SamplingOptions(max_new_tokens=30)).text
+
+
+def test_the_end_token_finishes_a_row() -> None:
+    engine = tiny_engine()
+    ends = engine.complete("hi", None, SHORT)
+    first = engine.base.tokenizer(ends.text, add_special_tokens=False)["input_ids"][0]
+    ending = tiny_engine()
+    ending.base.model.generation_config.eos_token_id = [first, 2]
+    got = Engine(ending.base, ending.layout).complete("hi", None, SHORT)
+    assert (got.text, got.completion_tokens, got.finish_reason) == ("", 1, "stop")
+
+
+def test_the_bases_own_sampling_defaults_do_not_leak_in() -> None:
+    plain = tiny_engine().complete("hi", None, SHORT)
+    engine = tiny_engine()
+    engine.base.model.generation_config.update(do_sample=True, temperature=0.7, top_k=3, repetition_penalty=1.9)
+    assert engine.complete("hi", None, SHORT) == plain
+
+
+def test_seeded_sampling_repeats_alone_and_in_a_batch(engine: Engine) -> None:
+    def ask(prompts: list[str], seed: int | None) -> list[str]:
+        options = SamplingOptions(max_new_tokens=8, temperature=1.0, seed=seed)
+        return [g.text for g in engine.complete_batch(prompts, ["a"] * len(prompts), options)]
+
+    state = torch.get_rng_state()
+    alone = ask(["hi"], 5)
+    assert alone == ask(["hi"], 5) and alone != ask(["hi"], 6)
+    batch = ask(["hi", "hi", "a longer prompt"], 5)
+    assert batch[0] == alone[0] and batch[1] == ask(["hi"], 6)[0]
+    assert ask(["hi"], None) != ask(["hi"], None)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sampling_follows_the_distribution(engine: Engine) -> None:
+    n = 400
+    temperature, top_k = 0.7, 6
+    options = SamplingOptions(max_new_tokens=1, temperature=temperature, top_k=top_k, seed=0)
+    wide = Engine(engine.base, engine.layout, max_batch=n)
+    drawn = [g.text for g in wide.complete_batch(["hi"] * n, [None] * n, options)]
+    scores, tokens = (logits(engine, ["hi"], [None])[0, -1] / temperature).topk(top_k)
+    want = Counter()  # several tokens that are half a character look the same
+    for token, p in zip(tokens.tolist(), scores.softmax(0).tolist(), strict=True):
+        want[engine.base.tokenizer.decode([token])] += p
+    assert set(drawn) <= set(want) and len(want) > 2
+    chi2 = sum((drawn.count(t) - n * p) ** 2 / (n * p) for t, p in want.items())
+    assert chi2 < 20.5  # 0.1 % point for 5 degrees of freedom at most; the draw is seeded
+
+
+def test_top_p_keeps_the_nucleus(engine: Engine) -> None:
+    options = SamplingOptions(max_new_tokens=8, temperature=2.0, top_p=1e-6, seed=1)
+    assert engine.complete("hi", "b", options).text == engine.complete("hi", "b", SHORT).text
+
+
+def test_cancel_before_and_during(engine: Engine) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    got = engine.complete_batch(["hi"], ["a"], SHORT, cancel=cancel)[0]
+    assert (got.text, got.completion_tokens, got.finish_reason) == ("", 0, "cancelled")
+    assert engine.evict("b") and engine.load("b", strong(engine.layout, 1)) is None  # nothing stayed leased
+
+
+def test_a_prompt_beyond_the_context_is_refused(engine: Engine) -> None:
+    n = engine.complete("x", None, SHORT).prompt_tokens
+    room = engine.max_tokens - 8 - n + 1
+    assert engine.complete("x" * room, None, SHORT).prompt_tokens == engine.max_tokens - 8
+    with pytest.raises(InputError, match=rf"has {engine.max_tokens - 7} tokens, at most {engine.max_tokens - 8} fit"):
+        engine.complete("x" * (room + 1), None, SHORT)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [([], "no messages"), ([{"role": "user"}], "message 0"), ([{"role": "user", "content": 3}], "message 0")],
+)
+def test_malformed_messages(engine: Engine, messages: list[dict[str, str]], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        engine.complete(messages, None, SHORT)
+
+
+def test_what_the_template_refuses_is_bad_input() -> None:
+    engine = tiny_engine()
+    engine.base.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match="roles must alternate"):
+        engine.complete("hi", None, SHORT)
+
+
+def test_wrong_calls(engine: Engine) -> None:
+    with pytest.raises(AdapterNotFoundError, match="'zzz'"):
+        engine.complete("hi", "zzz", SHORT)
+    with pytest.raises(InputError, match="2 chats but 1 adapter ids"):
+        engine.complete_batch(["hi", "x"], ["a"], SHORT)
+    with pytest.raises(ConfigError, match="max_batch"):
+        Engine(engine.base, engine.layout, max_batch=0)
+
+
+def test_an_error_in_the_model_frees_lease_and_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.base.model, "generate", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            engine.complete("hi", "a", SHORT)
+    assert engine.complete("hi", "a", SHORT).completion_tokens == 8
+    assert engine.evict("a")
+    engine.load("a", strong(engine.layout, 0))
+
+
+def test_leases_and_tables_serve_a_hand_written_forward(engine: Engine) -> None:
+    ids = chat_ids(engine.base, "hi")
+    with engine.lease(["b"]) as rows, use_lora(engine.bank.tables, rows), torch.no_grad():
+        got = engine.base.model(input_ids=ids).logits
+    assert torch.equal(got, logits(engine, ["hi"], ["b"]))

@@ -1,0 +1,135 @@
+"""Streams: the same text in pieces, errors where the consumer is, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_parts import PROMPTS, strong, tiny_engine
+
+from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine import Engine
+from dnd_sdk.errors import AdapterNotFoundError, InputError
+
+LONG = SamplingOptions(max_new_tokens=400)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    made = tiny_engine(layers=1, n_slots=2)
+    for i, name in enumerate("ab"):
+        made.load(name, strong(made.layout, i))
+    return made
+
+
+def soon(condition: Callable[[], Any]) -> bool:
+    """Whether the condition comes true within the time a token could ever take."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return bool(condition())
+
+
+def idle(engine: Engine) -> bool:
+    return not any(t.name == "dnd-stream" for t in threading.enumerate()) and not any(
+        slot.leases for slot in engine.bank._table._slots.values()
+    )
+
+
+@pytest.mark.parametrize("adapter", [None, "a", "b"])
+def test_pieces_join_to_the_complete_text(engine: Engine, adapter: str | None) -> None:
+    options = SamplingOptions(max_new_tokens=24)
+    for prompt in PROMPTS[:3]:
+        stream = engine.stream(prompt, adapter, options)
+        pieces = list(stream)
+        whole = engine.complete(prompt, adapter, options)
+        assert len(pieces) > 1 and "".join(pieces) == whole.text and stream.generation == whole
+
+
+def test_stop_strings_never_show(engine: Engine) -> None:
+    whole = engine.complete("hi", "a", SamplingOptions(max_new_tokens=24)).text
+    options = SamplingOptions(max_new_tokens=24, stop=(whole[5:8],))
+    assert "".join(engine.stream("hi", "a", options)) == engine.complete("hi", "a", options).text
+    assert len(engine.complete("hi", "a", options).text) < len(whole)
+
+
+def test_cancel_ends_the_stream_and_says_so(engine: Engine) -> None:
+    cancel = threading.Event()
+    stream = engine.stream("hi", "a", LONG, cancel)
+    assert next(stream)
+    cancel.set()
+    list(stream)
+    assert stream.generation is not None and stream.generation.finish_reason == "cancelled"
+    assert stream.generation.completion_tokens < 400 and soon(lambda: idle(engine))
+
+
+def test_close_stops_the_thread_and_frees_the_lease(engine: Engine) -> None:
+    with engine.stream("hi", "a", LONG) as stream:
+        next(stream)
+    assert list(stream) == [] and soon(lambda: idle(engine))
+
+
+def test_a_dropped_stream_ends_even_unread(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = []
+    feed = "dnd_sdk.engine.text.RowText.feed"
+    monkeypatch.setattr(feed, lambda self, new: tokens.append(new) or time.sleep(0.001))
+    stream = engine.stream("hi", "a", LONG)
+    assert soon(lambda: tokens)
+    del stream
+    gc.collect()
+    assert soon(lambda: idle(engine)) and len(tokens) < 300
+
+
+def test_the_adapter_stays_until_the_stream_ends(engine: Engine) -> None:
+    one = Engine(engine.base, engine.layout, n_slots=1)
+    for i, name in enumerate("ab"):
+        one.ensure(name, lambda i=i: strong(engine.layout, i))
+    options = SamplingOptions(max_new_tokens=30)
+    stream = one.stream("hi", "a", options)
+    assert one.complete("x", "b", options) == engine.complete("x", "b", options)  # waits for the slot
+    assert "".join(stream) == engine.complete("hi", "a", options).text
+
+
+def test_others_get_answers_while_a_stream_runs(engine: Engine) -> None:
+    stream = engine.stream("hi", "a", LONG)
+    next(stream)
+    engine.complete("x", "b", SamplingOptions(max_new_tokens=2))
+    assert stream._thread.is_alive()
+    stream.close()
+    assert soon(lambda: idle(engine))
+
+
+def test_errors_of_the_model_reach_the_consumer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("the model broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.base.model, "generate", fail)
+        stream = engine.stream("hi", "a", LONG)
+        with pytest.raises(RuntimeError, match="the model broke"):
+            next(stream)
+        assert list(stream) == []
+    assert soon(lambda: idle(engine))
+
+
+def test_bad_calls_raise_at_once(engine: Engine) -> None:
+    with pytest.raises(AdapterNotFoundError):
+        engine.stream("hi", "zzz")
+    with pytest.raises(InputError, match="at most"):
+        engine.stream("x" * 600, "a")
+    assert idle(engine)
+
+
+def test_a_thread_that_cannot_start_frees_the_lease(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            engine.stream("hi", "a")
+    assert idle(engine)

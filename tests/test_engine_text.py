@@ -1,0 +1,76 @@
+"""Tokens to text: whole characters, stop strings, end tokens."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dnd_sdk.engine.text import RowText
+
+TOK = tiny_tokenizer()
+END = frozenset([TOK.eos_token_id])
+
+
+def ids(text: str) -> list[int]:
+    return TOK(text, add_special_tokens=False)["input_ids"]
+
+
+def run(tokens: list[int], stop: tuple[str, ...] = (), chunk: int = 1) -> tuple[list[str], RowText]:
+    pieces: list[str] = []
+    row = RowText(TOK, END, stop, pieces.append)
+    for at in range(0, len(tokens), chunk):
+        if row.feed(tokens[at : at + chunk]):
+            break
+    row.finish()
+    return pieces, row
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=30), st.integers(1, 7))
+def test_pieces_join_to_the_text(text: str, chunk: int) -> None:
+    pieces, row = run(ids(text), chunk=chunk)
+    assert "".join(pieces) == row.text == text
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(4, 259), max_size=30))
+def test_broken_bytes_decode_as_a_whole(tokens: list[int]) -> None:
+    pieces, row = run(tokens)
+    assert "".join(pieces) == row.text == TOK.decode(tokens, skip_special_tokens=True)
+
+
+def test_no_piece_has_half_a_character() -> None:
+    pieces, _ = run(ids("naïve 🦙 日本"))
+    assert "🦙" in pieces and not any("\ufffd" in p for p in pieces)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text("abX", max_size=20), st.lists(st.text("abX", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_stop_cuts_before_the_first_and_never_shows_it(text: str, stops: list[str]) -> None:
+    pieces, row = run(ids(text), tuple(stops))
+    shortest = min((text[: text.index(s)] for s in stops if s in text), key=len, default=text)
+    if row.stopped:  # the first stop that was complete wins
+        assert any(text.startswith(row.text + s) for s in stops) and len(row.text) >= len(shortest)
+    else:
+        assert row.text == text and not any(s in text for s in stops)
+    assert "".join(pieces) == row.text
+
+
+def test_a_possible_stop_is_held_back_until_it_is_none() -> None:
+    row_pieces, row = run(ids("ab##c"), ("###",))
+    assert row_pieces == ["a", "b", "##c"] and row.text == "ab##c"
+
+
+@pytest.mark.parametrize("chunk", [1, 99])
+def test_nothing_after_the_end_token(chunk: int) -> None:
+    tokens = [*ids("yes"), TOK.eos_token_id, *ids("junk")]
+    _, row = run(tokens, chunk=chunk)
+    result = row.result(7, cancelled=False)
+    assert (result.text, result.completion_tokens, result.finish_reason) == ("yes", 4, "stop")
+
+
+def test_an_end_token_that_is_not_special_has_no_text() -> None:
+    row = RowText(TOK, frozenset(ids("z")))
+    assert row.feed(ids("az")) and row.text == "a"
