@@ -92,7 +92,7 @@ def show_adaptation(result: dict[str, Any], expected: str, wall_s: float | None 
     print(f"  prompts   {result['n_prompts']}")
     print(f"  time      {'  '.join(steps)}")
     if wall_s is not None:
-        print(f"  process   {wall_s:.1f} s, most of it loading the models")
+        print(f"  process   {wall_s:.1f} s, loading the models included")
     if result["decision"] != expected:
         raise DemoError(f"expected the decision {expected!r}, got {result['decision']!r}")
 
@@ -101,7 +101,7 @@ def adapt_by_command(task: str) -> None:
     """Adapt twice by the command line: generate, then reuse."""
     prompts, _ = files(task)
     for step, expected in zip(("Adapt to the prompts", "The same prompts again"), EXPECTED, strict=True):
-        heading(f"{step} of {task}")
+        heading(f"{step}: {task}")
         started = time.perf_counter()
         name = ("--name", adapter_name(task))
         out = dnd_command("adapt", str(prompts.relative_to(ROOT)), *name, "--mode", "auto", "--json")
@@ -112,7 +112,7 @@ def adapt_by_library(dnd: Any, task: str) -> None:
     """Adapt twice in this process, whose models are loaded: generate, then reuse."""
     prompts = [row["prompt"] for row in read_rows(files(task)[0])]
     for step, expected in zip(("Adapt to the prompts", "The same prompts again"), EXPECTED, strict=True):
-        heading(f"{step} of {task}, in a process that is warm")
+        heading(f"{step}: {task}, in a process that is warm")
         show_adaptation(dnd.adapt(prompts, name=adapter_name(task)).to_dict(), expected)
 
 
@@ -140,7 +140,7 @@ def side_by_side(dnd: Any, task: str, n_questions: int) -> None:
     seconds = time.perf_counter() - started
     base, adapted = answers[: len(rows)], answers[len(rows) :]
     for row, plain, ours in zip(rows, base, adapted, strict=True):
-        question = row["prompt"].split("\n\n", 1)[-1]
+        question = row["prompt"].split("\n\n", 1)[-1].split(": ", 1)[-1]
         print(
             f"  {short(row['response'], 20):20}  {short(plain.text, 34):34}  {short(ours.text, 26):26}  "
             f"{short(question, 60)}"
