@@ -1,4 +1,4 @@
-"""Package discovery under renamed prefixes: `cli/` installs as `dnd_sdk.cli`, `integrations/` as `dnd_sdk.integrations`."""
+"""Package discovery under renamed prefixes: `cli/` is `dnd_sdk.cli`, `integrations/` is `dnd_sdk.integrations`."""
 
 from setuptools import find_packages, setup
 
@@ -6,5 +6,7 @@ TREES = {"dnd_sdk": "dnd_sdk", "dnd_sdk.cli": "cli", "dnd_sdk.integrations": "in
 
 setup(
     package_dir=TREES,
-    packages=[name for root, folder in TREES.items() for name in (root, *(f"{root}.{s}" for s in find_packages(folder)))],
+    packages=[
+        name for root, folder in TREES.items() for name in (root, *(f"{root}.{s}" for s in find_packages(folder)))
+    ],
 )

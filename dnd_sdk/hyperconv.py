@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +70,7 @@ class HyperConvDecoder(nn.Module):
 
     def __init__(self, shapes: Sequence[Shape], kernel_size: int) -> None:
         super().__init__()
-        pairs = zip(shapes[:-1], shapes[1:], strict=True)
-        self.layers = nn.ModuleList(HyperConvLayer(a, b, kernel_size) for a, b in pairs)
+        self.layers = nn.ModuleList(HyperConvLayer(a, b, kernel_size) for a, b in pairwise(shapes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, *shapes[0])` to `(B, *shapes[-1])`."""
