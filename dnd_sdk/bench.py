@@ -3,7 +3,7 @@
 * Everything is warmed first; rivals are timed in turn (a, b, a, b, ...) and medians reported: other load slows both.
 * Encoding alone is sentence-transformers' own `encode` with the same weights, not this package's encoder.
 * Decoding is compared on an adapter scaled to next to nothing: it costs what any adapter costs and writes the base's
-  tokens, so both sides do the same work. Two lengths are timed, and their difference holds no prefill.
+  tokens, so both sides do the same work: a short prompt and a long answer, nearly all of it decoding.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 WARM_UPS = 2
-DECODE_TOKENS = (4, 52)
-"""The two completion lengths whose difference is pure decoding."""
+DECODE_TOKENS = 64
+"""Length of the answer that decoding is timed with."""
 NEXT_TO_NOTHING = 1e-4
 """Scale of the adapter that decoding is timed with."""
 
@@ -201,29 +201,32 @@ class _OwnAdapters:
 
 
 def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Seconds per token out of two lengths, for the base and for one adapter."""
+    """Tokens per second of one completion, by the base and by one adapter."""
     assert dnd.generator is not None
     adapter_id = "bench-decode"
+    n_tokens: dict[str | None, int] = {}
+
+    def complete(adapter: str | None) -> None:
+        options = SamplingOptions(max_new_tokens=DECODE_TOKENS)
+        (done,) = dnd.engine.complete_batch([[{"role": "user", "content": _STORY}]], [adapter], options)
+        n_tokens[adapter] = done.completion_tokens
+
     dnd.engine.load(adapter_id, dnd.generator.mean() * NEXT_TO_NOTHING)
     try:
-        calls = [
-            (lambda a=a, n=n: _complete(dnd, a, n), lambda: None) for a in (None, adapter_id) for n in DECODE_TOKENS
-        ]
-        base_short, base_long, adapter_short, adapter_long = _in_turn(*calls, repeats=repeats, clock=clock)
+        base_s, adapter_s = _in_turn(
+            (lambda: complete(None), lambda: None),
+            (lambda: complete(adapter_id), lambda: None),
+            repeats=repeats,
+            clock=clock,
+        )
     finally:
         dnd.engine.evict(adapter_id)
-    tokens = DECODE_TOKENS[1] - DECODE_TOKENS[0]
-    base_s, adapter_s = (base_long - base_short) / tokens, (adapter_long - adapter_short) / tokens
+    base_rate, adapter_rate = n_tokens[None] / base_s, n_tokens[adapter_id] / adapter_s
     return {
-        "decode_base_tokens_s": 1 / base_s,
-        "decode_adapter_tokens_s": 1 / adapter_s,
-        "decode_over_base": adapter_s / base_s,
+        "decode_base_tokens_s": base_rate,
+        "decode_adapter_tokens_s": adapter_rate,
+        "decode_over_base": base_rate / adapter_rate,
     }
-
-
-def _complete(dnd: DnD, adapter_id: str | None, n_tokens: int) -> None:
-    options = SamplingOptions(max_new_tokens=n_tokens)
-    dnd.engine.complete_batch([[{"role": "user", "content": _STORY}]], [adapter_id], options)
 
 
 def _in_turn(

@@ -1,0 +1,79 @@
+"""Evaluation and bench on a tiny real session: the parts meet as they do in `dnd eval` and `dnd bench adapt`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from eval_fakes import LABELS
+from tiny_world import World, prompts_of
+
+from dnd_sdk.bench import bench_adapt, render
+from dnd_sdk.config import Home
+from dnd_sdk.evaluation import METHODS, EvalSettings, Zoo, evaluate
+from dnd_sdk.evaluation.methods import conditioning_prompts, donors
+from dnd_sdk.routing import choose_exemplars
+from dnd_sdk.session import DnD
+from dnd_sdk.tasks import Row, Task
+
+
+def task_of(name: str) -> Task:
+    rows = [Row(p, LABELS[i % 2], "train" if i < 12 else "test") for i, p in enumerate(prompts_of(name))]
+    return Task(name, "f", "label", LABELS, "exact_match", "validation", "MIT", tuple(rows[:12]), tuple(rows[12:]))
+
+
+def stored_zoo(dnd: DnD, folder: Path) -> Zoo:
+    """Adapters generated for `digits` and `lower`, in a store of their own."""
+    assert dnd.generator is not None
+    store = type(dnd.store)(Home(folder))
+    for name in ("digits", "lower"):
+        encoded = dnd.encoder.encode(prompts_of(name), state_tokens=dnd.generator.state_tokens)
+        store.put(
+            dnd.generator.generate(encoded.states),
+            dnd.layout,
+            name=name,
+            exemplars=choose_exemplars(encoded.pooled),
+            base_name=dnd.base.name,
+            base_fingerprint=dnd.base.fingerprint,
+            source="trained",
+            encoder_fingerprint=dnd.encoder.fingerprint,
+        )
+    return Zoo(folder, dnd.layout, dnd.base.fingerprint, dnd.encoder.fingerprint)
+
+
+def test_every_method_answers_as_a_user_of_the_session_would_see(world: World, tmp_path: Path) -> None:
+    dnd, tasks = world.session(), [task_of("upper"), task_of("digits")]
+    zoo = stored_zoo(dnd, tmp_path / "zoo")
+    settings = EvalSettings(limit=3, max_new_tokens=5, run_dir=tmp_path / "run")
+    report = evaluate(dnd, tasks, METHODS, settings, zoo=zoo)
+    assert report["failures"] == [] and list(report["methods"]) == list(METHODS)
+    assert (report["base"], report["generator"]) == (dnd.base.name, dnd.generator.id)
+    assert dnd.engine.resident() == [] and dnd.store.ls() == []
+
+    said = {}
+    for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        said[record["task"], record["method"]] = record["outputs"]
+    own = dnd.adapt(conditioning_prompts(tasks[0], 0), mode="generate").adapter
+    others = dnd.adapt(conditioning_prompts(donors(tasks, 0)["upper"], 0), mode="generate").adapter
+    for method, adapter in (("base", None), ("generated", own), ("shuffled", others)):
+        rows = {r.prompt: dnd.complete(r.prompt, adapter, max_new_tokens=5).text for r in tasks[0].test}
+        assert set(said["upper", method]) <= set(rows.values())
+    assert own is not None and others is not None and own.id != others.id
+    assert said["upper", "generated"] != said["upper", "base"]
+    assert zoo.rank(dnd.encoder.encode(conditioning_prompts(tasks[1], 0)).pooled)[0][0] == "digits"
+
+    again = evaluate(world.session(), tasks, METHODS, settings, zoo=zoo)
+    assert again == report
+    assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == len(said)
+
+
+def test_bench_measures_a_session_and_leaves_no_trace(world: World) -> None:
+    dnd = world.session()
+    kept = dnd.adapt(prompts_of("lower")).adapter
+    report = json.loads(json.dumps(bench_adapt(dnd, n_prompts=8, repeats=1), allow_nan=False))
+    numbers = ("encode_s", "adapt_s", "reuse_ms", "decode_base_tokens_s", "decode_adapter_tokens_s", "peak_rss_mb")
+    assert all(report[k] > 0 for k in numbers)
+    assert set(report["adapt_steps_s"]) >= {"encode", "generate", "store", "swap", "total"}
+    assert report["machine"]["base"] == dnd.base.name and "adapt / encode" in render(report)
+    assert dnd.store.ls() == [kept] and dnd.engine.resident() == [kept.id]
