@@ -100,9 +100,6 @@ class PromptStream:
         self._rng = random.Random(0)
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._clusters)
-
     def add(self, prompt: str, vector: Tensor) -> Observation:
         """Take in one prompt with its normalised embedding, `(C,)` or `(1, C)`.
 

@@ -20,7 +20,9 @@ SMALL = StreamSettings(min_prompts=10, max_prompts=16)
 
 def mixed(n_tasks: int = 5, size: int = 30, *, spread: float = 0.7) -> list[tuple[str, torch.Tensor]]:
     """A shuffled stream of (prompt "task number", vector)."""
-    pairs = [(f"{t} {i}", v) for t in range(n_tasks) for i, v in enumerate(task_vectors(t, size, spread=spread))]
+    pairs = [
+        (f"{t} {i}", v) for t in range(n_tasks) for i, v in enumerate(task_vectors(t, size, spread=spread, width=256))
+    ]
     random.Random(0).shuffle(pairs)
     return pairs
 
@@ -52,17 +54,17 @@ def split_then_bridged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     def around(v: torch.Tensor) -> list[torch.Tensor]:
         return list(torch.nn.functional.normalize(v + jitter, dim=1))
 
-    return around(a) + around(side), around(torch.nn.functional.normalize(0.85 * a + 0.53 * b, dim=0))
+    return around(a) + around(side), around(torch.nn.functional.normalize(a + side, dim=0))
 
 
 def test_clusters_that_grow_alike_merge() -> None:
     apart, between = split_then_bridged()
-    settings = StreamSettings(min_prompts=30, join=0.95, merge=0.85, merge_size=8)
+    settings = StreamSettings(min_prompts=30, join=0.9, merge=0.8, merge_size=8)
     stream = PromptStream(settings)
     first = [stream.add("x", v) for v in apart]
     assert len({s.cluster_id for s in first}) == 2
     seen = [stream.add("y", v) for v in between]
-    assert len(stream) == 1 and sum(stream.sizes().values()) == 60
+    assert list(stream.sizes().values()) == [60]
     assert sum(s.ready for s in first + seen) == 1
     survivor = next(iter(stream.sizes()))
     assert len(stream.prompts(survivor)) == 60
@@ -86,13 +88,13 @@ def test_memory_is_bounded() -> None:
 
 def test_a_merge_keeps_its_bound_and_both_sides() -> None:
     apart, between = split_then_bridged()
-    settings = StreamSettings(min_prompts=10, max_prompts=10, join=0.95, merge=0.85, merge_size=8)
+    settings = StreamSettings(min_prompts=10, max_prompts=10, join=0.9, merge=0.8, merge_size=8)
     stream = PromptStream(settings)
     for i, v in enumerate(apart):
         stream.add("left" if i < 20 else "right", v)
     for v in between:
         stream.add("right", v)
-    assert len(stream) == 1
+    assert len(stream.sizes()) == 1
     kept = Counter(stream.prompts(next(iter(stream.sizes()))))
     assert sum(kept.values()) == 10 and kept["left"] >= 1 and kept["right"] >= 1
 
@@ -147,7 +149,7 @@ def test_saved_stream_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
 def test_an_empty_stream_is_saved_too(tmp_path: Path) -> None:
     PromptStream().save(tmp_path)
     again = PromptStream.load(tmp_path)
-    assert again is not None and len(again) == 0
+    assert again is not None and again.sizes() == {}
 
 
 def rewrite(folder: Path, **changes: object) -> None:

@@ -108,9 +108,6 @@ class AdapterIndex:
         self._snapshot = _Snapshot(faiss.IndexIDMap2(faiss.IndexFlatIP(key.width)))
         self._write = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._snapshot.entries)
-
     @property
     def adapter_ids(self) -> tuple[str, ...]:
         """Ids of the adapters in the index."""
