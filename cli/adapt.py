@@ -73,5 +73,7 @@ def _text(result: AdaptResult, explain: bool, out: Output, out_dir: Path | None)
         lines.append(f"reason:   {result.reason}")
     if explain:
         lines += [f"  near:   {name}  {score:.3f}" for name, score in result.neighbours]
-    timings = "  ".join(f"{step} {1000 * seconds:.0f} ms" for step, seconds in result.timings_s.items() if seconds)
+    timings = "  ".join(
+        f"{step} {1000 * seconds:.0f} ms" for step, seconds in result.timings_s.items() if seconds >= 0.0005
+    )
     return "\n".join([*lines, f"time:     {timings}"])

@@ -21,7 +21,9 @@ def evaluate(
     out: Output,
     models: ModelOptions,
     tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).")],
-    methods: Annotated[str, typer.Option("--methods", help="Comma separated; all without it.")] = "",
+    methods: Annotated[
+        str, typer.Option("--methods", help="Comma separated; without it all (nearest needs --zoo).")
+    ] = "",
     names: Annotated[list[str] | None, typer.Option("--task", help="Only this task; repeatable.")] = None,
     role: Annotated[str, typer.Option("--role", help="validation, train or all.")] = "validation",
     limit: Annotated[int, typer.Option("--limit", help="Test rows per task.")] = 30,
@@ -36,7 +38,8 @@ def evaluate(
     from dnd_sdk.evaluation import evaluate as run_evaluation
     from dnd_sdk.tasks import read_tasks
 
-    chosen = tuple(m.strip() for m in methods.split(",") if m.strip()) or METHODS
+    chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
+    chosen = chosen or tuple(m for m in METHODS if zoo or m != "nearest")
     settings = EvalSettings(limit=limit, seeds=seeds, run_dir=run_dir)
     found = read_tasks(tasks, role=None if role == "all" else role, names=names or None)
     with models.load(out) as dnd, out.progress("evaluating") as report:

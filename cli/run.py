@@ -13,7 +13,7 @@ from dnd_sdk.errors import ConfigError, DndError
 
 if TYPE_CHECKING:
     from dnd_sdk.adapters import AdapterStore
-    from dnd_sdk.session import Completion, DnD
+    from dnd_sdk.session import Completion, CompletionStream, DnD
 
 BASE = "base"
 
@@ -49,7 +49,7 @@ def run(
             other = dnd.complete(prompt, adapter=None, **sampling) if compare else None
             out.emit(_payload(answer, other), lambda: _text(answer, other))
         else:
-            answer = _stream(dnd, out, prompt, chosen, sampling)
+            answer = _stream(dnd.stream(prompt, adapter=chosen, **sampling), out)
     out.note(f"[{answer.adapter or BASE}, {answer.usage['completion_tokens']} tokens]")
 
 
@@ -134,23 +134,24 @@ class Chat:
 
     def _answer(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
-        answer = _stream(self.dnd, self.out, asked, self.adapter, self.sampling)
+        stream = self.dnd.stream(asked, adapter=self.adapter, **self.sampling)
+        try:
+            answer = _stream(stream, self.out)
+        except KeyboardInterrupt:
+            self.out.note("\n[stopped, not kept in the conversation]")
+            return
         self.messages = [*asked, {"role": "assistant", "content": answer.text}]
 
 
-def _stream(dnd: DnD, out: Output, prompt: Any, adapter: str | None, sampling: dict[str, Any]) -> Completion:
-    """Print an answer as it is made; Ctrl-C ends the answer, and what was said so far is the result."""
-    stream = dnd.stream(prompt, adapter=adapter, **sampling)
-    try:
+def _stream(stream: CompletionStream, out: Output) -> Completion:
+    """Print an answer as it is made."""
+    with stream:  # whatever happens, the thread that makes the answer ends
         for piece in stream:
             if not out.json:
                 out.piece(piece)
-    except KeyboardInterrupt:
-        stream.cancel()
-        out.note("\n[stopped]")
-    if not out.json:
-        out.piece("\n")
-    return stream.result
+        if not out.json:
+            out.piece("\n")
+        return stream.result
 
 
 def _known(store: AdapterStore, adapter: str) -> str | None:

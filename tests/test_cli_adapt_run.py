@@ -144,4 +144,7 @@ def test_ctrl_c_stops_an_answer_but_not_the_chat(adapted: World, monkeypatch: py
 
     monkeypatch.setattr(Output, "piece", piece)
     result = dnd("chat", "--max-new-tokens", 300, *adapted.options, stdin="hello\n/exit\n")
-    assert result.exit_code == 0 and "[stopped]" in result.stderr
+    assert result.exit_code == 0 and "[stopped" in result.stderr
+    pieces = iter(["raise"])
+    result = dnd("run", "hello", "-a", "upper", "--max-new-tokens", 300, *adapted.options)
+    assert (result.exit_code, result.stdout) == (130, "") and result.stderr.endswith("interrupted\n")

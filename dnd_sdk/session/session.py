@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from dnd_sdk.adapters import Adapter, AdapterStore
 from dnd_sdk.config import Home, SamplingOptions
 from dnd_sdk.encoder import Encoder
 from dnd_sdk.engine import Engine
-from dnd_sdk.errors import ConfigError, InputError
+from dnd_sdk.errors import BankFullError, ConfigError, InputError
 from dnd_sdk.generator import Generator
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE, Base
@@ -201,7 +202,8 @@ class DnD:
     def close(self) -> None:
         """Evict every idle adapter. The models are freed with the last reference to this session."""
         for adapter_id in self.engine.resident():
-            self.engine.evict(adapter_id)
+            with suppress(BankFullError):  # a running request, or one that is just ending, still has it
+                self.engine.evict(adapter_id)
 
     def __enter__(self) -> DnD:
         return self
