@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 from dnd_sdk.adapters.safe_files import storage_errors
@@ -13,13 +13,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` with `data`, creating its folder. Raises `StorageError`; then `path` is as it was."""
     with storage_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # not mkstemp: its files are readable by their owner only, and a generator folder is made to be passed on
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            with os.fdopen(fd, "wb") as f:
+            with temporary.open("xb") as f:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise

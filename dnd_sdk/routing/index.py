@@ -280,7 +280,7 @@ def _restored(manifest: dict[str, Any], data: bytes, key: Key) -> _Snapshot | No
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise ValueError("its hash is not the manifest's")
     entries = tuple(_Entry(**e) for e in manifest["adapters"])
-    index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
+    index: Any = faiss.deserialize_index(np.frombuffer(data, np.uint8))
     if index.d != key.width or index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise ValueError("its vectors are of another kind")
     labels = _labels(entries)
