@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 STALE_S = 3600.0
 """A temporary folder this old belongs to a process that died."""
 _PUTTING, _REMOVING = ".put-", ".rm-"
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""What renaming a folder onto something that exists may raise."""
 
 
 class AdapterFolders:
@@ -114,8 +117,9 @@ def publish(target: Path, fill: Callable[[Path], None]) -> bool:
         fill(temp)
         try:
             os.rename(temp, target)
-        except OSError:
-            if os.path.lexists(target):
+        except OSError as e:
+            # the error tells, not a second look: the folder in the way may be gone again by now
+            if e.errno in _TAKEN:
                 return False
             raise
     finally:
