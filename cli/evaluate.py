@@ -28,14 +28,16 @@ def evaluate(
     role: Annotated[str, typer.Option("--role", help="validation, train or all.")] = "validation",
     limit: Annotated[int, typer.Option("--limit", help="Test rows per task.")] = 30,
     seeds: Annotated[int, typer.Option("--seeds", help="Seeds per method whose prompts are drawn.")] = 1,
-    zoo: Annotated[Path | None, typer.Option("--zoo", help="Run folder of dnd train zoo, for `nearest`.")] = None,
+    zoo: Annotated[Path | None, typer.Option("--zoo", help="Run folder of dnd train generator, for `nearest`.")] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Keeps answers; run again to go on.")] = None,
+    card: Annotated[Path | None, typer.Option("--card", help="Generator folder whose card gets the figures.")] = None,
 ) -> None:
     """Compare methods on labelled tasks: exact match, option likelihood, valid format."""
     if role not in ROLES:
         raise ConfigError(f"--role takes {', '.join(ROLES)}, got {role!r}")
     from dnd_sdk.evaluation import METHODS, EvalSettings, Zoo, render
     from dnd_sdk.evaluation import evaluate as run_evaluation
+    from dnd_sdk.generator_card import record_evaluation
     from dnd_sdk.tasks import read_tasks
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
@@ -49,6 +51,8 @@ def evaluate(
 
         stored = Zoo(zoo, dnd.layout, dnd.base.fingerprint, dnd.encoder.fingerprint) if zoo else None
         result = run_evaluation(dnd, found, chosen, settings, tell, zoo=stored)
+    if card is not None:
+        record_evaluation(card, result)
     out.emit(result, lambda: render(result))
     for failure in result["failures"]:
         out.note(f"failed: {failure['task']} {failure['method']} seed {failure['seed']}: {failure['error']}")

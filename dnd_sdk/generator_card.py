@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dnd_sdk.errors import GeneratorError
+
 _HEAD = """---
 license: apache-2.0
 base_model: {base}
@@ -38,6 +40,17 @@ def write_card(folder: Path) -> None:
         parts.append(_figures(json.loads(evaluation.read_text())))
     parts.append(_tasks(training["tasks"]))
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def record_evaluation(folder: Path, report: dict[str, Any]) -> None:
+    """Keep what `dnd eval --json` prints as `folder/evaluation.json` and write the card again.
+
+    Raises `GeneratorError` when `folder` holds no `training.json`.
+    """
+    if not (folder / "training.json").is_file():
+        raise GeneratorError(f"{folder} has no training.json to make a card from", fix="pass a folder of dnd train")
+    (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_card(folder)
 
 
 def _head(t: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ def _make_hook(name: str) -> Callable[..., Tensor | None]:
 
 def _uniform(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     # A (in, r), B (r, out); a Linear's result is its own, so inference adds in place: no copy of `out` per token
-    low = x.flatten(0, -2) @ A
+    low = torch.mm(x.reshape(-1, x.shape[-1]), A)
     if torch.is_grad_enabled() or not out.is_contiguous():
         return torch.addmm(out.flatten(0, -2), low, B).view_as(out)
     out.view(-1, out.shape[-1]).addmm_(low, B)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError, LayoutMismatchError
 from dnd_sdk.generator import Generator, GeneratorConfig
+from dnd_sdk.generator_card import record_evaluation
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.training import run_generator, run_zoo
@@ -123,6 +125,17 @@ def test_generator_folder_loads_and_uses_its_condition(trained: Path) -> None:
     files = {p.name for p in (trained / "run" / "generator").iterdir()}
     assert {"config.json", "model.safetensors", "router.json", "support.safetensors", "README.md"} <= files
     assert "Training tasks and their licences" in (trained / "run" / "generator" / "README.md").read_text()
+
+
+def test_card_shows_the_figures_of_an_evaluation(trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained / "run" / "generator", tmp_path / "g"))
+    scores = {"exact_match": 0.25, "option_accuracy": None, "valid_format": 1.0}
+    report = {"settings": {"n_tasks": 3, "limit": 5}, "methods": {"generated": {"mean": scores}}}
+    assert "25.0" not in (folder / "README.md").read_text()
+    record_evaluation(folder, report)
+    assert "| generated | 25.0 | - | 100.0 |" in (folder / "README.md").read_text()
+    with pytest.raises(GeneratorError, match=r"training\.json"):
+        record_evaluation(tmp_path, report)
 
 
 def test_zoo_is_stored_so_that_prompts_find_it(trained: Path) -> None:
