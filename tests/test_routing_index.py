@@ -98,9 +98,22 @@ def test_refused_changes_leave_the_index_alone() -> None:
 
 
 def test_faiss_threads_are_as_before() -> None:
-    before = faiss.omp_get_max_threads(), torch.get_num_threads()
-    filled(2).score(task_vectors(0))
-    assert (faiss.omp_get_max_threads(), torch.get_num_threads()) == before
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(2)
+    try:
+        filled(2).score(task_vectors(0))
+        assert faiss.omp_get_max_threads() == 2
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def test_what_a_reader_holds_never_changes() -> None:
+    index = filled(2)
+    held = index._snapshot
+    index.add("new", task_vectors(5))
+    index.remove("a0")
+    assert held.faiss.ntotal == 18 and [e.adapter_id for e in held.entries] == ["a0", "a1"]
+    assert torch.equal(held.vectors(held.entries[0]), task_vectors(0, 9))
 
 
 def test_readers_beside_a_writer_see_whole_states() -> None:
