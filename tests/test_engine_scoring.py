@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -61,7 +62,9 @@ def test_many_options_are_split_over_rows(monkeypatch: pytest.MonkeyPatch) -> No
     options = [f"option {i}" for i in range(12)]
     whole = option_logprobs(engine, ["hi"], [options], [None])
     monkeypatch.setattr(scoring, "LOGIT_BYTES", 4 * 260 * 20)
+    rows = _count_rows(engine, monkeypatch)
     split = option_logprobs(engine, ["hi"], [options], [None])
+    assert len(rows) == 6  # two options of at most 9 read tokens fit in 19
     torch.testing.assert_close(torch.tensor(split.logprobs), torch.tensor(whole.logprobs), **SUMS)
     assert split.n_tokens == whole.n_tokens
 
@@ -74,14 +77,27 @@ def test_more_adapters_than_slots() -> None:
     assert both.shape == (3, 2) and torch.equal(both[0], both[2]) and not torch.allclose(both[0], both[1])
 
 
-def test_options_share_one_reading_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, seen = tiny_engine(), []
+def _count_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the width of every row the model reads."""
+    seen: list[int] = []
     forward = engine.base.model.forward
-    monkeypatch.setattr(engine.base.model, "forward", lambda **k: seen.append(k["input_ids"].shape) or forward(**k))
-    engine.base.model._supports_logits_to_keep = lambda: True
+
+    @functools.wraps(forward)
+    def counted(**inputs: Any) -> Any:
+        rows, width = inputs["input_ids"].shape
+        seen.extend([width] * rows)
+        return forward(**inputs)
+
+    monkeypatch.setattr(engine.base.model, "forward", counted)
+    return seen
+
+
+def test_options_share_one_reading_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+    rows = _count_rows(engine, monkeypatch)
     n = len(engine.prompt_ids("hi", 1))
     option_logprobs(engine, ["hi", "hi"], [["aa", "bbb"]] * 2, [None] * 2)
-    assert seen == [(2, n + 5)]
+    assert rows == [n + 5, n + 5]
 
 
 def test_bad_calls() -> None:
