@@ -13,6 +13,7 @@ from engine_parts import PROMPTS, strong, tiny_engine
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import Engine
+from dnd_sdk.engine.text import RowText
 from dnd_sdk.errors import AdapterNotFoundError, InputError
 
 LONG = SamplingOptions(max_new_tokens=400)
@@ -67,21 +68,33 @@ def test_cancel_ends_the_stream_and_says_so(engine: Engine) -> None:
     assert stream.generation.completion_tokens < 400 and soon(lambda: idle(engine))
 
 
-def test_close_stops_the_thread_and_frees_the_lease(engine: Engine) -> None:
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the tokens that streams read, each of which takes a while."""
+    tokens: list[int] = []
+    feed = RowText.feed
+
+    def slow(self: RowText, new: list[int]) -> bool:
+        tokens.extend(new)
+        time.sleep(0.005)
+        return feed(self, new)
+
+    monkeypatch.setattr(RowText, "feed", slow)
+    return tokens
+
+
+def test_close_stops_the_thread_and_frees_the_lease(engine: Engine, fed: list[int]) -> None:
     with engine.stream("hi", "a", LONG) as stream:
         next(stream)
-    assert list(stream) == [] and soon(lambda: idle(engine))
+    assert list(stream) == [] and soon(lambda: idle(engine)) and len(fed) < 300
 
 
-def test_a_dropped_stream_ends_even_unread(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = []
-    feed = "dnd_sdk.engine.text.RowText.feed"
-    monkeypatch.setattr(feed, lambda self, new: tokens.append(new) or time.sleep(0.001))
+def test_a_dropped_stream_ends_even_unread(engine: Engine, fed: list[int]) -> None:
     stream = engine.stream("hi", "a", LONG)
-    assert soon(lambda: tokens)
+    assert soon(lambda: fed)
     del stream
     gc.collect()
-    assert soon(lambda: idle(engine)) and len(tokens) < 300
+    assert soon(lambda: idle(engine)) and len(fed) < 300
 
 
 def test_the_adapter_stays_until_the_stream_ends(engine: Engine) -> None:
@@ -130,6 +143,6 @@ def test_a_thread_that_cannot_start_frees_the_lease(engine: Engine, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr("threading.Thread.start", fail)
-        with pytest.raises(RuntimeError, match="can't start"):
+        with pytest.raises(RuntimeError, match="can't start") as caught:
             engine.stream("hi", "a")
-    assert idle(engine)
+    assert caught.tb is not None and idle(engine)  # while the traceback still holds the frames
