@@ -238,7 +238,6 @@ class PromptStream:
         both = kept.prompts + lost.prompts
         kept.prompts = both if len(both) <= self.settings.max_prompts else self._sampled(kept, lost)
         kept.n += lost.n
-        kept.ready = kept.ready or lost.ready
         kept.used = max(kept.used, lost.used)
         self._sums[into] += self._sums[gone]
         self._drop(gone)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from routing_parts import WIDTH, task_vectors
+from safetensors.torch import save_file
 
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, InputError, StorageError
 from dnd_sdk.observe import STATE_FILE, SUMS_FILE, PromptStream, StreamSettings
@@ -65,6 +66,8 @@ def test_clusters_that_grow_alike_merge() -> None:
     assert len({s.cluster_id for s in first}) == 2
     seen = [stream.add("y", v) for v in between]
     assert list(stream.sizes().values()) == [60]
+    assert stream._sums is not None
+    assert torch.allclose(stream._sums[0], torch.stack(apart + between).sum(dim=0), atol=1e-4)
     assert sum(s.ready for s in first + seen) == 1
     survivor = next(iter(stream.sizes()))
     assert len(stream.prompts(survivor)) == 60
@@ -163,6 +166,7 @@ def rewrite(folder: Path, **changes: object) -> None:
         lambda d: (d / STATE_FILE).unlink(),
         lambda d: (d / SUMS_FILE).unlink(),
         lambda d: (d / SUMS_FILE).write_bytes(b"torn"),
+        lambda d: save_file({"sums": torch.ones(1, WIDTH)}, d / SUMS_FILE),
         lambda d: (d / STATE_FILE).write_text("{"),
         lambda d: (d / STATE_FILE).write_text("[]"),
         lambda d: rewrite(d, clusters=[]),

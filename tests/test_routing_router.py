@@ -102,9 +102,9 @@ def test_exact_prompt_set_needs_no_likeness() -> None:
 
 def test_of_equal_prompt_sets_the_newest_is_reused() -> None:
     store = store_with()
-    store.put(adapter("newer", prompt_hash="hash0", created="2026-05-05T00:00:00+00:00"), None)
+    store.put(adapter("zz-newer", prompt_hash="hash0", created="2026-05-05T00:00:00+00:00"), None)
     found = router(store).exact("hash0")
-    assert found is not None and found.adapter is not None and found.adapter.name == "newer"
+    assert found is not None and found.adapter is not None and found.adapter.name == "zz-newer"
 
 
 def test_only_adapters_of_this_base_and_encoder_count() -> None:
