@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from dnd_sdk.errors import LayoutMismatchError
 from dnd_sdk.generator import Generator, GeneratorConfig
 from dnd_sdk.generator_card import write_card
 from dnd_sdk.protocols import Progress
-from dnd_sdk.routing import choose_exemplars
-from dnd_sdk.routing.calibration import fit_thresholds
+from dnd_sdk.routing import Calibration, choose_exemplars, fit_thresholds, noise_prompts
+from dnd_sdk.tasks import Task
 from dnd_sdk.training.conditions import Pools, encode_pools
 from dnd_sdk.training.run_dir import RunDir, write_json
 from dnd_sdk.training.settings import TrainSettings
@@ -57,7 +58,7 @@ def train_generator(
     )
     store_zoo(bench, encoder, pools, snapshots, out)
     train_stages(generator, Lesson(bench, pools, snapshots, read_importance(zoo)), settings.stages, out)
-    return finish(generator, bench, pools, settings, zoo, out)
+    return finish(generator, bench, encoder, pools, settings, zoo, out)
 
 
 def new_generator(settings: TrainSettings, bench: Workbench, encoder: Encoder) -> Generator:
@@ -94,13 +95,28 @@ def store_zoo(bench: Workbench, encoder: Encoder, pools: Pools, snapshots: dict[
         bench.progress("store zoo", i + 1, len(snapshots), 0.0)
 
 
-def finish(generator: Generator, bench: Workbench, pools: Pools, settings: TrainSettings, zoo: Path, out: Path) -> Path:
+def calibrate(
+    tasks: Mapping[str, Task], pools: Pools, encoder: Encoder, seed: int
+) -> tuple[Calibration, dict[str, Any]]:
+    """Routing thresholds and support measured on the train tasks' prompts, against prompts that mean nothing."""
+    noise = encoder.encode(noise_prompts(), with_states=False).pooled
+    return fit_thresholds(pools.pooled, {n: t.family for n, t in tasks.items()}, noise=noise, seed=seed)
+
+
+def finish(
+    generator: Generator,
+    bench: Workbench,
+    encoder: Encoder,
+    pools: Pools,
+    settings: TrainSettings,
+    zoo: Path,
+    out: Path,
+) -> Path:
     """Write the generator folder: weights, router calibration, what made it, card. Replaces an older one whole."""
     folder, tmp = out / "generator", out / ".generator.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     generator.save_pretrained(tmp)
-    families = {name: task.family for name, task in bench.sources.items()}
-    calibration, report = fit_thresholds(pools.pooled, families, seed=settings.run.seed)
+    calibration, report = calibrate(bench.sources, pools, encoder, settings.run.seed)
     calibration.save(tmp)
     write_json(tmp / "training.json", _training_record(generator, bench, settings, report, zoo, out))
     write_card(tmp)
