@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dnd_sdk.encoder import Encoder
 from dnd_sdk.generator import select_states
 from dnd_sdk.protocols import Progress
 from dnd_sdk.tasks import Task
+from dnd_sdk.training.run_dir import write_tensors
 
 _SMALL_SETS = 0.3
 """Share of conditions with fewer prompts than the decoder takes, so that a handful works at run time."""
@@ -57,9 +58,7 @@ def encode_pools(
             tensors[f"states.{name}"] = encoded.states.to(torch.float16).cpu()
             tensors[f"pooled.{name}"] = encoded.pooled.cpu()
             progress("encode", i + 1, len(tasks), 0.0)
-        tmp = cache.with_name(cache.name + ".tmp")
-        save_file(tensors, tmp)
-        tmp.replace(cache)
+        write_tensors(cache, tensors)
     loaded = load_file(cache)
     names = [k.removeprefix("pooled.") for k in loaded if k.startswith("pooled.")]
     return Pools({n: loaded[f"states.{n}"] for n in names}, {n: loaded[f"pooled.{n}"] for n in names})

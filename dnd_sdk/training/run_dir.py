@@ -55,11 +55,7 @@ class RunDir:
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Replace the checkpoint; `step` steps are done."""
-        tmp = self.path / (_CHECKPOINT + ".tmp")
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, metadata={"step": str(step)})
-        with tmp.open("rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, self.path / _CHECKPOINT)
+        write_tensors(self.path / _CHECKPOINT, tensors, metadata={"step": str(step)})
         self._last_save = time.monotonic()
 
     def due(self) -> bool:
@@ -99,6 +95,15 @@ class RunDir:
         tmp = self.path / "losses.jsonl.tmp"
         tmp.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(tmp, self.path / "losses.jsonl")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors atomically and durably; `metadata` goes into the header."""
+    tmp = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata)
+    with tmp.open("rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
 
 
 def write_json(path: Path, data: Any) -> None:

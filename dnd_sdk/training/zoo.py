@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dnd_sdk.errors import InputError
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.training.batches import TokenRow, sample_rows, sample_tasks
-from dnd_sdk.training.run_dir import RunDir, optimizer_tensors, restore_optimizer
+from dnd_sdk.training.run_dir import RunDir, optimizer_tensors, restore_optimizer, write_tensors
 from dnd_sdk.training.settings import PerTaskSettings, SharedSettings
 from dnd_sdk.training.workbench import Workbench
 
@@ -71,7 +71,7 @@ def train_shared(bench: Workbench, settings: SharedSettings, out: Path) -> Tenso
     run = _open(bench, out / "shared", settings.model_dump(), checkpoint_every_s=bench.run.checkpoint_every_s)
     for _ in _fit(bench, run, "shared", flat, rows, settings.steps, settings.lr):
         pass
-    _save(done, {"shared": flat})
+    write_tensors(done, {"shared": flat})
     return flat.detach().cpu()
 
 
@@ -84,7 +84,7 @@ def train_tasks(bench: Workbench, settings: PerTaskSettings, shared: Tensor, out
         if not all((out / "tasks" / f"{n}.safetensors").exists() for n in group):
             _train_group(bench, settings, shared, out, group, f"tasks {i + 1}/{len(groups)}")
     means = torch.stack([load_file(out / "tasks" / f"{n}.safetensors")["mean"] for n in names])
-    _save(out / "importance.safetensors", {"std": means.std(0, correction=0)})
+    write_tensors(out / "importance.safetensors", {"std": means.std(0, correction=0)})
 
 
 def _train_group(
@@ -108,7 +108,7 @@ def _train_group(
             snapshots.append(flat.detach().cpu().clone())
     for i, name in enumerate(group):
         kept = torch.stack([s[i] for s in snapshots])
-        _save(out / "tasks" / f"{name}.safetensors", {"snapshots": kept, "mean": kept.mean(0)})
+        write_tensors(out / "tasks" / f"{name}.safetensors", {"snapshots": kept, "mean": kept.mean(0)})
 
 
 def _open(bench: Workbench, path: Path, settings: dict[str, Any], *, checkpoint_every_s: float) -> RunDir:
@@ -142,12 +142,6 @@ def _fit(
         if run.due():
             run.save(step + 1, {"flat": flat, **optimizer_tensors(optimizer)})
         yield step
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    tmp = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp)
-    tmp.replace(path)
 
 
 def read_zoo(out: Path) -> tuple[Tensor, dict[str, Tensor]]:
