@@ -15,7 +15,7 @@ from torch import Tensor
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.encoder import Encoder
-from dnd_sdk.errors import LayoutMismatchError
+from dnd_sdk.errors import ConfigError, LayoutMismatchError
 from dnd_sdk.generator import Generator, GeneratorConfig
 from dnd_sdk.generator_card import write_card
 from dnd_sdk.protocols import Progress
@@ -73,7 +73,21 @@ def new_generator(settings: TrainSettings, bench: Workbench, encoder: Encoder) -
         **sizes,
     )
     torch.manual_seed(settings.run.seed)
-    return Generator(config, bench.layout)
+    generator = Generator(config, bench.layout)
+    if bench.start is not None:
+        _check_sizes(bench.start.config, config)
+        generator.load_state_dict(bench.start.state_dict())
+    return generator
+
+
+def _check_sizes(start: GeneratorConfig, wanted: GeneratorConfig) -> None:
+    """Raise `ConfigError` when the generator to go on from has another decoder than the settings ask for."""
+    before, after = asdict(start), asdict(wanted)
+    if odd := [k for k in before if before[k] != after[k]]:
+        raise ConfigError(
+            f"start: its generator differs in {', '.join(f'{k} ({before[k]}, here {after[k]})' for k in odd)}",
+            fix="set the same [generator] sizes, base and encoder, or train without start",
+        )
 
 
 def store_zoo(bench: Workbench, encoder: Encoder, pools: Pools, snapshots: dict[str, Tensor], out: Path) -> None:

@@ -105,6 +105,8 @@ class TrainSettings(_Section):
 
     base: str = DEFAULT_BASE
     encoder: str = DEFAULT_ENCODER
+    start: str | None = None
+    """Generator folder to go on from (its shared adapter, its decoder); null starts from the base alone."""
     lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
     shared: SharedSettings = SharedSettings()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dnd_sdk.config import Home
+from dnd_sdk.generator import Generator
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import load_base
@@ -37,6 +38,8 @@ class Workbench:
     pad: int
     manifest: dict[str, Any]
     progress: Progress
+    start: Generator | None = None
+    """The generator that training goes on from; None starts from the base alone."""
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +68,7 @@ def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Prog
     sources = {t.name: t for t in read_tasks(tasks_dir, role=settings.data.role)}
     base = load_base(settings.base, home, device=settings.run.device)
     layout = LoraLayout.from_model(base.model, **settings.lora.model_dump())
+    start = Generator.from_pretrained(settings.start, layout) if settings.start else None
     if settings.run.base_precision == "int8":
         quantize_frozen_linears(base.model, layout)
     attach_lora(base.model, layout)
@@ -80,13 +84,14 @@ def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Prog
         tasks=tokens,
         run=settings.run,
         pad=pad,
-        manifest=_manifest(settings, sources, base.fingerprint, layout),
+        manifest=_manifest(settings, sources, base.fingerprint, layout, start),
         progress=progress,
+        start=start,
     )
 
 
 def _manifest(
-    settings: TrainSettings, sources: dict[str, Task], fingerprint: str, layout: LoraLayout
+    settings: TrainSettings, sources: dict[str, Task], fingerprint: str, layout: LoraLayout, start: Generator | None
 ) -> dict[str, Any]:
     fixed = settings.model_dump(include={"base", "lora", "data"})
     return {
@@ -94,6 +99,7 @@ def _manifest(
         "settings": json.loads(json.dumps(fixed)),
         "seed": settings.run.seed,
         "base_precision": settings.run.base_precision,
+        "start": start.id if start else None,
         "base_fingerprint": fingerprint,
         "layout_digest": layout.digest,
         "data": {name: data_hash(task) for name, task in sources.items()},

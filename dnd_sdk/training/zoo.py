@@ -62,7 +62,8 @@ def train_shared(bench: Workbench, settings: SharedSettings, out: Path) -> Tenso
     done = out / "shared.safetensors"
     if done.exists():
         return load_file(done)["shared"]
-    flat = initial_adapter(bench.layout, bench.run.seed).to(bench.device).requires_grad_()
+    first = initial_adapter(bench.layout, bench.run.seed) if bench.start is None else bench.start.mean()
+    flat = first.to(bench.device).requires_grad_()
 
     def rows(step: int) -> list[tuple[TokenRow, int]]:
         names = sample_tasks(list(bench.tasks), settings.rows, step, bench.run.seed)
