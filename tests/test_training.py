@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tiny_world import save_base, save_encoder
 
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
+from dnd_sdk.encoder import Encoder
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError, LayoutMismatchError
 from dnd_sdk.generator import Generator, GeneratorConfig
 from dnd_sdk.generator_card import record_evaluation
@@ -27,9 +29,11 @@ from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.training import run_generator, run_zoo
 from dnd_sdk.training.batches import TokenRow, answer_loss, micro_batches, sample_tasks
 from dnd_sdk.training.int8_base import quantize_frozen_linears
+from dnd_sdk.training.recipe import new_generator
 from dnd_sdk.training.run_dir import RunDir
 from dnd_sdk.training.settings import read_settings
 from dnd_sdk.training.trainer import masked_mse, token_weights
+from dnd_sdk.training.workbench import prepare
 from dnd_sdk.training.zoo import initial_adapter, read_zoo
 from dnd_sdk.weight_tokenizer import WeightTokenizer
 
@@ -37,12 +41,13 @@ MAKE_TASKS = Path(__file__).parents[1] / "examples" / "tiny_tasks" / "make.py"
 
 
 def _config(root: Path, **changes: str) -> Path:
-    values = {"seed": "0", "every": "0", "shared_steps": "6", "stages": "4"} | changes
+    values = {"seed": "0", "every": "0", "shared_steps": "6", "stages": "4", "start": "", "width": "8"} | changes
     path = root / "train.toml"
     path.write_text(
         f"""
 base = "{root / "base"}"
 encoder = "{root / "encoder"}"
+{values["start"]}
 [lora]
 r = 4
 [data]
@@ -60,7 +65,7 @@ checkpoints = 2
 [generator]
 n_prompts = 4
 state_tokens = 8
-width = 8
+width = {values["width"]}
 pool = 24
 [[stages]]
 objective = "reconstruction"
@@ -177,6 +182,26 @@ def test_kill_9_and_the_same_command_gives_the_same_curve(trained: Path, tmp_pat
     assert len(curves) >= 2
     for curve in curves:
         assert (tmp_path / "out" / curve).read_text() == (tmp_path / "straight" / curve).read_text(), curve
+
+
+def test_training_goes_on_from_a_finished_generator(trained: Path, tmp_path: Path) -> None:
+    for part in ("base", "encoder"):
+        (tmp_path / part).symlink_to(trained / part)
+    start = Generator.from_pretrained(trained / "run" / "generator")
+    line = f'start = "{trained / "run" / "generator"}"'
+    more = read_settings(_config(tmp_path, shared_steps="0", start=line))
+    home, silent = Home(trained / "home"), lambda *_: None
+    run_zoo(trained / "tasks", tmp_path / "train.toml", tmp_path / "zoo", home=home, progress=silent)
+    assert torch.equal(read_zoo(tmp_path / "zoo")[0], start.mean())
+    manifest = json.loads((tmp_path / "zoo" / "shared" / "manifest.json").read_text())
+    assert manifest["start"] == start.id
+    bench = prepare(trained / "tasks", more, home, silent)
+    encoder = Encoder.load(more.encoder, home)
+    going_on, fresh = new_generator(more, bench, encoder), new_generator(more, replace(bench, start=None), encoder)
+    assert going_on.id == start.id != fresh.id
+    wider = read_settings(_config(tmp_path, start=line, width="16"))
+    with pytest.raises(ConfigError, match=r"width \(8, here 16\)"):
+        new_generator(wider, bench, encoder)
 
 
 def test_other_settings_refuse_to_continue_a_run(trained: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Limits:
     max_kl: float = 12.0
     """Mean KL divergence (nats) of adapted from base next-token probabilities over the probe prompts."""
     probe_prompts: int = 2
-    probe_tokens: int = 12
+    probe_tokens: int = 8
     """Tokens read of each probe prompt."""
 
 

@@ -83,9 +83,10 @@ def new_generator(settings: TrainSettings, bench: Workbench, encoder: Encoder) -
 def _check_sizes(start: GeneratorConfig, wanted: GeneratorConfig) -> None:
     """Raise `ConfigError` when the generator to go on from has another decoder than the settings ask for."""
     before, after = asdict(start), asdict(wanted)
-    if odd := [k for k in before if before[k] != after[k]]:
+    named = {"base_name", "encoder_name"}  # a folder may have moved; the fingerprints tell what it holds
+    if odd := [k for k in before.keys() - named if before[k] != after[k]]:
         raise ConfigError(
-            f"start: its generator differs in {', '.join(f'{k} ({before[k]}, here {after[k]})' for k in odd)}",
+            f"start: its generator differs in {', '.join(f'{k} ({before[k]}, here {after[k]})' for k in sorted(odd))}",
             fix="set the same [generator] sizes, base and encoder, or train without start",
         )
 
