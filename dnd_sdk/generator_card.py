@@ -25,9 +25,8 @@ own data.
 - encoder: `{encoder}`, {prompts} prompts x {tokens} token states at a time
 - LoRA: r {r}, alpha {alpha:g}, {modules}; generated: {parts}
 - parameters: {parameters:,} ({share:.1f} % of the base), adapter: see config.json
-- data: {n_tasks} training tasks (listed below), seed {seed}, base products in training: {precision}
-- stages: shared adapter {shared_steps} steps of {shared_rows} rows; {stages}
-- loss, first and last stretch: {losses}
+- data: {n_tasks} training tasks (listed below), base products in training: {precision}
+{runs}
 """
 
 
@@ -67,13 +66,32 @@ def _head(t: dict[str, Any]) -> str:
         parameters=generator["parameters"],
         share=100 * generator["parameters"] / t["base_parameters"],
         n_tasks=len(t["tasks"]),
-        seed=t["seed"],
         precision=t["base_precision"],
-        shared_steps=settings["shared"]["steps"],
-        shared_rows=settings["shared"]["rows"],
-        stages="; ".join(f"{s['objective']} {s['steps']} steps of {s['tasks']} tasks" for s in settings["stages"]),
-        losses="; ".join(f"{n} {c[0]['loss']:.2f} -> {c[-1]['loss']:.2f}" for n, c in t["losses"].items() if c),
+        runs="\n".join(f"- run {i}: {_run(r)}" for i, r in enumerate(_runs(t), 1)),
     )
+
+
+def _runs(t: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record of every training run, first to last: each went on from the one before."""
+    before = t.get("before")
+    return [*(_runs(before) if before else ()), t]
+
+
+def _run(t: dict[str, Any]) -> str:
+    shared, stages = t["settings"]["shared"], t["settings"]["stages"]
+    parts = [f"shared adapter {shared['steps']} steps of {shared['rows']} rows"]
+    parts += [f"{s['objective']} {s['steps']} steps of {s['tasks']} tasks" for s in stages]
+    curves = ["shared", *(f"stage-{i}" for i in range(len(stages)))]
+    return f"seed {t['seed']}; " + "; ".join(p + _trend(t["losses"][c]) for p, c in zip(parts, curves, strict=True))
+
+
+def _trend(curve: list[dict[str, float]]) -> str:
+    """Mean loss of the first and of the last quarter: single steps are mostly noise."""
+    if not curve:
+        return ""
+    n = -(-len(curve) // 4)
+    first, last = (sum(x["loss"] for x in part) / n for part in (curve[:n], curve[-n:]))
+    return f" (loss {first:.2f} to {last:.2f})"
 
 
 def _figures(e: dict[str, Any]) -> str:

@@ -147,13 +147,23 @@ def _training_record(
     curves = {"shared": zoo / "shared", **{s: out / s for s in stages}}
     return {
         **bench.manifest,
-        "settings": json.loads(settings.model_dump_json()),
+        "settings": json.loads(settings.model_dump_json(exclude={"start"})),  # a path of this machine; its id is kept
         "generator": {**asdict(generator.config), "parameters": sum(p.numel() for p in generator.parameters())},
         "base_parameters": sum(p.numel() for p in bench.model.parameters()),
         "router": router,
         "tasks": {n: {"family": t.family, "licence": t.licence} for n, t in sorted(bench.sources.items())},
         "losses": {name: _thinned(path) for name, path in curves.items()},
+        "before": _record_before(settings),
     }
+
+
+def _record_before(settings: TrainSettings) -> dict[str, Any] | None:
+    """How the generator was made that this training went on from; None when it started from the base or says not."""
+    file = Path(settings.start) / "training.json" if settings.start else None
+    if file is None or not file.exists():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return {k: record.get(k) for k in ("settings", "seed", "base_precision", "losses", "before")}
 
 
 def _thinned(path: Path, keep: int = 40) -> list[dict[str, float]]:
