@@ -127,7 +127,7 @@ def complete(line: str, **env: str) -> list[str]:
     return CliRunner().invoke(app, [], env={**words, **env}).stdout.split()
 
 
-def test_completion_offers_adapter_names(home: Home, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_offers_adapter_names(home: Home, work: Path) -> None:
     for name in ("tickets", "travel", ".put-1"):
         (home.adapters / name).mkdir(parents=True)
         (home.adapters / name / "dnd.json").write_text("damaged")
@@ -137,8 +137,8 @@ def test_completion_offers_adapter_names(home: Home, work: Path, monkeypatch: py
     assert complete("dnd adapters rm tic") == ["tickets"]
     assert complete("dnd run hi -a ") == ["auto", "base", "tickets", "travel"]
     assert complete("dnd chat -a t") == ["tickets", "travel"]
-    assert complete(f"dnd adapters --home {work} show ") == []
-    assert complete("dnd adapters show --home /nowhere ") == []
+    assert complete(f"dnd adapters show --home {work} ") == []
+    assert complete(f"dnd adapters show --home {home.root} tr") == ["travel"]
 
 
 def test_completion_never_fails(home: Home, work: Path) -> None:
