@@ -81,7 +81,7 @@ def _safely(look: Callable[[_Subject], Iterator[Check]], subject: _Subject) -> l
     try:
         return list(look(subject))
     except DndError as e:
-        return [Check(name, "fail", e.message, e.fix)]
+        return [Check(name, "fail", e.message, e.fix or "correct that, then run dnd doctor again")]
     except Exception as e:  # a broken environment can raise anything, and reporting that is the point
         return [Check(name, "fail", f"{type(e).__name__}: {e}", "reinstall with: pip install --upgrade dnd-sdk")]
 

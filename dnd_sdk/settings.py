@@ -75,7 +75,7 @@ class Settings(BaseModel):
 
     @field_validator(*SAMPLING)
     @classmethod
-    def _in_range(cls, value: object, info: ValidationInfo) -> object:
+    def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
         SamplingOptions(**{str(info.field_name): value})
         return value
 
