@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dnd_sdk.cli.completion import adapter_names
 from dnd_sdk.cli.options import ModelOptions
 from dnd_sdk.cli.output import EXIT_PROBLEM, Output, sized, table
 
 if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter, AdapterStore
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name or id.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name or id.", autocompletion=adapter_names)]
 
 
 def _store(out: Output) -> AdapterStore:
@@ -66,7 +67,10 @@ def show(out: Output, name: Name) -> None:
     out.emit({"adapter": described}, str(described["name"]) if out.quiet else "\n".join(lines))
 
 
-def rm(out: Output, names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names or ids.")]) -> None:
+def rm(
+    out: Output,
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names or ids.", autocompletion=adapter_names)],
+) -> None:
     """Remove adapters; nothing is removed unless every name is known."""
     store = _store(out)
     chosen = list(dict.fromkeys(store.find(n) for n in names))
@@ -107,7 +111,10 @@ def export(
 
 def verify(
     out: Output,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only this adapter; all without it.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Only this adapter; all without it.", autocompletion=adapter_names),
+    ] = None,
 ) -> None:
     """Check that stored adapters are whole: hashes, shapes, finite values. Exit code 3 when one is not."""
     store = _store(out)

@@ -13,9 +13,9 @@ import typer
 from typer.core import TyperGroup
 
 from dnd_sdk import __version__
-from dnd_sdk.cli import adapt, adapters, doctor, evaluate, models, run, train
+from dnd_sdk.cli import adapt, adapters, config, doctor, evaluate, models, run, train
 from dnd_sdk.cli.options import command
-from dnd_sdk.cli.output import error_exit, wants
+from dnd_sdk.cli.output import error_exit
 
 
 class DndGroup(TyperGroup):
@@ -24,10 +24,9 @@ class DndGroup(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
         """Run one command line and exit."""
         argv = list(sys.argv[1:] if args is None else args)
-        as_json = wants("--json", argv)
         try:
             # outside standalone mode the parser hands us its usage errors instead of drawing them
-            code = super().main(argv, **{**extra, "prog_name": "dnd", "standalone_mode": not as_json})
+            code = super().main(argv, **{**extra, "prog_name": "dnd", "standalone_mode": False})
         except (Exception, KeyboardInterrupt) as error:
             code = error_exit(error, argv)
         sys.exit(code if isinstance(code, int) else 0)
@@ -129,7 +128,17 @@ models_app.command("ls", epilog=_examples("dnd models ls"))(command(models.ls))
 models_app.command("pull", epilog=_examples("dnd models pull", "dnd models pull smollm2-135m"))(command(models.pull))
 app.add_typer(models_app, name="models")
 
+config_app = _group("Settings: flag > DND_* variable > ./dnd.toml > the user's config.toml > default.")
+config_app.command("show", epilog=_examples("dnd config show", "DND_DEVICE=cpu dnd config show --json"))(
+    command(config.show)
+)
+config_app.command("path", epilog=_examples("dnd config path"))(command(config.path))
+config_app.command("schema", epilog=_examples("dnd config schema > dnd.schema.json"))(command(config.schema))
+config_app.command("init", epilog=_examples("dnd config init", "dnd config init --force"))(command(config.init))
+app.add_typer(config_app, name="config")
+
 app.command("doctor", epilog=_examples("dnd doctor", "dnd doctor --json"))(command(doctor.doctor))
+app.command("env", epilog=_examples("dnd env", "dnd env --json"))(command(doctor.env))
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Option groups: a command's parameter annotated `Output` or `ModelOptions` becomes that group's options.
 
-So every command has the same `--json -q --home --debug`, spelled once, and commands that load a model share
-`--base --generator --encoder --device`.
+So every command has the same `--json -q --home --debug`, spelled once, commands that load a model share
+`--base --generator --encoder --device --dtype --n-slots`, and commands that answer share the sampling flags. An option
+that is not given comes from `dnd_sdk.settings`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,38 +19,54 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dnd_sdk.cli.output import Output
+from dnd_sdk.config import SamplingOptions
 
 if TYPE_CHECKING:
     from dnd_sdk.session import DnD
+    from dnd_sdk.settings import Settings
 
 GENERAL = "General"
 MODEL = "Model"
+SAMPLING = "Sampling"
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How text is completed; None and an empty list mean not given."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which models a command works with; None means the default."""
+    """Which models a command works with; None means not given."""
 
     base: str | None = None
     generator: str | None = None
     encoder: str | None = None
-    device: str = "auto"
+    device: str | None = None
+    dtype: str | None = None
+    n_slots: int | None = None
+
+    def settings(self, out: Output, sampling: SamplingFlags | None = None) -> Settings:
+        """The settings in force with these flags."""
+        from dnd_sdk.settings import load_settings
+
+        return load_settings(home=out.home, **vars(self), **vars(sampling or SamplingFlags()))
 
     def load(self, out: Output) -> DnD:
         """The session over these models; says on stderr that it is loading."""
-        from dnd_sdk.models import DEFAULT_BASE
+        settings = self.settings(out)  # before the slow part
         from dnd_sdk.session import DnD
 
         quiet_libraries(out)
         with out.step("loading the base model"):
-            return DnD.load(
-                self.base or DEFAULT_BASE,
-                self.generator,
-                encoder=self.encoder,
-                home=out.find_home(),
-                device=self.device,
-                progress=out.note,
-            )
+            return DnD.load(**settings.load_arguments(), progress=out.note)
 
 
 def quiet_libraries(out: Output) -> None:
@@ -56,7 +74,7 @@ def quiet_libraries(out: Output) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if out.debug:
+    if out.debug or os.environ.get("DND_DEBUG"):
         logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
         logging.getLogger("dnd_sdk").setLevel(logging.DEBUG)
 
@@ -71,7 +89,28 @@ GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
         _option("base", str | None, None, "--base", panel=MODEL, text="Base LLM: embedded name, folder or hub id."),
         _option("generator", str | None, None, "--generator", panel=MODEL, text="Generator folder."),
         _option("encoder", str | None, None, "--encoder", panel=MODEL, text="Prompt encoder: name, folder or hub id."),
-        _option("device", str, "auto", "--device", panel=MODEL, text="auto, cpu or cuda."),
+        _option("device", str | None, None, "--device", panel=MODEL, text="auto, cpu, cuda, cuda:N or mps."),
+        _option("dtype", str | None, None, "--dtype", panel=MODEL, text="auto, float32, bfloat16 or float16."),
+        _option("n_slots", int | None, None, "--n-slots", panel=MODEL, text="How many adapters stay swapped in."),
+    ),
+    SamplingFlags: (
+        _option(
+            "max_new_tokens",
+            int | None,
+            None,
+            "--max-new-tokens",
+            panel=SAMPLING,
+            text=f"Upper bound on the answer's tokens; {SamplingOptions.max_new_tokens} unless set.",
+        ),
+        _option("temperature", float | None, None, "--temperature", panel=SAMPLING, text="0 (default) is greedy."),
+        _option("top_p", float | None, None, "--top-p", panel=SAMPLING, text="Nucleus mass, when temperature > 0."),
+        _option(
+            "top_k", int | None, None, "--top-k", panel=SAMPLING, text="Most likely tokens to choose from; 0: all."
+        ),
+        _option("seed", int | None, None, "--seed", panel=SAMPLING, text="Makes sampling repeatable."),
+        _option(
+            "stop", list[str] | None, None, "--stop", panel=SAMPLING, text="Cut the answer before this; repeatable."
+        ),
     ),
     Output: (
         _option("json", bool, False, "--json", panel=GENERAL, text="Print one JSON object."),

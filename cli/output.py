@@ -39,13 +39,15 @@ class Output:
     quiet: bool = False
     """No notes on stderr; text output shrinks to names."""
     home: Path | None = None
-    """None: `DND_HOME`, else the platform's user data folder."""
+    """None: as the settings have it, else the platform's user data folder."""
     debug: bool = False
     """Show tracebacks and debug logs."""
 
     def find_home(self) -> Home:
         """The home folder this command works in."""
-        return Home.find(self.home)
+        from dnd_sdk.settings import load_settings
+
+        return Home.find(load_settings(home=self.home).home)
 
     def emit(self, payload: Mapping[str, Any], text: str | Callable[[], str]) -> None:
         """The command's result: `payload` as JSON with a schema version, or `text` (made only when shown)."""
@@ -126,7 +128,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     drawn = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         drawn.add_row(*("" if cell is None else str(cell) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(drawn)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
@@ -165,6 +167,8 @@ def error_exit(error: BaseException, argv: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     if wants("--debug", argv) or os.environ.get("DND_DEBUG"):
         typer.echo("".join(traceback.format_exception(error)), err=True)
+    if type(error).__name__ == "NoArgsIsHelpError":  # the parser has printed the help
+        return EXIT_USAGE
     message, fix = _explain(error)
     if wants("--json", argv):
         body = {"type": type(error).__name__, "message": message, "fix": fix}
@@ -179,7 +183,8 @@ def _explain(error: BaseException) -> tuple[str, str | None]:
     if isinstance(error, DndError):
         return " ".join(error.message.split()), error.fix or "try: dnd doctor"
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
-        return str(error.format_message()), "try: dnd --help"
+        ctx = getattr(error, "ctx", None)
+        return str(error.format_message()), f"try: {ctx.command_path if ctx else 'dnd'} --help"
     return " ".join(f"{type(error).__name__}: {error}".split()), "run again with --debug to see where it comes from"
 
 

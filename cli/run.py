@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dnd_sdk.cli.options import ModelOptions
+from dnd_sdk.cli.completion import adapter_choices
+from dnd_sdk.cli.options import ModelOptions, SamplingFlags
 from dnd_sdk.cli.output import Output, read_text
+from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, DndError
 
 if TYPE_CHECKING:
@@ -17,23 +19,19 @@ if TYPE_CHECKING:
 
 BASE = "base"
 
-Adapter = Annotated[str, typer.Option("--adapter", "-a", help="Adapter name, auto (routed) or base.")]
-MaxTokens = Annotated[int, typer.Option("--max-new-tokens", help="Upper bound on the answer's tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Cut the answer before this text; repeatable.")]
+Adapter = Annotated[
+    str,
+    typer.Option("--adapter", "-a", help="Adapter name, auto (routed) or base.", autocompletion=adapter_choices),
+]
 
 
 def run(
     out: Output,
     models: ModelOptions,
+    sampling: SamplingFlags,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt, or - for stdin.")],
     adapter: Adapter = "auto",
     compare: Annotated[str | None, typer.Option("--compare", help="base: also show the base model's answer.")] = None,
-    max_new_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
-    stop: Stop = None,
 ) -> None:
     """Answer one prompt with an adapter, a routed one, or the base model."""
     from dnd_sdk.adapters import AdapterStore
@@ -41,34 +39,27 @@ def run(
     if compare not in (None, BASE):
         raise ConfigError(f"--compare takes {BASE!r}, got {compare!r}", fix="leave it out or write --compare base")
     prompt = read_text(text)
-    sampling = _sampling(max_new_tokens, temperature, seed, stop)
-    chosen = _known(AdapterStore(out.find_home()), adapter)  # before the slow part
+    settings = models.settings(out, sampling)
+    chosen = _known(AdapterStore(Home.find(settings.home)), adapter)  # before the slow part
+    options = settings.sampling()
     with models.load(out) as dnd:
         if out.json or compare:
-            answer = dnd.complete(prompt, adapter=chosen, **sampling)
-            other = dnd.complete(prompt, adapter=None, **sampling) if compare else None
+            answer = dnd.complete(prompt, adapter=chosen, **options)
+            other = dnd.complete(prompt, adapter=None, **options) if compare else None
             out.emit(_payload(answer, other), lambda: _text(answer, other))
         else:
-            answer = _stream(dnd.stream(prompt, adapter=chosen, **sampling), out)
+            answer = _stream(dnd.stream(prompt, adapter=chosen, **options), out)
     out.note(f"[{answer.adapter or BASE}, {answer.usage['completion_tokens']} tokens]")
 
 
-def chat(
-    out: Output,
-    models: ModelOptions,
-    adapter: Adapter = BASE,
-    max_new_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
-    stop: Stop = None,
-) -> None:
+def chat(out: Output, models: ModelOptions, sampling: SamplingFlags, adapter: Adapter = BASE) -> None:
     """Talk to the model. /adapter NAME switches, /base goes back, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from dnd_sdk.adapters import AdapterStore
 
-    sampling = _sampling(max_new_tokens, temperature, seed, stop)
-    chosen = _known(AdapterStore(out.find_home()), adapter)
+    settings = models.settings(out, sampling)
+    chosen = _known(AdapterStore(Home.find(settings.home)), adapter)
     with models.load(out) as dnd:
-        talk = Chat(dnd, out, chosen, sampling)
+        talk = Chat(dnd, out, chosen, settings.sampling())
         out.note("/adapter NAME, /base, /exit; Ctrl-C stops an answer")
         while talk.turn():
             pass
@@ -159,10 +150,6 @@ def _known(store: AdapterStore, adapter: str) -> str | None:
     if adapter == BASE:
         return None
     return adapter if adapter == "auto" else store.get(adapter).name
-
-
-def _sampling(max_new_tokens: int, temperature: float, seed: int | None, stop: list[str] | None) -> dict[str, Any]:
-    return {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": tuple(stop or ())}
 
 
 def _payload(answer: Completion, other: Completion | None) -> dict[str, Any]:

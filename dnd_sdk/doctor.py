@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dnd_sdk.config import Home
+from dnd_sdk.environment import OFFLINE_SWITCHES, switch_state, version_of
 from dnd_sdk.errors import DndError
 
+if TYPE_CHECKING:
+    from dnd_sdk.routing.index import AdapterIndex
+
+MIN_PYTHON = "3.11"
 TESTED = {
     "torch": ("2.6", "3"),
     "transformers": ("5", "6"),
@@ -31,7 +38,7 @@ TESTED = {
 """Versions from (included) to (excluded) that the tests cover; the same ranges as the package's dependencies."""
 
 MIN_MEMORY = 3 << 30
-"""Bytes of memory the default models need with room to work."""
+"""Bytes of memory, the device's too, that the default models need with room to work."""
 MIN_DISK = 1 << 30
 """Bytes of disk that fetching and converting the default weights take at their peak, rounded up."""
 
@@ -74,27 +81,69 @@ def _safely(look: Callable[[_Subject], Iterator[Check]], subject: _Subject) -> l
     try:
         return list(look(subject))
     except DndError as e:
-        return [Check(name, "fail", e.message, e.fix)]
+        return [Check(name, "fail", e.message, e.fix or "correct that, then run dnd doctor again")]
     except Exception as e:  # a broken environment can raise anything, and reporting that is the point
         return [Check(name, "fail", f"{type(e).__name__}: {e}", "reinstall with: pip install --upgrade dnd-sdk")]
 
 
 def _python(_: _Subject) -> Iterator[Check]:
-    yield Check("python", "ok", sys.version.split()[0])
+    found = platform.python_version()
+    if _numbers(found) < _numbers(MIN_PYTHON):
+        yield Check("python", "fail", f"{found}, needed is {MIN_PYTHON} or newer", f"install Python {MIN_PYTHON}")
+    else:
+        yield Check("python", "ok", found)
 
 
 def _packages(_: _Subject) -> Iterator[Check]:
     for package, (low, high) in TESTED.items():
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            yield Check(package, "fail", "not installed", f'pip install "{package}>={low},<{high}"')
-            continue
-        if _numbers(low) <= _numbers(found) < _numbers(high):
+        found = version_of(package)
+        fix = f'pip install "{package}>={low},<{high}"'
+        if found is None:
+            yield Check(package, "fail", "not installed", fix)
+        elif _numbers(low) <= _numbers(found) < _numbers(high):
             yield Check(package, "ok", found)
         else:
-            wanted = f"{package}>={low},<{high}"
-            yield Check(package, "warn", f"{found}, tested is >={low},<{high}", f'pip install "{wanted}"')
+            yield Check(package, "warn", f"{found}, tested is >={low},<{high}", fix)
+
+
+def _extras(_: _Subject) -> Iterator[Check]:
+    """Optional packages: absent is fine, half of an extra is not."""
+    wanted: dict[str, list[str]] = {}
+    with suppress(PackageNotFoundError):  # run from a source tree that is not installed
+        for line in requires("dnd-sdk") or ():
+            if (match := _EXTRA.match(line)) and match["extra"] not in _NOT_FOR_USERS:
+                wanted.setdefault(match["extra"], []).append(match["package"])
+    for extra, packages in wanted.items():
+        missing = [p for p in packages if version_of(p) is None]
+        name, fix = f"extra {extra}", f'pip install "dnd-sdk[{extra}]"'
+        if missing and len(missing) < len(packages):
+            yield Check(name, "warn", f"incomplete, without {', '.join(missing)}", fix)
+        else:
+            yield Check(name, "ok", f"not installed, optional: {fix}" if missing else "installed")
+
+
+_EXTRA = re.compile(r"""(?P<package>[\w.-]+).*;.*extra\s*==\s*["'](?P<extra>[\w.-]+)["']""")
+_NOT_FOR_USERS = ("all", "dev")
+
+
+def _settings(_: _Subject) -> Iterator[Check]:
+    """Files and variables can be read, and every name in them is a setting."""
+    from dnd_sdk.settings import load_settings, settings_files, unknown_variables
+
+    load_settings()
+    read = [str(f) for f in settings_files() if f.is_file()]
+    yield Check("settings", "ok", f"read from {', '.join(read)}" if read else "no settings files")
+    for variable in unknown_variables():
+        yield Check("settings", "warn", f"{variable} is not a setting, nothing reads it", f"unset {variable}")
+
+
+def _offline(_: _Subject) -> Iterator[Check]:
+    """Switches of the model libraries; a value they do not know counts as off without a word."""
+    states = {name: switch_state(os.environ.get(name, "")) for name in OFFLINE_SWITCHES}
+    for name in (n for n, state in states.items() if state is None):
+        yield Check("offline", "warn", f"{name}={os.environ[name]!r} is taken for off", f"set {name}=1, or unset it")
+    on = [n for n, state in states.items() if state == "on"]
+    yield Check("offline", "ok", f"nothing comes from the hub ({', '.join(on)})" if on else "no switch is on")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -110,16 +159,23 @@ def _device(s: _Subject) -> Iterator[Check]:
     picked = pick_device(s.device)
     threads = f", {torch.get_num_threads()} threads" if picked.type == "cpu" else ""
     yield Check("device", "ok", f"{picked}{threads}")
+    if picked.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(picked)
+        yield _room("device memory", free, MIN_MEMORY, "end what else uses the device, or choose another --device")
 
 
 def _memory(_: _Subject) -> Iterator[Check]:
     free = _available_memory()
     if free is None:
         yield Check("memory", "ok", "free memory is not known on this system")
-    elif free < MIN_MEMORY:
-        yield Check("memory", "warn", f"{free / 1e9:.1f} GB free", f"have {MIN_MEMORY / 1e9:.1f} GB free")
     else:
-        yield Check("memory", "ok", f"{free / 1e9:.1f} GB free")
+        yield _room("memory", free, MIN_MEMORY, "end other programs, or choose a smaller --base")
+
+
+def _room(name: str, free: int, needed: int, fix: str) -> Check:
+    if free < needed:
+        return Check(name, "warn", f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are advised", fix)
+    return Check(name, "ok", f"{free / 1e9:.1f} GB free")
 
 
 def _available_memory() -> int | None:
@@ -142,11 +198,21 @@ def _home(s: _Subject) -> Iterator[Check]:
 
 def _disk(s: _Subject) -> Iterator[Check]:
     spot = next(p for p in (s.home.root, *s.home.root.parents) if p.exists())
-    free = shutil.disk_usage(spot).free
-    if free < MIN_DISK:
-        yield Check("disk", "warn", f"{free / 1e9:.1f} GB free", f"free up {MIN_DISK / 1e9:.1f} GB at {spot}")
-    else:
-        yield Check("disk", "ok", f"{free / 1e9:.1f} GB free")
+    yield _room("disk", shutil.disk_usage(spot).free, MIN_DISK, f"free some space at {spot}, or choose another --home")
+
+
+def _weights(s: _Subject) -> Iterator[Check]:
+    """Fetched default models are, byte for byte, what was fetched."""
+    from dnd_sdk.embedded import EMBEDDED, damaged_files, is_pulled
+
+    for name in (n for n in EMBEDDED if is_pulled(n, s.home)):
+        damaged = damaged_files(name, s.home)
+        if damaged:
+            fix = f"delete {s.home.models / name}, then run: dnd models pull {name}"
+            yield Check(f"weights {name}", "fail", f"damaged: {', '.join(damaged)}", fix)
+        else:
+            known = "only sizes are known" if damaged is None else "hashes match"
+            yield Check(f"weights {name}", "ok", known)
 
 
 def _models(s: _Subject) -> Iterator[Check]:
@@ -192,21 +258,52 @@ def _adapters(s: _Subject) -> Iterator[Check]:
 
 
 def _index(s: _Subject) -> Iterator[Check]:
-    """Saved indexes can be read; they are a cache that follows the store at the next use."""
+    """Saved indexes can be read and follow the store."""
     from dnd_sdk.adapters import AdapterStore
 
-    stored = {a.id for a in AdapterStore(s.home).ls()}
-    manifests = sorted(s.home.index.glob("*/index.json"))
-    for path in manifests:
-        try:
-            indexed = {entry["adapter_id"] for entry in json.loads(path.read_text(encoding="utf-8"))["adapters"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            yield Check("index", "warn", f"{path} is damaged, the next adapt makes it again", f"delete {path.parent}")
+    store = AdapterStore(s.home)
+    n_stored = len(store.ls())
+    folders = sorted(path.parent for path in s.home.index.glob("*/index.json"))
+    for folder in folders:
+        index = _saved_index(folder)
+        if index is None:
+            yield Check("index", "warn", f"{folder} is damaged, the next adapt makes it again", f"delete {folder}")
             continue
-        lag = "" if indexed == stored else " (brought up to date at the next use)"
-        yield Check("index", "ok", f"{len(indexed & stored)} of {len(stored)} stored adapters indexed{lag}")
-    if not manifests:
+        saved = set(index.adapter_ids)
+        index.sync(store)  # in memory only
+        wanted = set(index.adapter_ids)
+        counts = f"{len(saved & wanted)} of {n_stored} stored adapters indexed"
+        if stale := saved ^ wanted:
+            yield Check("index", "warn", f"{counts}, {len(stale)} changed since", "the next adapt or route follows up")
+        else:
+            yield Check("index", "ok", counts)
+    if not folders:
         yield Check("index", "ok", "not made yet")
 
 
-_LOOKS = (_python, _packages, _device, _memory, _home, _disk, _models, _adapters, _index)
+def _saved_index(folder: Path) -> AdapterIndex | None:
+    from dnd_sdk.routing.index import MANIFEST_FILE, AdapterIndex, Key
+
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+        key = Key(**{f.name: manifest[f.name] for f in fields(Key)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return AdapterIndex.load(folder, key)
+
+
+_LOOKS = (
+    _python,
+    _packages,
+    _extras,
+    _settings,
+    _offline,
+    _device,
+    _memory,
+    _home,
+    _disk,
+    _weights,
+    _models,
+    _adapters,
+    _index,
+)

@@ -108,6 +108,19 @@ def is_pulled(name: str, home: Home) -> bool:
     return _is_complete(EMBEDDED[name], home.models / name)
 
 
+def damaged_files(name: str, home: Home) -> list[str] | None:
+    """Files of a fetched model that are not, byte for byte, what was put there.
+
+    None: it was converted by a release that kept no hashes, so nothing is known beyond the files' sizes.
+    """
+    model, folder = EMBEDDED[name], home.models / name
+    source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+    wanted = dict(source.get("sha256") or {})
+    if (folder / model.pinned_file).is_file():
+        wanted[model.pinned_file] = model.pinned_sha256
+    return [file for file, digest in wanted.items() if sha256_file(folder / file) != digest] if wanted else None
+
+
 def list_models(home: Home) -> list[ModelInfo]:
     """The embedded models, fetched or not."""
     infos = []
@@ -131,6 +144,7 @@ def _build(model: EmbeddedModel, folder: Path, progress: Progress | None) -> Non
         if progress:
             progress(f"converting {model.pinned_file} to safetensors, once")
         _convert_gguf(unpacked, model.pinned_file, folder)
+    sizes = _file_sizes(folder)
     source = {
         "format_version": _FORMAT_VERSION,
         "name": model.name,
@@ -139,7 +153,8 @@ def _build(model: EmbeddedModel, folder: Path, progress: Progress | None) -> Non
         "file_sha256": model.pinned_sha256,
         "licence": model.licence,
         "converted_with": {p: _version(p) for p in ("transformers", "gguf", "torch")} if is_gguf else None,
-        "files": _file_sizes(folder),
+        "files": sizes,
+        "sha256": {file: sha256_file(folder / file) for file in sizes},
     }
     (folder / SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
 

@@ -19,6 +19,7 @@ REAL_HOME = os.environ.get("DND_TEST_HOME") or os.environ.get("DND_HOME")
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DND_HOME", str(tmp_path / "dnd-home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

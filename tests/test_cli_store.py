@@ -1,8 +1,7 @@
-"""`dnd adapters`, `models` and `doctor`."""
+"""`dnd adapters` and `dnd models`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from cli_runner import dnd, dnd_json
 from tiny_world import World, prompts_of
 
 from dnd_sdk.config import Home
-from dnd_sdk.doctor import TESTED, Check, _numbers, examine
 
 
 @pytest.fixture
@@ -100,71 +98,3 @@ def test_models_pull_takes_local_folders_and_names_bad_ones(world: World) -> Non
     assert pulled == [{"name": str(world.base), "path": str(world.base)}]
     error = dnd_json("models", "pull", "./nowhere/at/all", "--home", world.home.root, code=1)["error"]
     assert error["type"] == "WeightsUnavailableError"
-
-
-def by_name(checks: list[dict]) -> dict[str, dict]:
-    return {c["name"]: c for c in checks}
-
-
-def test_doctor_on_a_sound_installation(adapted: World) -> None:
-    report = dnd_json("doctor", *adapted.options)
-    checks = by_name(report["checks"])
-    assert report["ok"] and {*TESTED, "python", "device", "memory", "home", "disk"} <= checks.keys()
-    assert checks["base"]["status"] == checks["generator"]["status"] == checks["encoder"]["status"] == "ok"
-    assert checks["adapters"]["detail"].startswith("2 stored")
-    assert all(c["fix"] for c in checks.values() if c["status"] != "ok")
-    shown = dnd("doctor", *adapted.options)
-    assert shown.exit_code == 0 and "ok    base:" in shown.stdout
-
-
-def test_doctor_on_a_fresh_machine_only_warns(home: Home) -> None:
-    checks = by_name(dnd_json("doctor", "--home", home.root)["checks"])
-    assert checks["base"]["status"] == "warn" and "dnd models pull" in checks["base"]["fix"]
-    assert checks["index"]["detail"] == "not made yet"
-    assert not home.root.exists()
-
-
-def test_doctor_names_what_is_broken(adapted: World, tmp_path: Path) -> None:
-    (adapted.home.adapters / "upper" / "adapter_config.json").unlink()
-    (tmp_path / "empty").mkdir()
-    options = ["--base", adapted.base, "--generator", tmp_path / "empty", "--home", adapted.home.root]
-    report = dnd_json("doctor", *options, code=3)
-    checks = by_name(report["checks"])
-    assert not report["ok"]
-    assert checks["adapter upper"]["status"] == "fail"
-    assert checks["models"]["status"] == "fail" and "config.json" in checks["models"]["detail"]
-    quiet = dnd("doctor", "-q", *options)
-    assert quiet.exit_code == 3 and "ok  " not in quiet.stdout and "fix:" in quiet.stdout
-
-
-def test_doctor_sees_a_home_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    checks = {c.name: c for c in examine(Home(tmp_path / "file"))}
-    assert checks["home"].status == "fail"
-
-
-def test_doctor_sees_a_damaged_index(adapted: World) -> None:
-    adapted.session().route(prompts_of("digits"))
-    [manifest] = adapted.home.index.glob("*/index.json")
-    assert (
-        "2 of 2 stored adapters indexed" in by_name(dnd_json("doctor", *adapted.options)["checks"])["index"]["detail"]
-    )
-    manifest.write_text("{")
-    assert by_name(dnd_json("doctor", *adapted.options)["checks"])["index"]["status"] == "warn"
-
-
-def test_versions_are_compared_as_numbers() -> None:
-    assert _numbers("2.13.0+cpu") == (2, 13, 0)
-    assert _numbers("0.9") < _numbers("0.10") < _numbers("1")
-    assert json.loads(json.dumps(Check("a", "ok", "b").to_dict()))["fix"] is None
-
-
-def test_tested_ranges_are_the_dependencies() -> None:
-    import re
-    import tomllib
-
-    import dnd_sdk
-
-    project = tomllib.loads((Path(dnd_sdk.__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    floors = dict(re.match(r"([\w-]+)>=([\d.]+)", d).groups() for d in project["dependencies"])  # type: ignore[union-attr]
-    assert {name: low for name, (low, _) in TESTED.items()}.items() <= floors.items()

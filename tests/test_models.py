@@ -103,6 +103,27 @@ def test_pull_takes_only_the_wanted_folder_and_is_done_once(
     assert {m.name: m.path for m in models.list_models(home)}["tiny"] == folder
 
 
+def test_changed_bytes_of_the_same_size_are_found(home: Home, tiny_embedded: EmbeddedModel) -> None:
+    folder = models.pull("tiny", home)
+    assert embedded.damaged_files("tiny", home) == []
+    (folder / "sub" / "config.json").write_bytes(b"[]")
+    (folder / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert embedded.is_pulled("tiny", home)
+    assert sorted(embedded.damaged_files("tiny", home) or ()) == ["model.safetensors", "sub/config.json"]
+
+
+def test_weights_of_a_release_without_hashes(
+    home: Home, tiny_embedded: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source_file = models.pull("tiny", home) / embedded.SOURCE_FILE
+    source = json.loads(source_file.read_text())
+    del source["sha256"]
+    source_file.write_text(json.dumps(source))
+    assert embedded.damaged_files("tiny", home) == []  # the pinned file's hash is known all the same
+    monkeypatch.setitem(EMBEDDED, "tiny", replace(tiny_embedded, pinned_file="converted.gguf"))
+    assert embedded.damaged_files("tiny", home) is None
+
+
 def test_a_damaged_folder_is_made_again(home: Home, tiny_embedded: EmbeddedModel) -> None:
     weights = models.pull("tiny", home) / "model.safetensors"
     weights.write_bytes(b"wei")

@@ -1,0 +1,24 @@
+"""Names that the shell completes; looking never fails and loads no torch."""
+
+from __future__ import annotations
+
+import typer
+
+
+def adapter_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Stored adapters whose name starts so."""
+    try:
+        from dnd_sdk.config import Home
+        from dnd_sdk.settings import load_settings
+
+        home = Home.find(load_settings(home=ctx.params.get("home")).home)
+        names = sorted(path.parent.name for path in home.adapters.glob("[!.]*/dnd.json"))
+    except Exception:  # a message in the middle of somebody's typing helps nobody
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def adapter_choices(ctx: typer.Context, incomplete: str) -> list[str]:
+    """What `-a` takes: a stored adapter, `auto` or `base`."""
+    fixed = [word for word in ("auto", "base") if word.startswith(incomplete)]
+    return fixed + adapter_names(ctx, incomplete)
