@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from dnd_sdk.evaluation.runner import Progress
 from dnd_sdk.session import DnD
 from dnd_sdk.tasks import Row, Task
 from dnd_sdk.training import zoo as training_zoo
+from dnd_sdk.training.settings import PerTaskSettings
+from dnd_sdk.training.workbench import Workbench
 
-SETTINGS = {"per_task": {"steps": 2, "rows": 2, "lr": 1e-2, "checkpoints": 2}, "base": "ignored"}
+SETTINGS = {"per_task": {"steps": 2, "rows": 2, "lr": 5e-2, "checkpoints": 2}, "base": "ignored"}
 
 
 def task_of(name: str) -> Task:
@@ -64,8 +67,16 @@ def test_what_was_trained_is_kept_by_what_made_it(
 ) -> None:
     dnd, task = world.session(), task_of("upper")
     trainer, start = TaskTrainer(dnd, SETTINGS, tmp_path / "kept"), random_flat(dnd.layout, std=0.02)
+    stages, train_tasks = [], training_zoo.train_tasks
+
+    def watched(bench: Workbench, stage: PerTaskSettings, *args: Any) -> None:
+        stages.append((stage.steps, stage.rows, stage.checkpoints, bench.run.seed))
+        train_tasks(bench, stage, *args)
+
+    monkeypatch.setattr(training_zoo, "train_tasks", watched)
     first = trainer.train(task, 0, start)
     other = [trainer.train(task, 1, start), trainer.train(task, 0, start, 1), trainer.train(task, 0, start * 2)]
+    assert stages == [(2, 2, 2, 0), (2, 2, 2, 1), (1, 2, 1, 0), (2, 2, 2, 0)]
     assert len(list((tmp_path / "kept").iterdir())) == 4
     assert not any(torch.equal(first, o) for o in other)
 

@@ -114,14 +114,13 @@ def format_plot(report: dict[str, Any]) -> str:
         both = [(t["option_accuracy"], t["exact_match"]) for t in rows if t["option_accuracy"] is not None]
         for x, y in both:
             canvas.dot(left + side * x, top + side * (1 - y), 2.5, ink=ink, opacity=0.3)
-        canvas.dot(left + side + 30, top + 8 + 22 * i, 5, ink=ink)
-        canvas.text(left + side + 42, top + 12 + 22 * i, name if both else f"{name} (no label task)")
+        _numbered(canvas, left + side + 30, top + 8 + 22 * i, i + 1, ink)
+        canvas.text(left + side + 46, top + 12 + 22 * i, name if both else f"{name} (no label task)")
         if both:
             x, y = (sum(v) / len(both) for v in zip(*both, strict=True))
-            means.append((x, y, ink, f"{name}: option accuracy {100 * x:.1f}, exact match {100 * y:.1f}"))
-    for x, y, ink, note in means:  # above the dots of the tasks
-        canvas.dot(left + side * x, top + side * (1 - y), 8, ink="white")
-        canvas.dot(left + side * x, top + side * (1 - y), 6.5, ink=ink, note=note)
+            means.append((x, y, i + 1, ink, f"{name}: option accuracy {100 * x:.1f}, exact match {100 * y:.1f}"))
+    for x, y, number, ink, note in means:  # above the dots of the tasks
+        _numbered(canvas, left + side * x, top + side * (1 - y), number, ink, note)
     return canvas.render()
 
 
@@ -230,6 +229,13 @@ def _bar(
     low, high = (left + span * v for v in interval)
     canvas.whisker(low, high, y + _ROW / 2)
     canvas.text(max(high, left + span * mean) + 6, y + _ROW - 3, f"{100 * mean:.1f}")
+
+
+def _numbered(canvas: Canvas, x: float, y: float, number: int, ink: str, note: str = "") -> None:
+    """A dot with its number, which tells methods apart where colours repeat."""
+    canvas.dot(x, y, 10, ink="white")
+    canvas.dot(x, y, 9, ink=ink, note=note)
+    canvas.text(x, y + 4, str(number), anchor="middle", ink="white")
 
 
 def _percent_axis(canvas: Canvas, left: float, right: float, top: float, bottom: float) -> None:

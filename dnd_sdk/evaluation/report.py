@@ -62,7 +62,7 @@ def build_report(parts: Parts, methods: Sequence[str], settings: EvalSettings, u
 def render(report: dict[str, Any]) -> str:
     """A Markdown table of the means: one line per method, in points (0-100) with intervals."""
     blocks = report["methods"]
-    references = list(dict.fromkeys(r for block in blocks.values() for r in block["vs"]))
+    references = sorted({r for block in blocks.values() for r in block["vs"]}, key=lambda r: (r != "base", r))
     head = ["method", *METRICS, *(f"{metric} vs {r}" for r in references for metric in COMPARED), "tasks"]
     with_unrelated = any("unrelated" in block["mean"] for block in blocks.values())
     if with_unrelated:
