@@ -100,6 +100,7 @@ BAD = {
     "row": (("methods", "zero", "tasks", "alpha"), None),
     "score": (("methods", "zero", "tasks", "alpha", "exact_match"), 7),
     "difference": (("methods", "zero", "vs", "base", "exact_match"), {"mean": 0.1}),
+    "recovered": (("methods", "zero", "recovered"), {"exact_match": "all"}),
     "reference": (("methods", "zero", "vs", "<b>"), {}),
 }
 

@@ -14,8 +14,9 @@ from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.evaluation import EvalSettings, Parts, Progress, evaluate, render
 from dnd_sdk.evaluation.job import MAX_SHOT_TOKENS, TaskJob
 from dnd_sdk.evaluation.methods import Treatment, example_rows
+from dnd_sdk.evaluation.report import Unit, build_report
 from dnd_sdk.evaluation.runner import unrelated_tasks
-from dnd_sdk.evaluation.scoring import mean_ci95
+from dnd_sdk.evaluation.scoring import METRICS, mean_ci95
 from dnd_sdk.tasks import Row, data_hash
 
 TASKS = [make_task("alpha"), make_task("beta", answer_type="short-text", metric="rouge_l"), make_task("gamma")]
@@ -180,6 +181,24 @@ def test_differences_are_paired_over_the_tasks_both_have() -> None:
     assert head.index("exact_match vs base") < head.index("exact_match vs generated")
     with pytest.raises(ConfigError, match="'zero' to compare against is not run"):
         run(make_parts(), ["base"], against="zero")
+
+
+def test_the_share_of_the_oracles_gain_is_reported() -> None:
+    scores = {"base": (0.1, 0.2), "generated": (0.3, 0.3), "oracle-9": (0.5, 0.4), "zero": (0.1, None)}
+    units = [
+        Unit(f"t{i}", m, 0, 4, {**dict.fromkeys(METRICS), "exact_match": value})
+        for m, values in scores.items()
+        for i, value in enumerate(values)
+        if value is not None
+    ]
+    report = build_report(make_parts(), list(scores), EvalSettings(), units)
+    blocks = report["methods"]
+    assert blocks["generated"]["recovered"]["exact_match"] == pytest.approx((0.2 + 0.1) / (0.4 + 0.2))
+    assert blocks["oracle-9"]["recovered"]["exact_match"] == 1.0
+    assert blocks["zero"]["recovered"] == {**dict.fromkeys(METRICS), "exact_match": 0.0}
+    assert "recovered" not in blocks["base"] and "| 50 % |" in render(report)
+    without = build_report(make_parts(), ["base", "generated"], EvalSettings(), units)
+    assert "recovered" not in without["methods"]["generated"]
 
 
 def test_a_task_without_rows_is_not_trained_on() -> None:

@@ -54,7 +54,7 @@ class TaskJob:
 
     def key(self, treatment: Treatment, parts: Parts) -> str:
         """sha256 hex of everything that decides the answers."""
-        identity = [
+        identity: list[Any] = [
             self.data,
             [[r.prompt, r.system] for r in self.rows],
             self.labels,

@@ -161,6 +161,9 @@ def _bad_numbers(block: dict[str, Any]) -> Iterator[str]:
         scores = [row.get(m, -1) for m in COMPARED] if isinstance(row, dict) else [None]
         if not _is_share(scores[0]) or not all(v is None or _is_share(v) for v in scores):
             yield f"task {task[:40]!r} has no exact_match between 0 and 1"
+    recovered = block.get("recovered", {})
+    if not isinstance(recovered, dict) or not all(v is None or _is_number(v) for v in recovered.values()):
+        yield "recovered is not a number by metric"
     for found in (*block["vs"].values(), block["mean"].get("unrelated", {})):
         if not isinstance(found, dict) or not all(c is None or _is_change(c) for c in found.values()):
             yield "a difference is not a mean with an interval"

@@ -40,18 +40,23 @@ def build_report(parts: Parts, methods: Sequence[str], settings: EvalSettings, u
     * `vs` holds, for `base` and for `settings.against` where they were run, the mean paired difference of each metric
       over the tasks that both methods have, with its 95 % interval and their number; a method is not compared with
       itself. `mean["delta_vs_base"]` is the part of it for `base`, without the number.
+    * `recovered`, where `base` and some oracle were run, is the share of the (first) oracle's gain over the base that
+      the method reaches, by metric: None where the oracle gains nothing.
     * With `settings.unrelated`, tasks and means also hold `unrelated`: the change of scores on tasks of other families.
     """
     tables = {m: _by_task([u for u in units if u.method == m], settings) for m in methods}
     references = {r: tables[r] for r in dict.fromkeys(("base", settings.against)) if r in tables}
+    oracle = next((t for m, t in tables.items() if m.split("-")[0] == "oracle"), None)
+    blocks = {m: _method_block(table, {r: t for r, t in references.items() if r != m}) for m, table in tables.items()}
+    for name, block in blocks.items():
+        if "base" in block["vs"] and oracle is not None:
+            block["recovered"] = {m: _recovered(tables[name], tables["base"], oracle, m) for m in METRICS}
     kept = {k: v for k, v in asdict(settings).items() if k != "run_dir"}
     return {
         "schema_version": SCHEMA_VERSION,
         "base": parts.base_name,
         "generator": None if parts.generator is None else parts.generator.id,
-        "methods": {
-            m: _method_block(table, {r: t for r, t in references.items() if r != m}) for m, table in tables.items()
-        },
+        "methods": blocks,
         "settings": {**kept, "methods": list(methods), "n_tasks": len({u.task for u in units})},
         "failures": [
             {"task": u.task, "method": u.method, "seed": u.seed, "error": u.error} for u in units if u.error is not None
@@ -64,6 +69,9 @@ def render(report: dict[str, Any]) -> str:
     blocks = report["methods"]
     references = sorted({r for block in blocks.values() for r in block["vs"]}, key=lambda r: (r != "base", r))
     head = ["method", *METRICS, *(f"{metric} vs {r}" for r in references for metric in COMPARED), "tasks"]
+    with_oracle = any("recovered" in block for block in blocks.values())
+    if with_oracle:
+        head.append("exact_match recovered")
     with_unrelated = any("unrelated" in block["mean"] for block in blocks.values())
     if with_unrelated:
         head += [f"{metric} elsewhere" for metric in COMPARED]
@@ -72,6 +80,9 @@ def render(report: dict[str, Any]) -> str:
         cells = [_points(block["mean"][m], block["ci95"][m]) for m in METRICS]
         cells += [_change(block["vs"].get(r, {}).get(metric)) for r in references for metric in COMPARED]
         cells.append(str(len(block["tasks"])))
+        if with_oracle:
+            share = block.get("recovered", {}).get("exact_match")
+            cells.append("" if share is None else f"{100 * share:.0f} %")
         if with_unrelated:
             cells += [_change(block["mean"].get("unrelated", {}).get(metric)) for metric in COMPARED]
         lines.append(f"| {' | '.join([name, *cells])} |")
@@ -130,6 +141,15 @@ def _difference(table: Table, other: Table, metric: str) -> dict[str, Any] | Non
     """Paired: the interval is that of the tasks' own differences."""
     shared = [t for t in table if t in other and table[t][metric] is not None and other[t][metric] is not None]
     return _summary([table[t][metric] - other[t][metric] for t in shared])
+
+
+def _recovered(table: Table, base: Table, oracle: Table, metric: str) -> float | None:
+    """(method - base) / (oracle - base), over the tasks all three have."""
+    shared = [t for t in table if t in base and t in oracle]
+    rows = [(table[t][metric], base[t][metric], oracle[t][metric]) for t in shared]
+    whole = [(m - b, o - b) for m, b, o in rows if None not in (m, b, o)]
+    gain = sum(o for _, o in whole)
+    return sum(m for m, _ in whole) / gain if gain > 0 else None
 
 
 def _elsewhere(table: Table, metric: str) -> dict[str, Any] | None:

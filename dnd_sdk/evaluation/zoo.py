@@ -26,8 +26,6 @@ from dnd_sdk.routing.similarity import check_vectors, similarity
 SHARED = "shared.safetensors"
 """The multi-task LoRA in the run folder: `dnd train generator` puts it beside the adapters."""
 _MAX_RECORD_BYTES = 64 * 2**20
-_SAME_A = {"rtol": 1e-5, "atol": 1e-7}
-"""A is a mean over equal snapshots: it may miss by a rounding."""
 
 
 class Zoo:
@@ -109,7 +107,8 @@ class Zoo:
             flat = self._load(name)
             total += weight * flat
             for (segment, A), (_, own) in zip(self._layout.views(first), self._layout.views(flat), strict=True):
-                if segment.part == "lora_A" and not torch.allclose(A, own, **_SAME_A):
+                # within a rounding: A is a mean over equal snapshots
+                if segment.part == "lora_A" and not torch.allclose(A, own, rtol=1e-5, atol=1e-7):
                     raise ConfigError(
                         f"adapters {names[0]!r} and {name!r} of {self._store.root} have different A: B means nothing",
                         fix="pass the zoo of one dnd train zoo run, or drop mean and merge-K",
