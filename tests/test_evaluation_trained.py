@@ -8,21 +8,25 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from eval_fakes import LABELS
-from helpers import random_flat
+from helpers import random_flat, tiny_model, tiny_tokenizer
 from safetensors.torch import save_file
 from tiny_world import World, prompts_of
 
 import dnd_sdk
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
+from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.evaluation import EvalSettings, TaskTrainer, Zoo, evaluate
 from dnd_sdk.evaluation.runner import Progress
+from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.models import Base
 from dnd_sdk.session import DnD
 from dnd_sdk.tasks import Row, Task
 from dnd_sdk.training import zoo as training_zoo
@@ -88,6 +92,15 @@ def test_what_was_trained_is_kept_by_what_made_it(
     assert torch.equal(again.train(task, 0, start), first)
     with pytest.raises(AssertionError, match="trained again"):
         TaskTrainer(dnd, {"per_task": {"steps": 3}}, tmp_path / "kept").train(task, 0, start)
+
+
+def test_a_base_in_bfloat16_is_trained_on_in_float32() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    base, layout = Base(model, tiny_tokenizer(), "tiny", "f" * 64), LoraLayout.from_model(model, r=4)
+    session = SimpleNamespace(base=base, layout=layout, engine=Engine(base, layout), generator=None, encoder=None)
+    trained = TaskTrainer(session, SETTINGS).train(task_of("upper"), 0, steps=2)
+    assert trained.dtype == torch.float32 and trained.isfinite().all()
+    assert not torch.equal(trained, training_zoo.initial_adapter(layout, 0))
 
 
 def test_settings_of_the_zoo_are_checked_at_once(world: World) -> None:

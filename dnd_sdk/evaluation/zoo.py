@@ -48,7 +48,7 @@ class Zoo:
         if not self._adapters:
             raise ConfigError(
                 f"no adapter in {self._store.root} fits this base and encoder and has exemplars",
-                fix="pass a folder with stored adapters of train tasks, made for this base",
+                fix="pass the run folder of dnd train generator, made for this base and encoder",
             )
 
     def rank(self, pooled: Tensor) -> list[tuple[str, float]]:
