@@ -12,7 +12,8 @@ from dnd_sdk.cli.output import EXIT_FAILURE, Output
 from dnd_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dnd_sdk.evaluation.runner import Progress
+    from dnd_sdk.evaluation import Progress, TaskTrainer, Zoo
+    from dnd_sdk.session import DnD
 
 ROLES = ("train", "validation", "all")
 
@@ -22,27 +23,38 @@ def evaluate(
     models: ModelOptions,
     tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).")],
     methods: Annotated[
-        str, typer.Option("--methods", help="Comma separated; without it all (nearest needs --zoo).")
+        str,
+        typer.Option(
+            "--methods",
+            help="Comma separated: base, instruction, icl-K, generated, shuffled, zero; with --zoo also nearest, mean, "
+            "merge-K, multitask; trained here: oracle, oracle-STEPS, polish-STEPS, scratch-STEPS. Without it all but "
+            "icl-K and the trained ones.",
+        ),
     ] = "",
     names: Annotated[list[str] | None, typer.Option("--task", help="Only this task; repeatable.")] = None,
     role: Annotated[str, typer.Option("--role", help="validation, train or all.")] = "validation",
     limit: Annotated[int, typer.Option("--limit", help="Test rows per task.")] = 30,
     seeds: Annotated[int, typer.Option("--seeds", help="Seeds per method whose prompts are drawn.")] = 1,
-    zoo: Annotated[Path | None, typer.Option("--zoo", help="Run folder of dnd train generator, for `nearest`.")] = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Keeps answers; run again to go on.")] = None,
+    zoo: Annotated[Path | None, typer.Option("--zoo", help="Run folder of dnd train generator.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Method to compare the others with, besides base.")
+    ] = None,
+    unrelated: Annotated[
+        int, typer.Option("--unrelated", help="Ask each adapter the rows of so many other tasks, too.")
+    ] = 0,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Keeps all results; run again to go on.")] = None,
     card: Annotated[Path | None, typer.Option("--card", help="Generator folder whose card gets the figures.")] = None,
 ) -> None:
     """Compare methods on labelled tasks: exact match, option likelihood, valid format."""
     if role not in ROLES:
         raise ConfigError(f"--role takes {', '.join(ROLES)}, got {role!r}")
-    from dnd_sdk.evaluation import METHODS, EvalSettings, Zoo, render
+    from dnd_sdk.evaluation import EvalSettings, Zoo, default_methods, needs_training, render
     from dnd_sdk.evaluation import evaluate as run_evaluation
     from dnd_sdk.generator_card import record_evaluation
     from dnd_sdk.tasks import read_tasks
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
-    chosen = chosen or tuple(m for m in METHODS if zoo or m != "nearest")
-    settings = EvalSettings(limit=limit, seeds=seeds, run_dir=run_dir)
+    settings = EvalSettings(limit=limit, seeds=seeds, run_dir=run_dir, unrelated=unrelated, against=against)
     found = read_tasks(tasks, role=None if role == "all" else role, names=names or None)
     with models.load(out) as dnd, out.progress("evaluating") as report:
 
@@ -50,7 +62,9 @@ def evaluate(
             report(p.done, p.total, f"{p.task} {p.method}", p.eta_s)
 
         stored = Zoo(zoo, dnd.layout, dnd.base.fingerprint, dnd.encoder.fingerprint) if zoo else None
-        result = run_evaluation(dnd, found, chosen, settings, tell, zoo=stored)
+        chosen = chosen or default_methods(stored)
+        trainer = _trainer(dnd, stored, run_dir) if needs_training(chosen) else None
+        result = run_evaluation(dnd, found, chosen, settings, tell, zoo=stored, trainer=trainer)
     if card is not None:
         record_evaluation(card, result)
     out.emit(result, lambda: render(result))
@@ -58,6 +72,13 @@ def evaluate(
         out.note(f"failed: {failure['task']} {failure['method']} seed {failure['seed']}: {failure['error']}")
     if result["failures"]:
         raise typer.Exit(EXIT_FAILURE)
+
+
+def _trainer(dnd: DnD, zoo: Zoo | None, run_dir: Path | None) -> TaskTrainer:
+    """Trains with the zoo's settings and keeps what it trained beside the answers."""
+    from dnd_sdk.evaluation import TaskTrainer
+
+    return TaskTrainer(dnd, zoo.training_settings() if zoo else None, run_dir / "trained" if run_dir else None)
 
 
 def bench_adapt(

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from dnd_sdk import __version__
-from dnd_sdk.cli import adapt, adapters, config, doctor, evaluate, models, run, train
+from dnd_sdk.cli import adapt, adapters, config, doctor, evaluate, models, plot, run, train
 from dnd_sdk.cli.options import command
 from dnd_sdk.cli.output import error_exit
 
@@ -118,7 +118,9 @@ app.add_typer(train_app, name="train")
 app.command("eval", epilog=_examples(
     "dnd eval tasks --methods base,generated,shuffled --limit 30",
     "dnd eval tasks --role validation --run-dir runs/eval --json",
+    "dnd eval tasks --methods base,icl-3,generated,multitask,oracle --zoo runs/generator --against multitask",
 ))(command(evaluate.evaluate))  # fmt: skip
+app.command("plot", epilog=_examples("dnd plot eval.json --out plots"))(command(plot.plot))
 bench_app = _group("Measure speed and memory on this machine.")
 bench_app.command("adapt", epilog=_examples("dnd bench adapt", "dnd bench adapt --json"))(command(evaluate.bench_adapt))
 app.add_typer(bench_app, name="bench")

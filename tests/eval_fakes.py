@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import Parts
 from dnd_sdk.tasks import Row, Task
 
@@ -41,6 +42,14 @@ class FakeEngine:
     options: list[SamplingOptions] = field(default_factory=list)
     fail_on: str | None = None
     interrupt_after: int | None = None
+    context: int = 10_000
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]], n_new: int) -> list[int]:
+        """One token per word; the context counts them."""
+        words = [0 for m in messages for _ in m["content"].split()]
+        if len(words) + n_new > self.context:
+            raise InputError("too long")
+        return words
 
     def load(self, adapter_id: str, flat: Tensor) -> None:
         self.resident[adapter_id] = flat
@@ -97,6 +106,39 @@ class FakeGenerator:
 
     def mean(self) -> Tensor:
         return -torch.ones(4)
+
+
+@dataclass
+class FakeZoo:
+    """Adapters whose weights say which method asked for them."""
+
+    shared: Tensor | None = field(default_factory=lambda: torch.full((4,), 7.0))
+    mixable: bool = True
+
+    def nearest(self, pooled: Tensor) -> Tensor:
+        return pooled.sum().repeat(4)
+
+    def merge(self, pooled: Tensor, k: int) -> Tensor:
+        return pooled.sum().repeat(4) + k
+
+    def mean(self) -> Tensor:
+        if not self.mixable:
+            raise ConfigError("different A", fix="another zoo")
+        return torch.full((4,), 5.0)
+
+    def multitask(self) -> Tensor | None:
+        return self.shared
+
+
+@dataclass
+class FakeTrainer:
+    """Writes down what it was to train."""
+
+    asked: list[tuple[str, int, Tensor | None, int | None]] = field(default_factory=list)
+
+    def train(self, task: Task, seed: int, start: Tensor | None = None, steps: int | None = None) -> Tensor:
+        self.asked.append((task.name, seed, start, steps))
+        return torch.full((4,), float(len(self.asked)))
 
 
 class WordTokenizer:

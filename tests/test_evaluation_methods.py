@@ -4,14 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_fakes import make_parts, make_task
+from eval_fakes import FakeTrainer, FakeZoo, make_parts, make_task
 from helpers import random_flat, tiny_model
+from safetensors.torch import save_file
 
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
-from dnd_sdk.errors import ConfigError, InputError
+from dnd_sdk.errors import AdapterCorruptError, ConfigError, InputError, LayoutMismatchError
 from dnd_sdk.evaluation import Zoo
-from dnd_sdk.evaluation.methods import build_methods, conditioning_prompts, donors, instruction
+from dnd_sdk.evaluation.methods import (
+    Treatment,
+    build_methods,
+    conditioning_prompts,
+    default_methods,
+    donors,
+    example_rows,
+    instruction,
+    needs_training,
+)
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.tasks import Row
 
@@ -56,7 +66,7 @@ def test_each_method_sees_what_it_may_see() -> None:
     parts = make_parts()
     made = {m.name: m for m in build_methods(["base", "instruction", "generated", "shuffled", "zero"], parts, TASKS)}
     task, own = TASKS[1], {r.prompt for r in TASKS[1].train}
-    assert made["base"].make(task, 0) == (None, None)
+    assert made["base"].make(task, 0) == Treatment(None, None, ())
     assert made["instruction"].make(task, 0).flat is None
     assert torch.equal(made["zero"].make(task, 0).flat, -torch.ones(4))
     assert parts.encoder.seen == []
@@ -81,6 +91,15 @@ def test_each_method_sees_what_it_may_see() -> None:
         (["zero"], {"generator": None}, "'zero' needs a generator"),
         (["shuffled"], {"encoder": None}, "'shuffled' needs a generator"),
         (["nearest"], {}, "'nearest' needs a zoo"),
+        (["mean"], {}, "'mean' needs a zoo"),
+        (["multitask"], {}, "'multitask' needs a zoo"),
+        (["merge-2"], {}, "'merge-2' needs a zoo"),
+        (["oracle"], {}, "'oracle' needs a trainer"),
+        (["scratch-3"], {}, "'scratch-3' needs a trainer"),
+        (["icl-0"], {}, r"unknown evaluation methods \['icl-0'\]"),
+        (["merge"], {}, "unknown evaluation methods"),
+        (["polish-1.5"], {}, "unknown evaluation methods"),
+        (["base-2"], {}, "unknown evaluation methods"),
     ],
 )
 def test_a_method_that_cannot_run_is_refused_first(names: list[str], changes: dict, match: str) -> None:
@@ -135,12 +154,128 @@ def test_a_zoo_without_a_fitting_adapter_is_refused(tmp_path: Path, zoo_home: tu
         Zoo(home.root, LoraLayout.from_model(tiny_model(), r=4), "base", "enc")
 
 
-def test_nearest_asks_the_zoo_with_the_tasks_own_prompts() -> None:
-    class First:
-        def nearest(self, pooled: torch.Tensor) -> torch.Tensor:
-            return pooled.sum().repeat(4)
-
+def test_nearest_and_merge_ask_the_zoo_with_the_tasks_own_prompts() -> None:
     parts = make_parts()
-    (method,) = build_methods(["nearest"], parts, TASKS, zoo=First())
-    method.make(TASKS[0], 2)
-    assert parts.encoder.seen == [conditioning_prompts(TASKS[0], 2)]
+    for method in build_methods(["nearest", "merge-2"], parts, TASKS, zoo=FakeZoo()):
+        method.make(TASKS[0], 2)
+    assert parts.encoder.seen == [conditioning_prompts(TASKS[0], 2)] * 2
+
+
+def test_what_the_zoo_cannot_give_is_refused_first() -> None:
+    for names, zoo, match in (
+        (["mean"], FakeZoo(mixable=False), "different A"),
+        (["merge-2"], FakeZoo(mixable=False), "different A"),
+        (["multitask"], FakeZoo(shared=None), "'multitask' needs the zoo's multi-task LoRA"),
+        (["oracle-9"], FakeZoo(shared=None), "'oracle-9' needs the zoo's multi-task LoRA"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            build_methods(names, make_parts(), TASKS, zoo=zoo, trainer=FakeTrainer())
+    with pytest.raises(ConfigError, match="'polish-2' needs a generator"):
+        build_methods(["polish-2"], make_parts(generator=None), TASKS, trainer=FakeTrainer())
+
+
+def test_named_kinds_and_numbers_reach_their_parts() -> None:
+    parts, zoo, trainer, task = make_parts(), FakeZoo(), FakeTrainer(), TASKS[0]
+    names = ["mean", "multitask", "oracle", "oracle-9", "polish-2", "scratch-2", "generated", "icl-3"]
+    made = {m.name: m for m in build_methods(names, parts, TASKS, zoo=zoo, trainer=trainer)}
+    said = {name: m.make(task, 1) for name, m in made.items()}
+    assert torch.equal(said["mean"].flat, zoo.mean()) and torch.equal(said["multitask"].flat, zoo.shared)
+    assert [(name, seed, steps) for name, seed, _, steps in trainer.asked] == [
+        ("alpha", 1, None),
+        ("alpha", 1, 9),
+        ("alpha", 1, 2),
+        ("alpha", 1, 2),
+    ]
+    starts = [start for _, _, start, _ in trainer.asked]
+    assert starts[0] is starts[1] is zoo.shared and starts[3] is None
+    assert torch.equal(starts[2], said["generated"].flat)
+    assert said["icl-3"] == Treatment(shots=example_rows(task, 1, 3))
+    assert [n for n, m in made.items() if not m.seeded] == ["mean", "multitask"]
+
+
+def test_examples_are_unseen_train_rows_and_more_of_them_keep_the_first() -> None:
+    task = make_task("t", n=8, test=(Row("t train 3", "yes", "test"),))
+    three, all_of_them = example_rows(task, 0, 3), example_rows(task, 0, 99)
+    assert all_of_them[:3] == three and len(all_of_them) == 7 and set(all_of_them) < set(task.train)
+    assert "t train 3" not in {r.prompt for r in all_of_them}
+    assert three == example_rows(task, 0, 3) != example_rows(task, 1, 3)
+
+
+def test_defaults_follow_the_zoo() -> None:
+    alone = default_methods(None)
+    assert "nearest" not in alone and not needs_training(alone)
+    assert set(default_methods(FakeZoo())) - set(alone) == {"nearest", "mean", "merge-3", "multitask"}
+    assert "multitask" not in default_methods(FakeZoo(shared=None))
+    assert [needs_training([n]) for n in ("oracle", "polish-3", "icl-3", "nope")] == [True, True, False, False]
+
+
+@pytest.fixture
+def mixable(home: Home) -> tuple[Zoo, LoraLayout, dict[str, torch.Tensor]]:
+    """A zoo of three adapters with one A, at the three axes."""
+    layout, store = LoraLayout.from_model(tiny_model(), r=2), AdapterStore(home)
+    shared, flats = random_flat(layout, seed=0), {}
+    for i, name in enumerate("xyz"):
+        flats[name] = random_flat(layout, seed=i + 1)
+        for (segment, own), (_, A) in zip(layout.views(flats[name]), layout.views(shared), strict=True):
+            if segment.part == "lora_A":
+                own.copy_(A)
+        store.put(
+            flats[name],
+            layout,
+            name=name,
+            base_name="tiny",
+            base_fingerprint="base",
+            source="trained",
+            exemplars=torch.eye(3)[i : i + 1],
+            encoder_fingerprint="enc",
+        )
+    return Zoo(home.root, layout, "base", "enc"), layout, flats
+
+
+def test_a_merge_averages_the_weight_updates(mixable: tuple[Zoo, LoraLayout, dict[str, torch.Tensor]]) -> None:
+    zoo, layout, flats = mixable
+    prompts = torch.nn.functional.normalize(torch.tensor([[0.1, 0.8, 0.5], [0.2, 0.7, 0.5]]), dim=1)
+    ranked = zoo.rank(prompts)
+    assert [n for n, _ in ranked] == ["y", "z", "x"]
+    (_, first), (_, second) = ranked[:2]
+    expected = {"y": first / (first + second), "z": second / (first + second)}
+    thirds = dict.fromkeys("xyz", 1 / 3)
+    for merged, weights in ((zoo.merge(prompts, 2), expected), (zoo.mean(), thirds)):
+        views = [list(layout.views(v)) for v in (merged, *(flats[n] for n in weights))]
+        for i in range(0, len(views[0]), 2):
+            (_, a), (_, b) = views[0][i], views[0][i + 1]
+            whole = sum(w * (v[i + 1][1] @ v[i][1]) for v, w in zip(views[1:], weights.values(), strict=True))
+            torch.testing.assert_close(b @ a, whole)
+    torch.testing.assert_close(zoo.merge(prompts, 1), flats["y"])
+    torch.testing.assert_close(zoo.merge(prompts, 9), zoo.merge(prompts, 3))
+    far = torch.tensor([[-1.0, 0.0, 0.0]])  # no similarity above zero: the weights are equal
+    torch.testing.assert_close(zoo.merge(far, 3), zoo.mean())
+
+
+def test_adapters_of_different_a_cannot_be_averaged(zoo_home: tuple[Home, LoraLayout]) -> None:
+    zoo = Zoo(zoo_home[0].root, zoo_home[1], "base", "enc")
+    for call in (zoo.mean, lambda: zoo.merge(torch.eye(3)[:2], 2)):
+        with pytest.raises(ConfigError, match=r"'x' and 'y' .* have different A"):
+            call()
+
+
+def test_the_multi_task_adapter_lies_beside_the_others(zoo_home: tuple[Home, LoraLayout]) -> None:
+    home, layout = zoo_home
+    zoo, path = Zoo(home.adapters, layout, "base", "enc"), home.root / "shared.safetensors"
+    assert zoo.multitask() is None and zoo.training_settings() == {}
+    flat = random_flat(layout, seed=5)
+    save_file({"shared": flat}, path)
+    assert torch.equal(zoo.multitask(), flat)
+    for tensors, error in (
+        ({"shared": flat[1:]}, LayoutMismatchError),
+        ({"shared": flat / 0}, AdapterCorruptError),
+        ({"other": flat}, AdapterCorruptError),
+        ({"shared": flat.long()}, AdapterCorruptError),
+        ({"shared": flat.repeat(2000)}, AdapterCorruptError),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(error):
+            zoo.multitask()
+    (home.root / "generator").mkdir()
+    (home.root / "generator" / "training.json").write_text('{"settings": {"per_task": {"steps": 3}}}')
+    assert zoo.training_settings() == {"per_task": {"steps": 3}}

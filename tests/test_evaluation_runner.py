@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from eval_fakes import LABELS, FakeEngine, make_parts, make_task
+from eval_fakes import LABELS, FakeEngine, FakeTrainer, make_parts, make_task
 
 from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.evaluation import EvalSettings, Parts, Progress, evaluate, render
-from dnd_sdk.evaluation.scoring import mean_ci95
-from dnd_sdk.tasks import Row
+from dnd_sdk.evaluation.job import MAX_SHOT_TOKENS, TaskJob
+from dnd_sdk.evaluation.methods import Treatment, example_rows
+from dnd_sdk.evaluation.report import Unit, build_report
+from dnd_sdk.evaluation.runner import unrelated_tasks
+from dnd_sdk.evaluation.scoring import METRICS, mean_ci95
+from dnd_sdk.tasks import Row, data_hash
 
 TASKS = [make_task("alpha"), make_task("beta", answer_type="short-text", metric="rouge_l"), make_task("gamma")]
 FIVE = ["base", "instruction", "generated", "shuffled", "zero"]
@@ -83,6 +88,123 @@ def test_every_method_asks_the_same_rows_and_only_instruction_adds_words() -> No
     assert base[0][0] == {"role": "system", "content": "be kind"}
     assert told[0][0]["content"] == "be kind\nAnswer with exactly one of: yes, no. Answer only."
     assert all(m[-1]["content"].startswith("alpha test") for m in parts.engine.asked)
+
+
+def test_examples_are_turns_before_the_question() -> None:
+    parts, task = make_parts(), TASKS[0]
+    run(parts, ["base", "icl-2"], tasks=[task])
+    base, shown = parts.engine.asked[:4], parts.engine.asked[4:]
+    for plain, chat in zip(base, shown, strict=True):
+        turns = [(m["role"], m["content"]) for m in chat]
+        first, second = example_rows(task, 0, 2)
+        assert turns[:4] == [
+            ("user", first.prompt),
+            ("assistant", first.response),
+            ("user", second.prompt),
+            ("assistant", second.response),
+        ]
+        assert chat[4:] == plain
+
+
+@pytest.mark.parametrize(("context", "shown"), [(10_000, 3), (32, 3), (31, 2), (24, 2), (23, 1), (15, 0)])
+def test_examples_that_do_not_fit_are_left_out(context: int, shown: int) -> None:
+    # 3 words of question, 5 kept for the answer, 8 for every example with its answer
+    rows = tuple(Row(f"one two three four five six {i}", "yes", "train") for i in range(3))
+    task = make_task("t", train=rows, test=(Row("one two three", "yes", "test"),))
+    parts = make_parts(engine=FakeEngine(context=context))
+    run(parts, ["icl-3"], tasks=[task])
+    assert [len(chat) for chat in parts.engine.asked] == [2 * shown + 1]
+
+
+def test_examples_stay_within_their_own_limit_too() -> None:
+    long = tuple(Row(f"{i} {'word ' * (MAX_SHOT_TOKENS // 2)}", "yes", "train") for i in range(3))
+    parts = make_parts()
+    run(parts, ["icl-3"], tasks=[make_task("t", train=long)])
+    assert {len(chat) for chat in parts.engine.asked} == {3}
+
+
+def test_examples_change_the_cache_key_and_nothing_else_does() -> None:
+    parts, rows = make_parts(), example_rows(TASKS[0], 0, 2)
+    job = TaskJob.of(TASKS[0], parts, EvalSettings(limit=4))
+    keys = {job.key(Treatment(shots=shots), parts) for shots in ((), rows[:1], rows, rows[::-1])}
+    assert len(keys) == 4
+    # as version 0.1.0 computed it: what was answered then still counts
+    asked = [[r.prompt, r.system] for r in job.rows]
+    identity = [data_hash(TASKS[0]), asked, LABELS, 5, "f" * 64, "cpu/float32", None, None]
+    assert job.key(Treatment(), parts) == hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def test_an_adapter_is_asked_other_families_beside_the_base() -> None:
+    # on "alpha" the base chats and the adapter says "Yes.": right, a gain of 1; on "numbers" both are wrong
+    tasks = [make_task("alpha", family="a"), make_task("numbers", answer_type="number", family="b")]
+    parts = make_parts()
+    report = json.loads(json.dumps(run(parts, ["base", "instruction", "generated"], tasks=tasks, unrelated=1)))
+    generated = report["methods"]["generated"]
+    assert generated["tasks"]["numbers"]["unrelated"] == {"exact_match": 1.0, "option_accuracy": 0.0}
+    assert generated["tasks"]["alpha"]["unrelated"] == {"exact_match": 0.0, "option_accuracy": None}
+    assert generated["mean"]["unrelated"]["exact_match"] == {"mean": 0.5, "ci95": [0.0, 1.0], "n": 2}
+    assert report["methods"]["instruction"]["tasks"]["alpha"]["unrelated"] is None
+    assert report["methods"]["base"]["mean"]["unrelated"] == {"exact_match": None, "option_accuracy": None}
+    assert len(parts.engine.batches) == 6 + 2  # the base's own answers are used again
+    assert "exact_match elsewhere" in render(report) and parts.engine.resident == {}
+
+
+def test_unrelated_tasks_are_of_other_families_and_one_bad_one_is_left_out() -> None:
+    tasks = [make_task(f"t{i}", family="even" if i % 2 == 0 else "odd") for i in range(8)]
+    drawn = unrelated_tasks(tasks[0], tasks, 3, 0)
+    assert {t.family for t in drawn} == {"odd"} and len(drawn) == 3
+    assert drawn == unrelated_tasks(tasks[0], tasks[::-1], 3, 0) and len(unrelated_tasks(tasks[0], tasks, 9, 0)) == 4
+    assert any(drawn != unrelated_tasks(tasks[0], tasks, 3, seed) for seed in range(5))
+    pair = [make_task("alpha", family="a"), make_task("bad", family="b", test=())]
+    report = run(make_parts(), ["base", "generated"], tasks=pair, unrelated=1)
+    assert report["methods"]["generated"]["tasks"]["alpha"]["unrelated"] is None
+    assert {f["task"] for f in report["failures"]} == {"bad"}
+    with pytest.raises(ConfigError, match="two families"):
+        run(make_parts(), ["base"], tasks=TASKS[:1], unrelated=1)
+
+
+def test_differences_are_paired_over_the_tasks_both_have() -> None:
+    report = run(make_parts(), ["base", "generated", "zero"], against="generated")
+    versus = {m: block["vs"] for m, block in report["methods"].items()}
+    assert {m: set(found) for m, found in versus.items()} == {
+        "base": {"generated"},
+        "generated": {"base"},
+        "zero": {"base", "generated"},
+    }
+    # of three tasks the generated adapter is right on two, the others on none
+    lost = {"mean": pytest.approx(-2 / 3), "ci95": mean_ci95([-1.0, 0.0, -1.0])[1], "n": 3}
+    assert versus["zero"]["generated"]["exact_match"] == versus["base"]["generated"]["exact_match"] == lost
+    assert versus["generated"]["base"]["exact_match"]["mean"] == pytest.approx(2 / 3)
+    assert versus["zero"]["base"]["exact_match"]["mean"] == 0
+    assert versus["zero"]["generated"]["option_accuracy"]["n"] == 2
+    head = render(report).splitlines()[0]
+    assert head.index("exact_match vs base") < head.index("exact_match vs generated")
+    with pytest.raises(ConfigError, match="'zero' to compare against is not run"):
+        run(make_parts(), ["base"], against="zero")
+
+
+def test_the_share_of_the_oracles_gain_is_reported() -> None:
+    scores = {"base": (0.1, 0.2), "generated": (0.3, 0.3), "oracle-9": (0.5, 0.4), "zero": (0.1, None)}
+    units = [
+        Unit(f"t{i}", m, 0, 4, {**dict.fromkeys(METRICS), "exact_match": value})
+        for m, values in scores.items()
+        for i, value in enumerate(values)
+        if value is not None
+    ]
+    report = build_report(make_parts(), list(scores), EvalSettings(), units)
+    blocks = report["methods"]
+    assert blocks["generated"]["recovered"]["exact_match"] == pytest.approx((0.2 + 0.1) / (0.4 + 0.2))
+    assert blocks["oracle-9"]["recovered"]["exact_match"] == 1.0
+    assert blocks["zero"]["recovered"] == {**dict.fromkeys(METRICS), "exact_match": 0.0}
+    assert "recovered" not in blocks["base"] and "| 50 % |" in render(report)
+    without = build_report(make_parts(), ["base", "generated"], EvalSettings(), units)
+    assert "recovered" not in without["methods"]["generated"]
+
+
+def test_a_task_without_rows_is_not_trained_on() -> None:
+    trainer = FakeTrainer()
+    report = evaluate(make_parts(), [make_task("bad", test=()), TASKS[0]], ["scratch-1"], trainer=trainer)
+    assert [name for name, *_ in trainer.asked] == ["alpha"] and len(report["failures"]) == 1
 
 
 def test_no_adapter_stays_behind() -> None:
@@ -193,6 +315,8 @@ def test_settings_and_tasks_are_checked_first(tmp_path: Path) -> None:
         EvalSettings(limit=0)
     with pytest.raises(ConfigError, match="n_prompts must be at most 64, got 65"):
         EvalSettings(n_prompts=65)
+    with pytest.raises(ConfigError, match="unrelated must be 0 or more, got -1"):
+        EvalSettings(unrelated=-1)
     with pytest.raises(ConfigError, match="one or more tasks of different names"):
         run(make_parts(), ["base"], tasks=[TASKS[0], TASKS[0]])
     (tmp_path / "file").write_text("")

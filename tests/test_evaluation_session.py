@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cli_runner import dnd_json
 from eval_fakes import LABELS
 from tiny_world import World, prompts_of
 
 from dnd_sdk.bench import bench_adapt, render
 from dnd_sdk.config import Home
-from dnd_sdk.evaluation import METHODS, EvalSettings, Zoo, evaluate
+from dnd_sdk.evaluation import EvalSettings, Zoo, default_methods, evaluate
 from dnd_sdk.evaluation.methods import conditioning_prompts, donors
 from dnd_sdk.routing import choose_exemplars
 from dnd_sdk.session import DnD
@@ -45,8 +46,9 @@ def test_every_method_answers_as_a_user_of_the_session_would_see(world: World, t
     dnd, tasks = world.session(), [task_of("upper"), task_of("digits")]
     zoo = stored_zoo(dnd, tmp_path / "zoo")
     settings = EvalSettings(limit=3, max_new_tokens=5, run_dir=tmp_path / "run")
-    report = evaluate(dnd, tasks, METHODS, settings, zoo=zoo)
-    assert report["failures"] == [] and list(report["methods"]) == list(METHODS)
+    methods = default_methods(zoo)
+    report = evaluate(dnd, tasks, methods, settings, zoo=zoo)
+    assert report["failures"] == [] and list(report["methods"]) == list(methods)
     assert (report["base"], report["generator"]) == (dnd.base.name, dnd.generator.id)
     assert dnd.engine.resident() == [] and dnd.store.ls() == []
 
@@ -63,9 +65,24 @@ def test_every_method_answers_as_a_user_of_the_session_would_see(world: World, t
     assert said["upper", "generated"] != said["upper", "base"]
     assert zoo.rank(dnd.encoder.encode(conditioning_prompts(tasks[1], 0)).pooled)[0][0] == "digits"
 
-    again = evaluate(world.session(), tasks, METHODS, settings, zoo=zoo)
+    again = evaluate(world.session(), tasks, methods, settings, zoo=zoo)
     assert again == report
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == len(said)
+
+
+def test_the_command_names_methods_and_keeps_what_it_trained(world: World, tmp_path: Path) -> None:
+    folder, run = tmp_path / "tasks", tmp_path / "run"
+    folder.mkdir()
+    for name in ("upper", "digits"):
+        task = task_of(name)
+        rows = ({"prompt": r.prompt, "response": r.response, "split": r.split} for r in (*task.train, *task.test))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = ["--role", "all", "--limit", 1, "--run-dir", run, *world.options]
+    report = dnd_json("eval", folder, "--methods", "base,icl-1,scratch-1", "--against", "icl-1", *options)
+    assert list(report["methods"]["scratch-1"]["vs"]) == ["base", "icl-1"] and report["failures"] == []
+    assert report["settings"]["against"] == "icl-1" and len(list((run / "trained").iterdir())) == 2
+    refused = dnd_json("eval", folder, "--methods", "base,magic-3", *options, code=1)["error"]
+    assert refused["type"] == "ConfigError" and "merge-K" in refused["fix"]
 
 
 def test_bench_measures_a_session_and_leaves_no_trace(world: World) -> None:

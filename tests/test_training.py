@@ -22,6 +22,7 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.encoder import Encoder
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError, LayoutMismatchError
+from dnd_sdk.evaluation import Zoo
 from dnd_sdk.generator import Generator, GeneratorConfig
 from dnd_sdk.generator_card import record_evaluation
 from dnd_sdk.lora_layout import LoraLayout
@@ -152,6 +153,15 @@ def test_zoo_is_stored_so_that_prompts_find_it(trained: Path) -> None:
         torch.testing.assert_close(store.load(adapter, layout), tasks[adapter.name].mean(0))
         assert store.exemplars(adapter) is not None
     assert store.verify() == []
+
+
+def test_the_multi_task_adapter_is_kept_beside_the_zoo(trained: Path) -> None:
+    fitting = {a.base_fingerprint: a.encoder_fingerprint for a in AdapterStore(Home(trained / "run")).ls()}
+    [(base, encoder)] = fitting.items()
+    zoo = Zoo(trained / "run", LoraLayout.from_model(tiny_model(), r=4), base, encoder)
+    torch.testing.assert_close(zoo.multitask(), read_zoo(trained / "zoo")[0], rtol=0, atol=0)
+    assert zoo.training_settings()["per_task"]["steps"] == 3
+    assert zoo.mean().shape == zoo.multitask().shape
 
 
 @pytest.mark.parametrize("stage", ["zoo", "generator"])

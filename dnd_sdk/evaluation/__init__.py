@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dnd_sdk.evaluation.methods import MAX_PROMPTS
+from dnd_sdk.evaluation.methods import MAX_PROMPTS, METHODS, default_methods, needs_training
 from dnd_sdk.evaluation.parts import Parts
 from dnd_sdk.evaluation.report import render
-from dnd_sdk.evaluation.runner import METHODS, EvalSettings, Progress, evaluate
+from dnd_sdk.evaluation.runner import EvalSettings, Progress, evaluate
+from dnd_sdk.evaluation.trained import TaskTrainer
 from dnd_sdk.evaluation.zoo import Zoo
 
-__all__ = ["MAX_PROMPTS", "METHODS", "EvalSettings", "Parts", "Progress", "Zoo", "evaluate", "render"]
+__all__ = [
+    "MAX_PROMPTS",
+    "METHODS",
+    "EvalSettings",
+    "Parts",
+    "Progress",
+    "TaskTrainer",
+    "Zoo",
+    "default_methods",
+    "evaluate",
+    "needs_training",
+    "render",
+]

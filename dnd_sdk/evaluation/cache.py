@@ -5,12 +5,16 @@ Raw outputs are kept, not scores: changing a scorer costs no new completions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dnd_sdk.errors import StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Answers(NamedTuple):
@@ -68,3 +72,8 @@ class AnswerCache:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+
+def flat_hash(flat: Tensor | None) -> str | None:
+    """sha256 hex of a flat LoRA vector's bytes; None for the base."""
+    return None if flat is None else hashlib.sha256(flat.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,35 +1,51 @@
-"""The methods an evaluation compares: each turns (task, seed) into LoRA weights and extra system text.
+"""The methods an evaluation compares: each turns (task, seed) into LoRA weights, extra system text or example turns.
 
-* Nothing here sees a test row: prompts come from the train split, minus any prompt the test split repeats, and
-  responses are used only by `instruction`, which is told the task's label set.
+* Nothing here sees a test row: prompts and examples come from the train split, minus whatever the test split repeats.
+* Responses are seen by `icl-K` (as example turns) and by the trained ones (`oracle`, `polish-K`, `scratch-K`);
+  `instruction` is told the task's label set; everything else sees prompts alone.
 * `shuffled` and `zero` are controls: what survives when the generator is shown another task's prompts, or none.
+* `nearest`, `merge-K`, `mean` and `multitask` are what the zoo gives without any generator.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.evaluation.parts import AdapterZoo, Parts
-from dnd_sdk.tasks import Task
+from dnd_sdk.evaluation.parts import AdapterZoo, LoraTrainer, Parts
+from dnd_sdk.tasks import Row, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+METHODS = ("base", "instruction", "generated", "shuffled", "zero")
+"""What a session alone can run without seeing a response."""
+TRAINED = ("oracle", "polish", "scratch")
+"""Kinds of method that train on the task's own labelled rows."""
 MAX_PROMPTS = 64
 """`generated` sees at most this many prompts of a task."""
+
+_SPELLINGS = (
+    "base, instruction, icl-K, generated, shuffled, zero, nearest, mean, merge-K, multitask, oracle, oracle-STEPS, "
+    "polish-STEPS, scratch-STEPS"
+)
+_PLAIN = (*METHODS, "nearest", "mean", "multitask", "oracle")
+_NUMBERED = re.compile(r"(icl|merge|oracle|polish|scratch)-([1-9][0-9]{0,5})")
 
 
 class Treatment(NamedTuple):
     """What a method does to the base for one task."""
 
-    flat: Tensor | None
+    flat: Tensor | None = None
     """Flat LoRA vector; None: the plain base."""
-    system: str | None
+    system: str | None = None
     """Extra system text; None: none."""
+    shots: tuple[Row, ...] = ()
+    """Answered train rows shown as earlier turns of the chat; the last ones are left out where the context is full."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +64,39 @@ def build_methods(
     tasks: Sequence[Task],
     *,
     zoo: AdapterZoo | None = None,
+    trainer: LoraTrainer | None = None,
     n_prompts: int = MAX_PROMPTS,
 ) -> list[Method]:
     """The named methods over these tasks and parts, in the order given.
 
     Raises `ConfigError` for an unknown or repeated name and for a method whose parts are missing.
     """
-    known: dict[str, Callable[[], Method]] = {
-        "base": lambda: Method("base", False, lambda task, seed: Treatment(None, None)),
-        "instruction": lambda: Method("instruction", False, lambda task, seed: Treatment(None, instruction(task))),
-        "generated": lambda: _generated(parts, n_prompts),
-        "shuffled": lambda: _shuffled(parts, tasks, n_prompts),
-        "zero": lambda: _zero(parts),
-        "nearest": lambda: _nearest(parts, zoo, n_prompts),
-    }
-    if unknown := [n for n in names if n not in known]:
-        raise ConfigError(f"unknown evaluation methods {unknown}", fix=f"choose from {', '.join(known)}")
+    if unknown := [n for n in names if parse(n) is None]:
+        raise ConfigError(f"unknown evaluation methods {unknown}", fix=f"choose from {_SPELLINGS}")
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"evaluation methods must be one or more different names, got {list(names)}")
-    return [known[n]() for n in names]
+    return [_Builder(name, parts, tasks, zoo, trainer, n_prompts).build() for name in names]
+
+
+def parse(name: str) -> tuple[str, int | None] | None:
+    """A method's kind and number: `icl-3` is ("icl", 3), `base` is ("base", None); None if there is no such method."""
+    if name in _PLAIN:
+        return name, None
+    match = _NUMBERED.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]))
+
+
+def default_methods(zoo: AdapterZoo | None) -> tuple[str, ...]:
+    """What is run unless methods are named: every kind but `icl-K` and the trained ones, as far as there is a zoo."""
+    if zoo is None:
+        return METHODS
+    shared = () if zoo.multitask() is None else ("multitask",)
+    return (*METHODS, "nearest", "mean", "merge-3", *shared)
+
+
+def needs_training(names: Sequence[str]) -> bool:
+    """Whether any of the named methods trains."""
+    return any(found is not None and found[0] in TRAINED for found in map(parse, names))
 
 
 def instruction(task: Task) -> str:
@@ -80,13 +110,26 @@ def instruction(task: Task) -> str:
     return "Answer with the answer only, no explanation."
 
 
+def unseen_rows(task: Task) -> tuple[Row, ...]:
+    """The train rows whose prompt is not also a test prompt; raises `InputError` when there is none."""
+    asked = {r.prompt for r in task.test}
+    rows = tuple(r for r in task.train if r.prompt not in asked)
+    if not rows:
+        raise InputError(f"task {task.name!r} has no train prompt outside its test split to condition on")
+    return rows
+
+
 def conditioning_prompts(task: Task, seed: int, n: int = MAX_PROMPTS) -> list[str]:
     """At most `n` different train prompts of `task`, drawn by `seed`; never one that is also a test prompt."""
-    asked = {r.prompt for r in task.test}
-    pool = [p for p in dict.fromkeys(r.prompt for r in task.train) if p not in asked]
-    if not pool:
-        raise InputError(f"task {task.name!r} has no train prompt outside its test split to condition on")
+    pool = list(dict.fromkeys(r.prompt for r in unseen_rows(task)))
     return random.Random(f"{seed}/{task.name}").sample(pool, min(n, len(pool)))
+
+
+def example_rows(task: Task, seed: int, k: int) -> tuple[Row, ...]:
+    """At most `k` train rows of different prompts, drawn by `seed`; a smaller `k` gives the first of them."""
+    rows = list({r.prompt: r for r in unseen_rows(task)}.values())
+    random.Random(f"{seed}/shots/{task.name}").shuffle(rows)
+    return tuple(rows[:k])
 
 
 def donors(tasks: Sequence[Task], seed: int) -> dict[str, Task]:
@@ -99,57 +142,117 @@ def donors(tasks: Sequence[Task], seed: int) -> dict[str, Task]:
     return {task.name: cycle[order[i]] for i, task in enumerate(cycle)}
 
 
-def _generated(parts: Parts, n_prompts: int) -> Method:
-    generate = _generate_from(parts, "generated")
-    make = lambda task, seed: Treatment(generate(conditioning_prompts(task, seed, n_prompts)), None)  # noqa: E731
-    return Method("generated", True, make)
+@dataclass(frozen=True)
+class _Builder:
+    """Makes one method; whatever it needs is looked for at once, so that nothing is missed half-way."""
 
+    name: str
+    parts: Parts
+    tasks: Sequence[Task]
+    zoo: AdapterZoo | None
+    trainer: LoraTrainer | None
+    n_prompts: int
 
-def _shuffled(parts: Parts, tasks: Sequence[Task], n_prompts: int) -> Method:
-    generate = _generate_from(parts, "shuffled")
-    if len(tasks) < 2:
-        raise ConfigError("method 'shuffled' needs at least 2 tasks", fix="evaluate more tasks or drop 'shuffled'")
+    def build(self) -> Method:
+        kind, number = parse(self.name) or ("", None)
+        make: Callable[..., Method] = getattr(self, f"_{kind}")
+        return make() if number is None else make(number)
 
-    def make(task: Task, seed: int) -> Treatment:
-        donor = donors(tasks, seed)[task.name]
-        return Treatment(generate(conditioning_prompts(donor, seed, n_prompts)), None)
+    def _base(self) -> Method:
+        return self._fixed(Treatment())
 
-    return Method("shuffled", True, make)
+    def _instruction(self) -> Method:
+        return Method(self.name, False, lambda task, seed: Treatment(system=instruction(task)))
 
+    def _icl(self, k: int) -> Method:
+        return Method(self.name, True, lambda task, seed: Treatment(shots=example_rows(task, seed, k)))
 
-def _zero(parts: Parts) -> Method:
-    if parts.generator is None:
-        raise _no_generator("zero")
-    flat = parts.generator.mean()
-    return Method("zero", False, lambda task, seed: Treatment(flat, None))
+    def _generated(self) -> Method:
+        generate = self._generator()
+        return self._flat(lambda task, seed: generate(self._prompts(task, seed)))
 
+    def _shuffled(self) -> Method:
+        generate = self._generator()
+        if len(self.tasks) < 2:
+            raise ConfigError("method 'shuffled' needs at least 2 tasks", fix="evaluate more tasks or drop 'shuffled'")
+        return self._flat(lambda task, seed: generate(self._prompts(donors(self.tasks, seed)[task.name], seed)))
 
-def _nearest(parts: Parts, zoo: AdapterZoo | None, n_prompts: int) -> Method:
-    if zoo is None:
-        raise ConfigError("method 'nearest' needs a zoo of trained adapters", fix="pass --zoo DIR (see dnd train zoo)")
-    if parts.encoder is None:
-        raise ConfigError("method 'nearest' needs a text encoder", fix="load a session with its encoder")
-    encoder = parts.encoder
+    def _zero(self) -> Method:
+        if self.parts.generator is None:
+            raise self._missing("a generator", "load a session with one, or drop this method")
+        return self._fixed(Treatment(self.parts.generator.mean()))
 
-    def make(task: Task, seed: int) -> Treatment:
-        pooled = encoder.encode(conditioning_prompts(task, seed, n_prompts), with_states=False).pooled
-        return Treatment(zoo.nearest(pooled), None)
+    def _nearest(self) -> Method:
+        zoo, pooled = self._zoo(), self._encoder()
+        return self._flat(lambda task, seed: zoo.nearest(pooled(task, seed)))
 
-    return Method("nearest", True, make)
+    def _merge(self, k: int) -> Method:
+        zoo, pooled = self._zoo(), self._encoder()
+        zoo.mean()  # raises unless the zoo can be averaged
+        return self._flat(lambda task, seed: zoo.merge(pooled(task, seed), k))
 
+    def _mean(self) -> Method:
+        return self._fixed(Treatment(self._zoo().mean()))
 
-def _generate_from(parts: Parts, method: str) -> Callable[[list[str]], Tensor]:
-    generator, encoder = parts.generator, parts.encoder
-    if generator is None or encoder is None:
-        raise _no_generator(method)
+    def _multitask(self) -> Method:
+        return self._fixed(Treatment(self._shared()))
 
-    def generate(prompts: list[str]) -> Tensor:
-        states = encoder.encode(prompts, state_tokens=generator.state_tokens).states
-        assert states is not None  # with_states is on
-        return generator.generate(states)
+    def _oracle(self, steps: int | None = None) -> Method:
+        train, start = self._training(), self._shared()
+        return self._flat(lambda task, seed: train(task, seed, start, steps))
 
-    return generate
+    def _polish(self, steps: int) -> Method:
+        train, generate = self._training(), self._generator()
+        return self._flat(lambda task, seed: train(task, seed, generate(self._prompts(task, seed)), steps))
 
+    def _scratch(self, steps: int) -> Method:
+        train = self._training()
+        return self._flat(lambda task, seed: train(task, seed, None, steps))
 
-def _no_generator(method: str) -> ConfigError:
-    return ConfigError(f"method {method!r} needs a generator", fix="load a session with one, or drop this method")
+    def _fixed(self, treatment: Treatment) -> Method:
+        return Method(self.name, False, lambda task, seed: treatment)
+
+    def _flat(self, make: Callable[[Task, int], Tensor]) -> Method:
+        return Method(self.name, True, lambda task, seed: Treatment(make(task, seed)))
+
+    def _prompts(self, task: Task, seed: int) -> list[str]:
+        return conditioning_prompts(task, seed, self.n_prompts)
+
+    def _generator(self) -> Callable[[list[str]], Tensor]:
+        generator, encoder = self.parts.generator, self.parts.encoder
+        if generator is None or encoder is None:
+            raise self._missing("a generator", "load a session with one, or drop this method")
+
+        def generate(prompts: list[str]) -> Tensor:
+            states = encoder.encode(prompts, state_tokens=generator.state_tokens).states
+            assert states is not None  # with_states is on
+            return generator.generate(states)
+
+        return generate
+
+    def _encoder(self) -> Callable[[Task, int], Tensor]:
+        encoder = self.parts.encoder
+        if encoder is None:
+            raise self._missing("a text encoder", "load a session with its encoder")
+        return lambda task, seed: encoder.encode(self._prompts(task, seed), with_states=False).pooled
+
+    def _zoo(self) -> AdapterZoo:
+        if self.zoo is None:
+            raise self._missing("a zoo of trained adapters", "pass --zoo RUN, the folder of dnd train generator")
+        return self.zoo
+
+    def _shared(self) -> Tensor:
+        shared = self._zoo().multitask()
+        if shared is None:
+            raise self._missing(
+                "the zoo's multi-task LoRA", "copy shared.safetensors from the run folder of dnd train zoo into --zoo"
+            )
+        return shared
+
+    def _training(self) -> Callable[[Task, int, Tensor | None, int | None], Tensor]:
+        if self.trainer is None:
+            raise self._missing("a trainer", "pass trainer=TaskTrainer(dnd)")
+        return self.trainer.train
+
+    def _missing(self, what: str, fix: str) -> ConfigError:
+        return ConfigError(f"method {self.name!r} needs {what}", fix=fix)

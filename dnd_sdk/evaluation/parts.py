@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.tasks import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,9 @@ class CompletionEngine(Protocol):
     ) -> Tensor:
         """Summed log-likelihood of each option after each row, `(n_rows, n_options)`."""
 
+    def prompt_ids(self, messages: Messages, n_new: int) -> Sequence[int]:
+        """Tokens of a chat; raises `InputError` unless `n_new` more fit the context."""
+
 
 class PromptEncoder(Protocol):
     """The text encoder of `dnd_sdk.encoder`."""
@@ -62,10 +66,26 @@ class LoraGenerator(Protocol):
 
 
 class AdapterZoo(Protocol):
-    """Trained adapters that `nearest` chooses from."""
+    """Trained adapters, and the multi-task LoRA they came from."""
 
     def nearest(self, pooled: Tensor) -> Tensor:
         """Pooled prompt vectors `(n, C)` -> flat LoRA vector of the best match."""
+
+    def merge(self, pooled: Tensor, k: int) -> Tensor:
+        """The `k` best matches, weighted by similarity."""
+
+    def mean(self) -> Tensor:
+        """All adapters, averaged; raises `ConfigError` where an average means nothing."""
+
+    def multitask(self) -> Tensor | None:
+        """The shared LoRA; None when the zoo does not hold it."""
+
+
+class LoraTrainer(Protocol):
+    """Trains a LoRA on a task's own labelled rows."""
+
+    def train(self, task: Task, seed: int, start: Tensor | None = None, steps: int | None = None) -> Tensor:
+        """The trained flat vector; `start` None: from the base, `steps` None: as many as the zoo's."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dnd_sdk.evaluation.scoring import METRICS, mean_ci95
+from dnd_sdk.evaluation.scoring import COMPARED, METRICS, mean_ci95
 
 if TYPE_CHECKING:
     from dnd_sdk.evaluation.parts import Parts
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 Scores = dict[str, float | None]
+Table = dict[str, dict[str, Any]]
+"""A method's scores by task."""
 
 
 @dataclass(frozen=True)
@@ -28,22 +30,33 @@ class Unit:
     """Test rows asked."""
     scores: Scores | None
     error: str | None = None
+    unrelated: Scores | None = None
+    """Mean change of scores on tasks of other families; None where no adapter was asked about any."""
 
 
 def build_report(parts: Parts, methods: Sequence[str], settings: EvalSettings, units: Sequence[Unit]) -> dict[str, Any]:
     """The JSON-able report: per task (seeds averaged), means over tasks with 95 % intervals, failures.
 
-    `mean` also holds `delta_vs_base`: per metric the mean paired difference to `base` over the tasks both have, with
-    its interval; left out for `base` itself and when `base` was not run.
+    * `vs` holds, for `base` and for `settings.against` where they were run, the mean paired difference of each metric
+      over the tasks that both methods have, with its 95 % interval and their number; a method is not compared with
+      itself. `mean["delta_vs_base"]` is the part of it for `base`, without the number.
+    * `recovered`, where `base` and some oracle were run, is the share of the (first) oracle's gain over the base that
+      the method reaches, by metric: None where the oracle gains nothing.
+    * With `settings.unrelated`, tasks and means also hold `unrelated`: the change of scores on tasks of other families.
     """
-    tables = {m: _by_task([u for u in units if u.method == m]) for m in methods}
-    base = tables.get("base")
+    tables = {m: _by_task([u for u in units if u.method == m], settings) for m in methods}
+    references = {r: tables[r] for r in dict.fromkeys(("base", settings.against)) if r in tables}
+    oracle = next((t for m, t in tables.items() if m.split("-")[0] == "oracle"), None)
+    blocks = {m: _method_block(table, {r: t for r, t in references.items() if r != m}) for m, table in tables.items()}
+    for name, block in blocks.items():
+        if "base" in block["vs"] and oracle is not None:
+            block["recovered"] = {m: _recovered(tables[name], tables["base"], oracle, m) for m in METRICS}
     kept = {k: v for k, v in asdict(settings).items() if k != "run_dir"}
     return {
         "schema_version": SCHEMA_VERSION,
         "base": parts.base_name,
         "generator": None if parts.generator is None else parts.generator.id,
-        "methods": {m: _method_block(table, None if m == "base" else base) for m, table in tables.items()},
+        "methods": blocks,
         "settings": {**kept, "methods": list(methods), "n_tasks": len({u.task for u in units})},
         "failures": [
             {"task": u.task, "method": u.method, "seed": u.seed, "error": u.error} for u in units if u.error is not None
@@ -53,16 +66,31 @@ def build_report(parts: Parts, methods: Sequence[str], settings: EvalSettings, u
 
 def render(report: dict[str, Any]) -> str:
     """A Markdown table of the means: one line per method, in points (0-100) with intervals."""
-    head = ["method", *METRICS, "exact_match vs base", "option_accuracy vs base", "tasks"]
+    blocks = report["methods"]
+    references = sorted({r for block in blocks.values() for r in block["vs"]}, key=lambda r: (r != "base", r))
+    head = ["method", *METRICS, *(f"{metric} vs {r}" for r in references for metric in COMPARED), "tasks"]
+    with_oracle = any("recovered" in block for block in blocks.values())
+    if with_oracle:
+        head.append("exact_match recovered")
+    with_unrelated = any("unrelated" in block["mean"] for block in blocks.values())
+    if with_unrelated:
+        head += [f"{metric} elsewhere" for metric in COMPARED]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for name, block in report["methods"].items():
-        delta = block["mean"].get("delta_vs_base") or {}
+    for name, block in blocks.items():
         cells = [_points(block["mean"][m], block["ci95"][m]) for m in METRICS]
-        for metric in ("exact_match", "option_accuracy"):
-            d = delta.get(metric)
-            cells.append(_points(d["mean"], d["ci95"], sign="+") if d else "")
-        lines.append(f"| {' | '.join([name, *cells, str(len(block['tasks']))])} |")
+        cells += [_change(block["vs"].get(r, {}).get(metric)) for r in references for metric in COMPARED]
+        cells.append(str(len(block["tasks"])))
+        if with_oracle:
+            share = block.get("recovered", {}).get("exact_match")
+            cells.append("" if share is None else f"{100 * share:.0f} %")
+        if with_unrelated:
+            cells += [_change(block["mean"].get("unrelated", {}).get(metric)) for metric in COMPARED]
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
+
+
+def _change(found: dict[str, Any] | None) -> str:
+    return _points(found["mean"], found["ci95"], sign="+") if found else ""
 
 
 def _points(mean: float | None, ci95: Sequence[float] | None, *, sign: str = "") -> str:
@@ -71,16 +99,23 @@ def _points(mean: float | None, ci95: Sequence[float] | None, *, sign: str = "")
     return f"{100 * mean:{sign}.1f} [{100 * ci95[0]:{sign}.1f}, {100 * ci95[1]:{sign}.1f}]"
 
 
-def _by_task(units: Sequence[Unit]) -> dict[str, dict[str, Any]]:
+def _by_task(units: Sequence[Unit], settings: EvalSettings) -> Table:
     """Scores per task, averaged over the seeds that succeeded; tasks where none did are absent."""
     runs: dict[str, list[Unit]] = {}
     for unit in units:
         if unit.scores is not None:
             runs.setdefault(unit.task, []).append(unit)
-    return {
-        task: {**{m: _average([u.scores[m] for u in same if u.scores]) for m in METRICS}, "n": same[0].n}
-        for task, same in runs.items()
-    }
+    table: Table = {}
+    for task, same in runs.items():
+        table[task] = {**_averages([u.scores for u in same if u.scores], METRICS), "n": same[0].n}
+        if settings.unrelated:
+            changes = [u.unrelated for u in same if u.unrelated]
+            table[task]["unrelated"] = _averages(changes, COMPARED) if changes else None
+    return table
+
+
+def _averages(scores: Sequence[Scores], metrics: Sequence[str]) -> Scores:
+    return {m: _average([s[m] for s in scores]) for m in metrics}
 
 
 def _average(values: Sequence[float | None]) -> float | None:
@@ -88,20 +123,42 @@ def _average(values: Sequence[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def _method_block(table: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+def _method_block(table: Table, references: dict[str, Table]) -> dict[str, Any]:
     mean: dict[str, Any] = {}
     ci95: dict[str, Any] = {}
     for metric in METRICS:
         values = [row[metric] for row in table.values() if row[metric] is not None]
         mean[metric], ci95[metric] = mean_ci95(values) if values else (None, None)
-    if base is not None:
-        mean["delta_vs_base"] = {metric: _delta(table, base, metric) for metric in METRICS}
-    return {"tasks": table, "mean": mean, "ci95": ci95}
+    vs = {r: {metric: _difference(table, other, metric) for metric in METRICS} for r, other in references.items()}
+    if "base" in vs:
+        mean["delta_vs_base"] = {m: d and {"mean": d["mean"], "ci95": d["ci95"]} for m, d in vs["base"].items()}
+    if any("unrelated" in row for row in table.values()):
+        mean["unrelated"] = {metric: _elsewhere(table, metric) for metric in COMPARED}
+    return {"tasks": table, "mean": mean, "ci95": ci95, "vs": vs}
 
 
-def _delta(table: dict[str, Any], base: dict[str, Any], metric: str) -> dict[str, Any] | None:
-    shared = [t for t in table if t in base and table[t][metric] is not None and base[t][metric] is not None]
-    if not shared:
+def _difference(table: Table, other: Table, metric: str) -> dict[str, Any] | None:
+    """Paired: the interval is that of the tasks' own differences."""
+    shared = [t for t in table if t in other and table[t][metric] is not None and other[t][metric] is not None]
+    return _summary([table[t][metric] - other[t][metric] for t in shared])
+
+
+def _recovered(table: Table, base: Table, oracle: Table, metric: str) -> float | None:
+    """(method - base) / (oracle - base), over the tasks all three have."""
+    shared = [t for t in table if t in base and t in oracle]
+    rows = [(table[t][metric], base[t][metric], oracle[t][metric]) for t in shared]
+    whole = [(m - b, o - b) for m, b, o in rows if None not in (m, b, o)]
+    gain = sum(o for _, o in whole)
+    return sum(m for m, _ in whole) / gain if gain > 0 else None
+
+
+def _elsewhere(table: Table, metric: str) -> dict[str, Any] | None:
+    rows = [row["unrelated"] for row in table.values() if row.get("unrelated")]
+    return _summary([row[metric] for row in rows if row[metric] is not None])
+
+
+def _summary(values: Sequence[float]) -> dict[str, Any] | None:
+    if not values:
         return None
-    mean, ci95 = mean_ci95([table[t][metric] - base[t][metric] for t in shared])
-    return {"mean": mean, "ci95": ci95}
+    mean, ci95 = mean_ci95(values)
+    return {"mean": mean, "ci95": ci95, "n": len(values)}

@@ -20,6 +20,8 @@ MAX_LENGTH_RATIO = 3.0
 """A short-text answer longer than this many times the longest train response is not in the asked format."""
 
 METRICS = ("exact_match", "rouge_l", "option_accuracy", "valid_format")
+COMPARED = ("exact_match", "option_accuracy")
+"""The two that are compared between methods at a glance: what is said, and what is held likeliest."""
 
 _STRICT_LABEL = re.compile(r"[A-Za-z]|\[.+\]|\(.+\)")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "`": "`"}
@@ -123,6 +125,20 @@ def score_answers(
     if choices is not None and task.labels is not None:
         scores["option_accuracy"] = _mean([task.labels[c] == r for c, (_, r) in zip(choices, pairs, strict=True)])
     return scores
+
+
+def mean_change(
+    pairs: Sequence[tuple[dict[str, float | None], dict[str, float | None]]],
+) -> dict[str, float | None] | None:
+    """Mean of (after - before) by metric over pairs of `score_answers`; None without pairs."""
+    if not pairs:
+        return None
+    changes: dict[str, float | None] = {}
+    for metric in COMPARED:
+        both = [(b[metric], a[metric]) for b, a in pairs]
+        each = [after - before for before, after in both if before is not None and after is not None]
+        changes[metric] = _mean(each) if each else None
+    return changes
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,55 +1,119 @@
-"""The adapters that `nearest` chooses from: an `AdapterStore`, searched by the router's index without a threshold."""
+"""What a zoo gives without a generator: its nearest adapter, merges of them, and its shared multi-task LoRA.
+
+* The adapters are an `AdapterStore`, compared with a prompt set as the router compares them, without a threshold.
+* Merging averages B, which is the mean of the weight updates only while every adapter has the same A, as those of
+  `dnd train zoo` do; a zoo of other adapters is refused.
+"""
 
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from dnd_sdk.adapters import AdapterStore
+from dnd_sdk.adapters import Adapter, AdapterStore
+from dnd_sdk.adapters.peft_folder import check_flat
+from dnd_sdk.adapters.safe_files import FLOATS, MAX_HEADER_BYTES, open_safetensors, read_json
 from dnd_sdk.config import Home
-from dnd_sdk.errors import ConfigError
+from dnd_sdk.errors import AdapterCorruptError, ConfigError
 from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.routing import Router, Thresholds
+from dnd_sdk.routing.similarity import check_vectors, similarity
 
-_NO_THRESHOLD = Thresholds(reuse=-1.0, reuse_single=-1.0, support=-1.0)
+SHARED = "shared.safetensors"
+"""The multi-task LoRA in the run folder: `dnd train generator` puts it beside the adapters."""
+_MAX_RECORD_BYTES = 64 * 2**20
 
 
 class Zoo:
     """Stored adapters that fit one base and encoder."""
 
     def __init__(self, folder: str | os.PathLike[str], layout: LoraLayout, base_fingerprint: str, encoder: str) -> None:
-        """Open the home folder (or its `adapters` folder) that holds the zoo.
+        """Open the run folder of `dnd train generator`, any home folder, or the `adapters` folder in one.
 
         `encoder` is the fingerprint of the encoder whose vectors will be asked with. Adapters for another base, layout
         or encoder, or without exemplars, do not count; `ConfigError` when none is left.
         """
         root = Path(folder).expanduser().absolute()
-        self._store = AdapterStore(Home(root.parent if root.name == "adapters" else root))
+        self._root = root.parent if root.name == "adapters" else root
+        self._store = AdapterStore(Home(self._root))
         self._layout, self._base = layout, base_fingerprint
-        mine = [
-            a for a in self._store.ls() if (a.base_fingerprint, a.encoder_fingerprint) == (base_fingerprint, encoder)
-        ]
-        if not any(a.layout_digest == layout.digest and self._store.exemplars(a) is not None for a in mine):
+        wanted = (base_fingerprint, encoder, layout.digest)
+        mine = [a for a in self._store.ls() if (a.base_fingerprint, a.encoder_fingerprint, a.layout_digest) == wanted]
+        found = {a.name: (a, self._store.exemplars(a)) for a in mine}
+        self._adapters = {n: (a, check_vectors(v)) for n, (a, v) in found.items() if v is not None}
+        if not self._adapters:
             raise ConfigError(
                 f"no adapter in {self._store.root} fits this base and encoder and has exemplars",
-                fix="pass a folder with stored adapters of train tasks, made for this base",
+                fix="pass the run folder of dnd train generator, made for this base and encoder",
             )
-        self._router = Router(
-            self._store,
-            "zoo",
-            encoder,
-            base_fingerprint,
-            _NO_THRESHOLD,
-            usable=lambda adapter: adapter.layout_digest == layout.digest,
-        )
 
     def rank(self, pooled: Tensor) -> list[tuple[str, float]]:
-        """The nearest adapters' names and index scores for these normalised prompt vectors `(n, C)`, best first."""
-        return self._router.route(pooled).neighbours
+        """Every adapter's name and similarity to these normalised prompt vectors `(n, C)`, best first."""
+        query = check_vectors(pooled)
+        scores = [(name, similarity(query, vectors)) for name, (_, vectors) in self._adapters.items()]
+        return sorted(scores, key=lambda s: (-s[1], s[0]))
 
     def nearest(self, pooled: Tensor) -> Tensor:
         """The flat LoRA vector of the best adapter for these prompts."""
-        best = self._store.get(self.rank(pooled)[0][0])
-        return self._store.load(best, self._layout, base_fingerprint=self._base)
+        return self._load(self.rank(pooled)[0][0])
+
+    def merge(self, pooled: Tensor, k: int) -> Tensor:
+        """The `k` best adapters (fewer if there are fewer), weighted by similarity; `ConfigError` as for `mean`."""
+        best = self.rank(pooled)[:k]
+        weights = torch.tensor([max(score, 0.0) for _, score in best])
+        weights = weights / weights.sum() if weights.any() else torch.full_like(weights, 1 / len(best))
+        return self._weighted([name for name, _ in best], weights.tolist())
+
+    def mean(self) -> Tensor:
+        """The uniform mean of all adapters; `ConfigError` unless they share A."""
+        return self._mean
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        names = sorted(self._adapters)
+        return self._weighted(names, [1 / len(names)] * len(names))
+
+    def multitask(self) -> Tensor | None:
+        """The zoo's shared multi-task LoRA, None when the folder has none; raises on a damaged or unfitting one."""
+        if not (self._root / SHARED).exists():
+            return None
+        path, limit = self._root / SHARED, 4 * self._layout.n_parameters + MAX_HEADER_BYTES
+        with open_safetensors(self._root, SHARED, limit) as reader:
+            if {n: i.dtype in FLOATS for n, i in reader.header.items()} != {"shared": True}:
+                raise AdapterCorruptError(f"{path} must hold one tensor of floats named 'shared'")
+            return check_flat(reader.read()["shared"], self._layout)
+
+    def training_settings(self) -> dict[str, Any]:
+        """The settings that the zoo's run folder records, as `dnd train` read them; empty when it records none."""
+        folder = self._root / "generator"
+        if not (folder / "training.json").exists():
+            return {}
+        settings = read_json(folder, "training.json", _MAX_RECORD_BYTES).get("settings")
+        return settings if isinstance(settings, dict) else {}
+
+    def _load(self, name: str) -> Tensor:
+        adapter: Adapter = self._adapters[name][0]
+        return self._store.load(adapter, self._layout, base_fingerprint=self._base)
+
+    def _weighted(self, names: list[str], weights: list[float]) -> Tensor:
+        """Sum of the adapters' B by these weights, one adapter in memory at a time, with the A they share."""
+        first = self._load(names[0])
+        total = torch.zeros_like(first)
+        for name, weight in zip(names, weights, strict=True):
+            flat = self._load(name)
+            total += weight * flat
+            for (segment, A), (_, own) in zip(self._layout.views(first), self._layout.views(flat), strict=True):
+                # within a rounding: A is a mean over equal snapshots
+                if segment.part == "lora_A" and not torch.allclose(A, own, rtol=1e-5, atol=1e-7):
+                    raise ConfigError(
+                        f"adapters {names[0]!r} and {name!r} of {self._store.root} have different A: B means nothing",
+                        fix="pass the zoo of one dnd train zoo run, or drop mean and merge-K",
+                    )
+        for (segment, A), (_, out) in zip(self._layout.views(first), self._layout.views(total), strict=True):
+            if segment.part == "lora_A":
+                out.copy_(A)
+        return total

@@ -22,7 +22,7 @@ from dnd_sdk.protocols import Progress
 from dnd_sdk.routing import Calibration, choose_exemplars, fit_thresholds, noise_prompts
 from dnd_sdk.tasks import Task
 from dnd_sdk.training.conditions import Pools, encode_pools
-from dnd_sdk.training.run_dir import RunDir, write_json
+from dnd_sdk.training.run_dir import RunDir, write_json, write_tensors
 from dnd_sdk.training.settings import TrainSettings
 from dnd_sdk.training.trainer import Lesson, read_importance, train_stages
 from dnd_sdk.training.workbench import Workbench, prepare
@@ -57,6 +57,7 @@ def train_generator(
         progress=progress,
     )
     store_zoo(bench, encoder, pools, snapshots, out)
+    write_tensors(out / "shared.safetensors", {"shared": shared})  # the zoo's, before the generator moves its own
     train_stages(generator, Lesson(bench, pools, snapshots, read_importance(zoo)), settings.stages, out)
     return finish(generator, bench, encoder, pools, settings, zoo, out)
 

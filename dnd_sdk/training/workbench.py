@@ -55,7 +55,8 @@ class Workbench:
         total = 0.0
         for batch in micro_batches(rows, max_padded=self.run.micro_tokens, pad=self.pad):
             one = adapters.shape[0] == 1
-            with use_lora(tables_from_flat(self.layout, leaf), 0 if one else batch.owner.to(self.device)):
+            tables = tables_from_flat(self.layout, leaf.to(self.model.dtype))  # of a base in bfloat16, too
+            with use_lora(tables, 0 if one else batch.owner.to(self.device)):
                 loss = answer_loss(self.model, batch)
             loss.backward()
             total += loss.item()
