@@ -19,10 +19,20 @@ import typer
 from dnd_sdk.cli.output import Output
 
 if TYPE_CHECKING:
+    from dnd_sdk.roles import Role
     from dnd_sdk.session import DnD
 
 GENERAL = "General"
 MODEL = "Model"
+
+RoleFile = Annotated[Path | None, typer.Option("--role", help="A role (LangGPT markdown) as the system message.")]
+
+
+def read_role_option(path: Path | None) -> Role | None:
+    """The role in the file that `--role` names; raises `InputError`."""
+    from dnd_sdk.roles import read_role
+
+    return None if path is None else read_role(path)
 
 
 @dataclass(frozen=True)
