@@ -161,14 +161,17 @@ def _is_scores(value: object) -> bool:
 
 
 def _is_role_or_none(value: object) -> bool:
+    if not isinstance(value, str):
+        return value is None
     try:
-        return value is None or Role.parse(value) is not None  # type: ignore[arg-type]
+        Role.parse(value)
     except InputError:
         return False
+    return True
 
 
 def _is_parents(value: object) -> bool:
-    return _is_scores(value) and all(map(_is_sha256, value))  # type: ignore[arg-type]
+    return isinstance(value, dict) and _is_scores(value) and all(map(_is_sha256, value))
 
 
 _FIELDS = {

@@ -56,10 +56,13 @@ def import_notes(path: str | os.PathLike[str], base_name: str) -> tuple[str, ...
     return (*notes, f"only the language model's part is taken, not {', '.join(left)}") if left else tuple(notes)
 
 
-def read_foreign(folder: Path, layout: LoraLayout, named: str | None) -> Tensor:
-    """`read_weights` of a foreign folder; `named` (see `other_base`) goes into the error when shapes do not fit."""
+def read_foreign(folder: Path, layout: LoraLayout, *, ours: bool, named: str | None) -> Tensor:
+    """`read_weights` of a folder to import.
+
+    One of `ours` never holds a pickle; `named` (see `other_base`) goes into the error when shapes do not fit.
+    """
     try:
-        return read_weights(folder, layout, foreign=True)
+        return read_weights(folder, layout, foreign=not ours)
     except LayoutMismatchError as e:
         if named is None:
             raise

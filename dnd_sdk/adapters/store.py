@@ -244,7 +244,7 @@ class AdapterStore:
         if known is not None:
             check_base(known, base_fingerprint)
         named_base = read_config(folder).base_name
-        flat = read_foreign(folder, layout, other_base(named_base, base_name))
+        flat = read_foreign(folder, layout, ours=known is not None, named=other_base(named_base, base_name))
         if known is not None and known.layout_digest == layout.digest:
             check_hash(known, flat, layout)
         if known is not None and exemplars is None:
