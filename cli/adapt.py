@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dnd_sdk.cli.options import ModelOptions
+from dnd_sdk.cli.options import ModelOptions, RoleFile, read_role_option
 from dnd_sdk.cli.output import Output
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class Mode(StrEnum):
     auto = "auto"
     reuse = "reuse"
     generate = "generate"
+    merge = "merge"
 
 
 def adapt(
@@ -30,7 +31,11 @@ def adapt(
         str, typer.Argument(metavar="PROMPTS", help="Prompts: .txt (one a line), .jsonl, .csv, or - for stdin.")
     ],
     name: Annotated[str | None, typer.Option("--name", "-n", help="Name of a newly made adapter.")] = None,
-    mode: Annotated[Mode, typer.Option("--mode", help="reuse: never make one; generate: always make one.")] = Mode.auto,
+    mode: Annotated[
+        Mode, typer.Option("--mode", help="reuse: never make one; generate: always; merge: from the nearest stored.")
+    ] = Mode.auto,
+    top_k: Annotated[int, typer.Option("--top-k", help="How many adapters --mode merge takes at most.")] = 3,
+    role: RoleFile = None,
     column: Annotated[str, typer.Option("--column", help="Column or JSON field that holds the prompt.")] = "prompt",
     out_dir: Annotated[Path | None, typer.Option("--out", help="Also export the adapter as a PEFT folder.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the nearest adapters and the reason.")] = False,
@@ -38,10 +43,10 @@ def adapt(
     """Decide how to serve the task behind these prompts, and make its adapter if needed."""
     from dnd_sdk.prompts import read_prompts
 
-    prompt_set = read_prompts(prompts, column=column)
+    prompt_set, under = read_prompts(prompts, column=column), read_role_option(role)
     with models.load(out) as dnd:
         with out.step(f"adapting to {len(prompt_set.prompts)} prompts"):
-            result = dnd.adapt(prompt_set, mode=mode.value, name=name)
+            result = dnd.adapt(prompt_set, mode=mode.value, name=name, role=under, top_k=top_k)
         if out_dir is not None and result.adapter is not None:
             dnd.store.export(result.adapter.name, out_dir)
     for line in result.notes:

@@ -10,6 +10,7 @@ import typer
 from dnd_sdk.cli.completion import adapter_names
 from dnd_sdk.cli.options import ModelOptions
 from dnd_sdk.cli.output import EXIT_PROBLEM, Output, sized, table
+from dnd_sdk.roles import Role
 
 if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter, AdapterStore
@@ -30,6 +31,7 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
         "id": adapter.id,
         "path": str(adapter.path),
         "source": adapter.source,
+        "origin": adapter.origin,
         "created": adapter.created,
         "n_prompts": adapter.n_prompts,
         "bytes": size,
@@ -39,6 +41,8 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
         "generator": adapter.generator,
         "encoder": adapter.encoder,
         "scores": dict(adapter.scores),
+        "parents": dict(adapter.parents),
+        "role": adapter.role and Role.parse(adapter.role).brief,
     }
 
 
@@ -82,19 +86,25 @@ def rm(
 def import_(
     out: Output,
     models: ModelOptions,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A PEFT LoRA folder made for the same base.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A PEFT LoRA folder, also of XTuner, trl, ...")],
     name: Annotated[str | None, typer.Option("--name", "-n", help="Name in the store.")] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts of its task, so that it is found.")] = None,
 ) -> None:
-    """Check a PEFT LoRA folder and take it into the store."""
+    """Check a LoRA folder made for this base (peft, XTuner, LLaMA-Factory, trl, Axolotl) and take it into the store."""
+    from dnd_sdk.adapters.foreign import find_adapter, import_notes
     from dnd_sdk.prompts import read_prompts
 
+    find_adapter(folder)  # before the slow part
     prompt_set = read_prompts(prompts) if prompts else None
     with models.load(out) as dnd:
         adapter = dnd.import_adapter(folder, name=name, prompts=prompt_set)
+        notes = import_notes(folder, dnd.base.name)
     if prompt_set is None:
-        out.note("note: without --prompts it is used by name only, never by routing")
-    out.emit({"adapter": _describe(adapter)}, adapter.name if out.quiet else f"imported {adapter.name}")
+        notes = (*notes, "without --prompts it is used by name only, never by routing")
+    for line in notes:
+        out.note(f"note: {line}")
+    payload = {"adapter": _describe(adapter), "notes": list(notes)}
+    out.emit(payload, adapter.name if out.quiet else f"imported {adapter.name}")
 
 
 def export(

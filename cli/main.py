@@ -83,6 +83,8 @@ app.command("adapt", epilog=_examples(
     "dnd adapt prompts.txt --name tickets",
     "cat prompts.jsonl | dnd adapt - --mode generate --json",
     "dnd adapt prompts.csv --column question --out ./tickets-lora --explain",
+    "dnd adapt prompts.txt --role support_agent.md --name support",
+    "dnd adapt prompts.txt --mode merge --top-k 3 --explain",
 ))(command(adapt.adapt))  # fmt: skip
 app.command("run", epilog=_examples(
     'dnd run "My card was charged twice" -a tickets',

@@ -22,6 +22,7 @@ from dnd_sdk.cli.output import Output
 from dnd_sdk.config import SamplingOptions
 
 if TYPE_CHECKING:
+    from dnd_sdk.roles import Role
     from dnd_sdk.session import DnD
     from dnd_sdk.settings import Settings
 
@@ -40,6 +41,15 @@ class SamplingFlags:
     top_k: int | None = None
     seed: int | None = None
     stop: list[str] | None = None
+
+RoleFile = Annotated[Path | None, typer.Option("--role", help="A role (LangGPT markdown) as the system message.")]
+
+
+def read_role_option(path: Path | None) -> Role | None:
+    """The role in the file that `--role` names; raises `InputError`."""
+    from dnd_sdk.roles import read_role
+
+    return None if path is None else read_role(path)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dnd_sdk.cli.completion import adapter_choices
-from dnd_sdk.cli.options import ModelOptions, SamplingFlags
+from dnd_sdk.cli.options import ModelOptions, RoleFile, SamplingFlags, read_role_option
 from dnd_sdk.cli.output import Output, read_text
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, DndError
 
 if TYPE_CHECKING:
     from dnd_sdk.adapters import AdapterStore
+    from dnd_sdk.roles import Role
     from dnd_sdk.session import Completion, CompletionStream, DnD
 
 BASE = "base"
@@ -31,35 +32,41 @@ def run(
     sampling: SamplingFlags,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt, or - for stdin.")],
     adapter: Adapter = "auto",
+    role: RoleFile = None,
     compare: Annotated[str | None, typer.Option("--compare", help="base: also show the base model's answer.")] = None,
 ) -> None:
-    """Answer one prompt with an adapter, a routed one, or the base model."""
+    """Answer one prompt with an adapter, a routed one, or the base model; under --role, else the adapter's own role."""
     from dnd_sdk.adapters import AdapterStore
 
     if compare not in (None, BASE):
         raise ConfigError(f"--compare takes {BASE!r}, got {compare!r}", fix="leave it out or write --compare base")
     prompt = read_text(text)
     settings = models.settings(out, sampling)
-    chosen = _known(AdapterStore(Home.find(settings.home)), adapter)  # before the slow part
+    store = AdapterStore(Home.find(settings.home))
+    chosen = _known(store, adapter)  # before the slow part
+    # the adapter's own role holds for the base it is compared with, too; routing never picks one that brings a role
+    under = read_role_option(role) or (None if chosen in (None, "auto") else store.get(chosen).role)
     options = settings.sampling()
     with models.load(out) as dnd:
         if out.json or compare:
-            answer = dnd.complete(prompt, adapter=chosen, **options)
-            other = dnd.complete(prompt, adapter=None, **options) if compare else None
+            answer = dnd.complete(prompt, adapter=chosen, role=under, **options)
+            other = dnd.complete(prompt, adapter=None, role=under, **options) if compare else None
             out.emit(_payload(answer, other), lambda: _text(answer, other))
         else:
-            answer = _stream(dnd.stream(prompt, adapter=chosen, **options), out)
+            answer = _stream(dnd.stream(prompt, adapter=chosen, role=under, **options), out)
     out.note(f"[{answer.adapter or BASE}, {answer.usage['completion_tokens']} tokens]")
 
 
-def chat(out: Output, models: ModelOptions, sampling: SamplingFlags, adapter: Adapter = BASE) -> None:
+def chat(
+    out: Output, models: ModelOptions, sampling: SamplingFlags, adapter: Adapter = BASE, role: RoleFile = None
+) -> None:
     """Talk to the model. /adapter NAME switches, /base goes back, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from dnd_sdk.adapters import AdapterStore
 
-    settings = models.settings(out, sampling)
+    settings, under = models.settings(out, sampling), read_role_option(role)
     chosen = _known(AdapterStore(Home.find(settings.home)), adapter)
     with models.load(out) as dnd:
-        talk = Chat(dnd, out, chosen, settings.sampling())
+        talk = Chat(dnd, out, chosen, settings.sampling(), under)
         out.note("/adapter NAME, /base, /exit; Ctrl-C stops an answer")
         while talk.turn():
             pass
@@ -70,12 +77,14 @@ def route(
     out: Output,
     models: ModelOptions,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="A prompt, or - for stdin (one prompt a line).")],
+    role: RoleFile = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the nearest adapters and the reason.")] = False,
 ) -> None:
     """Show which adapter would serve a prompt, without making or changing anything."""
     prompts = [line for line in read_text(text).splitlines() if line.strip()] if text == "-" else [read_text(text)]
+    under = read_role_option(role)
     with models.load(out) as dnd:
-        decision = dnd.route(prompts)
+        decision = dnd.route(prompts, role=under)
     payload: dict[str, Any] = {
         "decision": decision.decision,
         "score": decision.score,
@@ -92,8 +101,8 @@ def route(
 class Chat:
     """The state of one conversation."""
 
-    def __init__(self, dnd: DnD, out: Output, adapter: str | None, sampling: dict[str, Any]) -> None:
-        self.dnd, self.out, self.adapter, self.sampling = dnd, out, adapter, sampling
+    def __init__(self, dnd: DnD, out: Output, adapter: str | None, sampling: dict[str, Any], role: Role | None) -> None:
+        self.dnd, self.out, self.adapter, self.sampling, self.role = dnd, out, adapter, sampling, role
         self.messages: list[dict[str, str]] = []
 
     def turn(self) -> bool:
@@ -125,7 +134,7 @@ class Chat:
 
     def _answer(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
-        stream = self.dnd.stream(asked, adapter=self.adapter, **self.sampling)
+        stream = self.dnd.stream(asked, adapter=self.adapter, role=self.role, **self.sampling)
         try:
             answer = _stream(stream, self.out)
         except KeyboardInterrupt:

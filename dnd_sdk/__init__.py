@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dnd_sdk.errors import DndError
     from dnd_sdk.generator import Generator
     from dnd_sdk.lora_layout import LoraLayout
+    from dnd_sdk.roles import Role
     from dnd_sdk.session import DnD
 
 __version__ = "0.1.0"
@@ -26,10 +27,11 @@ _HOMES = {
     "Generator": "generator",
     "Home": "config",
     "LoraLayout": "lora_layout",
+    "Role": "roles",
     "SamplingOptions": "config",
 }
 
-__all__ = ["Adapter", "AdapterStore", "DnD", "DndError", "Generator", "Home", "LoraLayout", "SamplingOptions"]
+__all__ = ["Adapter", "AdapterStore", "DnD", "DndError", "Generator", "Home", "LoraLayout", "Role", "SamplingOptions"]
 
 
 def __getattr__(name: str) -> Any:

@@ -69,9 +69,14 @@ def clean_prompts(prompts: Iterable[str], *, limit: int = MAX_PROMPTS) -> Prompt
     return _collect(_checked_items(prompts), limit, where="the list of prompts")
 
 
-def prompt_set_hash(prompts: Iterable[str]) -> str:
-    """sha256 hex of a set of prompts: order, duplicates and surrounding whitespace do not matter."""
+def prompt_set_hash(prompts: Iterable[str], role: str | None = None) -> str:
+    """sha256 hex of a set of prompts: order, duplicates and surrounding whitespace do not matter.
+
+    The same prompts under another `role` (or none) are another task, with another hash.
+    """
     parts = sorted({hashlib.sha256(p.strip().encode()).digest() for p in prompts})
+    if role is not None:  # after the sorted hashes and of another length: no set of prompts gives the same bytes
+        parts.append(b"role" + hashlib.sha256(role.encode()).digest())
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 

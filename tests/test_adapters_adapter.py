@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dnd_sdk.adapters.adapter import (
+    SOURCES,
     Adapter,
     check_name,
     default_name,
@@ -71,13 +72,22 @@ def test_no_accepted_name_leaves_the_folder(name: str) -> None:
 
 
 def test_default_name_is_a_name() -> None:
-    assert is_name(default_name("0123456789abcdef" * 4))
+    names = {default_name("0123456789abcdef" * 4, role) for role in (None, "# Role: A", "# Role: B")}
+    assert len(names) == 3 and all(map(is_name, names))
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:
     folder = written(tmp_path)
     assert read_manifest(folder) == adapter(folder)
     assert read_layout(folder) == TINY
+
+
+def test_a_manifest_of_an_earlier_version_says_nothing_of_origin_parents_and_role(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    data = json.loads((folder / "dnd.json").read_text())
+    (folder / "dnd.json").write_text(json.dumps({k: data[k] for k in data.keys() - {"origin", "parents", "role"}}))
+    found = read_manifest(folder)
+    assert (found.origin, found.parents, found.role) == (None, {}, None)
 
 
 def test_the_folder_names_the_adapter(tmp_path: Path) -> None:
@@ -101,6 +111,14 @@ def test_the_folder_names_the_adapter(tmp_path: Path) -> None:
         ({"scores": {"a": "high"}}, "scores is"),
         ({"scores": {"a": float("nan")}}, "scores is"),
         ({"scores": {"a": 10**400}}, "scores is"),
+        ({"origin": "somewhere"}, "origin is 'somewhere'"),
+        ({"parents": None}, "parents is 'None'"),
+        ({"parents": {"upper": 0.5}}, "parents is"),
+        ({"parents": {"a" * 64: "half"}}, "parents is"),
+        ({"role": ""}, "role is ''"),
+        ({"role": 3}, "role is '3'"),
+        ({"role": "x" * 100_000}, "role is 'xxx"),
+        ({"role": "\ud800"}, "role is"),
         ({"format_version": 2}, r"format_version is 2, this version reads 1\n  fix: upgrade"),
         ({"format_version": None}, "format_version is None"),
     ],
@@ -135,7 +153,7 @@ def test_damaged_layout(tmp_path: Path, layout: object) -> None:
         read_layout(written(tmp_path, layout=layout))
 
 
-@pytest.mark.parametrize("source", ["generated", "imported", "trained"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_card_states_its_fields(tmp_path: Path, source: str) -> None:
     card = card_text(replace(adapter(tmp_path / "one"), source=source), TINY, 'odd "base"')
     assert "More Information Needed" not in card and "None" not in card

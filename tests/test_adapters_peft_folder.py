@@ -162,7 +162,7 @@ def with_value(value: float) -> dict[str, torch.Tensor]:
     [
         (changed(A0=None), AdapterCorruptError, "1 tensors are missing: .*q_proj.lora_A.weight"),
         (changed(A0=None, B0=None), AdapterCorruptError, "2 tensors are missing: .*q_proj.lora_A.*q_proj.lora_B"),
-        ({"x": torch.zeros(1)}, AdapterCorruptError, "not LoRA matrices: x$"),
+        ({"x": torch.zeros(1)}, AdapterCorruptError, "not LoRA matrices: x\n"),
         ({}, AdapterCorruptError, "holds no tensors"),
         (changed(extra=torch.zeros(2)), AdapterCorruptError, "not LoRA matrices: extra"),
         (

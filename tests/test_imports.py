@@ -18,7 +18,7 @@ HEAVY = ("torch", "transformers", "peft", "faiss", "sentence_transformers", "lla
 
 ROWS = {
     **dict.fromkeys(("errors", "protocols"), 0),
-    **dict.fromkeys(("config", "embedded", "lora_layout", "models", "prompts", "tasks", "wheel_fetch"), 1),
+    **dict.fromkeys(("config", "embedded", "lora_layout", "models", "prompts", "roles", "tasks", "wheel_fetch"), 1),
     **dict.fromkeys(("adapters", "encoder", "hyperconv", "lora_linear", "settings", "weight_tokenizer"), 2),
     **dict.fromkeys(("environment", "generator", "generator_card", "routing"), 3),
     **dict.fromkeys(("engine", "observe", "training"), 4),

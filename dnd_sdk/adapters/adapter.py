@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from dnd_sdk.adapters.safe_files import is_finite_number, read_json
-from dnd_sdk.errors import AdapterCorruptError, ConfigError, LayoutMismatchError
+from dnd_sdk.errors import AdapterCorruptError, ConfigError, InputError, LayoutMismatchError
 from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.roles import Role
 
 MANIFEST = "dnd.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 4 * 2**20
-SOURCES = ("generated", "imported", "trained")
+SOURCES = ("generated", "imported", "merged", "trained")
+ORIGINS = ("axolotl", "llama-factory", "peft", "trl", "xtuner")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -35,7 +38,7 @@ class Adapter:
     """sha256 over the layout digest and the fp32 weights: equal ids mean equal weights."""
     path: Path
     source: str
-    """`"generated"`, `"imported"` or `"trained"`."""
+    """One of `SOURCES`."""
     created: str
     """ISO 8601, UTC."""
     base_fingerprint: str
@@ -47,6 +50,12 @@ class Adapter:
     """Name of the encoder that made the exemplars; None without exemplars."""
     scores: dict[str, float] = field(default_factory=dict, hash=False)
     encoder_fingerprint: str | None = None
+    origin: str | None = None
+    """Of an imported one: the tool that wrote it, as far as file names tell; one of `ORIGINS`."""
+    parents: dict[str, float] = field(default_factory=dict, hash=False)
+    """Of a merged one: the ids it was merged from and their weights."""
+    role: str | None = None
+    """The role prompt it was made under, which also is its system message; None: none."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def default_name(adapter_id: str) -> str:
+def default_name(adapter_id: str, role: str | None = None) -> str:
     """The name of an adapter nobody named."""
-    return f"dnd-{adapter_id[:16]}"
+    return f"dnd-{adapter_id[:16]}" + ("" if role is None else f"-{hashlib.sha256(role.encode()).hexdigest()[:8]}")
 
 
 def manifest_text(adapter: Adapter, layout: LoraLayout) -> str:
@@ -90,10 +99,11 @@ def read_manifest(folder: Path) -> Adapter:
     data = _load(folder)
     values: dict[str, Any] = {}
     for key, valid in _FIELDS.items():
-        values[key] = data.get(key)
+        values[key] = data.get(key, _ABSENT.get(key))
         if not valid(values[key]):
             raise AdapterCorruptError(f"{folder / MANIFEST}: {key} is {str(values[key])[:80]!r}", fix=_fix(folder))
-    values["scores"] = {k: float(v) for k, v in values["scores"].items()}
+    for key in ("scores", "parents"):
+        values[key] = {k: float(v) for k, v in values[key].items()}
     return Adapter(name=folder.name, path=folder, **values)
 
 
@@ -150,6 +160,20 @@ def _is_scores(value: object) -> bool:
     return isinstance(value, dict) and all(map(is_finite_number, value.values()))
 
 
+def _is_role_or_none(value: object) -> bool:
+    if not isinstance(value, str):
+        return value is None
+    try:
+        Role.parse(value)
+    except InputError:
+        return False
+    return True
+
+
+def _is_parents(value: object) -> bool:
+    return isinstance(value, dict) and _is_scores(value) and all(map(_is_sha256, value))
+
+
 _FIELDS = {
     "id": _is_sha256,
     "source": lambda value: value in SOURCES,
@@ -162,4 +186,9 @@ _FIELDS = {
     "encoder": _is_text_or_none,
     "encoder_fingerprint": _is_text_or_none,
     "scores": _is_scores,
+    "origin": lambda value: value is None or value in ORIGINS,
+    "parents": _is_parents,
+    "role": _is_role_or_none,
 }
+_ABSENT: dict[str, Any] = {"parents": {}}
+"""What a key stands for that adapters stored by earlier versions do not have; None where nothing is said."""

@@ -6,6 +6,7 @@ import json
 
 from dnd_sdk.adapters.adapter import Adapter
 from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.roles import Role
 
 CARD = "README.md"
 
@@ -13,6 +14,7 @@ _ORIGIN = {
     "generated": "Its weights were **generated, not trained**: one forward pass over unlabeled prompts made them.",
     "trained": "Its weights were trained by gradient descent.",
     "imported": "Its weights were imported from another PEFT folder.",
+    "merged": "Its weights are a weighted mean of other adapters' weight changes.",
 }
 _LIMITS = {
     "generated": (
@@ -21,6 +23,7 @@ _LIMITS = {
     ),
     "trained": "It is good for tasks like the one it was trained on; compare it with the base model elsewhere.",
     "imported": "Nothing is known here about how it was made; compare it with the base model before relying on it.",
+    "merged": "It answers like a mixture of its parents; compare it with them and the base model before relying on it.",
 }
 
 
@@ -65,6 +68,9 @@ def _facts(adapter: Adapter, layout: LoraLayout) -> list[tuple[str, str | None]]
         ("generator", adapter.generator and f"`{adapter.generator}`"),
         ("encoder", adapter.encoder and f"`{adapter.encoder}`"),
         ("scores", scores or None),
+        ("written by", adapter.origin),
+        ("role", adapter.role and json.dumps(Role.parse(adapter.role).brief, ensure_ascii=False)),
+        ("merged from", ", ".join(f"`{i[:16]}` x {w:.3g}" for i, w in adapter.parents.items()) or None),
         ("created", adapter.created),
         ("id", f"`{adapter.id}`"),
     ]

@@ -3,6 +3,7 @@
 * Written in flat order behind a safetensors header: one write of the vector's own memory, no per-tensor copies.
 * Read only after the header proves names, shapes, dtypes and rank; a smaller rank is padded with zeros and its scaling
   moved into B, so that `scaling * B @ A` stays the same.
+* What the store wrote is safetensors; `foreign` folders may hold `adapter_model.bin` instead, see `torch_file`.
 """
 
 from __future__ import annotations
@@ -10,21 +11,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dnd_sdk.adapters.peft_config import PeftSettings, read_config
-from dnd_sdk.adapters.safe_files import FLOATS, MAX_HEADER_BYTES, TensorInfo, open_safetensors, storage_errors
+from dnd_sdk.adapters.safe_files import (
+    FLOATS,
+    MAX_HEADER_BYTES,
+    SafetensorsReader,
+    TensorInfo,
+    open_safetensors,
+    storage_errors,
+)
+from dnd_sdk.adapters.torch_file import TorchReader, open_torch
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
 from dnd_sdk.lora_layout import MAX_RANK, LoraLayout, Segment
 
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 MAX_STORED_BYTES = 2**34
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _PREFIX, _ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
+_ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.default(?=\.weight$)")
+"""What a state dict taken from a live peft model has in its names, and what peft leaves out when it saves."""
 
 
 def adapter_id(flat: Tensor, layout: LoraLayout) -> str:
@@ -62,29 +76,22 @@ def write_weights(path: Path, flat: Tensor, layout: LoraLayout) -> None:
         f.write(flat.numpy().data.cast("B"))
 
 
-def read_weights(folder: Path, layout: LoraLayout) -> Tensor:
+def read_weights(folder: Path, layout: LoraLayout, *, foreign: bool = False) -> Tensor:
     """Read a PEFT folder into a flat fp32 vector of `layout`; modules the folder leaves out stay zero.
 
-    Raises `AdapterCorruptError` for damaged, hostile or incomplete folders, `LayoutMismatchError` for weights of
-    another base or rank, `StorageError` when the disk refuses; messages name the file and the tensor.
+    `foreign` also reads an `adapter_model.bin` where there is no safetensors file. Raises `AdapterCorruptError` for
+    damaged, hostile or incomplete folders, `LayoutMismatchError` for weights of another base or rank, `StorageError`
+    when the disk refuses; messages name the file and the tensor.
     """
-    _refuse_pickle(folder)
     settings = read_config(folder)
     max_bytes = MAX_HEADER_BYTES + 4 * (layout.n_parameters // layout.r) * MAX_RANK + 8
-    with open_safetensors(folder, WEIGHTS, max_bytes) as f:
-        _check_header(f.header, layout, settings, f.path)
-        tensors = f.read()
-    factor = settings.scaling / layout.scaling
     flat = torch.zeros(layout.n_parameters)
-    for segment, view in layout.views(flat):
-        tensor = tensors.get(segment.peft_key)
-        if tensor is None:
-            continue
-        if segment.part == "lora_A":
-            view[: settings.r].copy_(tensor)
-        else:
-            view[:, : settings.r].copy_(tensor if factor == 1.0 else tensor.float() * factor)
-    _check_finite(flat, layout, str(folder / WEIGHTS))
+    with _open_weights(folder, max_bytes, foreign) as f:
+        names = _plain_names(f.header, f.path)
+        _check_header({plain: f.header[name] for plain, name in names.items()}, layout, settings, f.path)
+        tensors = f.read()
+        _fill(flat, layout, {plain: tensors[name] for plain, name in names.items()}, settings)
+        _check_finite(flat, layout, str(f.path))
     return flat
 
 
@@ -98,11 +105,45 @@ def read_stored_weights(folder: Path, layout: LoraLayout) -> Tensor:
     return read_weights(folder, layout)
 
 
+def _open_weights(
+    folder: Path, max_bytes: int, foreign: bool
+) -> AbstractContextManager[SafetensorsReader | TorchReader]:
+    with storage_errors("read", folder):
+        pickled = foreign and not (folder / WEIGHTS).exists() and (folder / PICKLED).exists()
+    if pickled:
+        return open_torch(folder, PICKLED, max_bytes)
+    _refuse_pickle(folder)
+    return open_safetensors(folder, WEIGHTS, max_bytes)
+
+
+def _plain_names(header: dict[str, TensorInfo], path: Path) -> dict[str, str]:
+    """The names peft saves under -> the names in the file."""
+    names = {_ADAPTER_NAME.sub("", name): name for name in header}
+    if len(names) != len(header):
+        raise AdapterCorruptError(
+            f"{path} holds a matrix twice, with and without `.default` in its name", fix="save it again"
+        )
+    return names
+
+
+def _fill(flat: Tensor, layout: LoraLayout, tensors: dict[str, Tensor], settings: PeftSettings) -> None:
+    factor = settings.scaling / layout.scaling
+    for segment, view in layout.views(flat):
+        tensor = tensors.get(segment.peft_key)
+        if tensor is None:
+            continue
+        if segment.part == "lora_A":
+            view[: settings.r].copy_(tensor)
+        else:
+            view[:, : settings.r].copy_(tensor if factor == 1.0 else tensor.float() * factor)
+
+
 def _refuse_pickle(folder: Path) -> None:
     with storage_errors("read", folder):
         if (folder / WEIGHTS).exists() or not folder.is_dir():
             return
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        # trainers leave other pickles there (optimizer.pt, training_args.bin), which are nobody's weights
+        pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix in _PICKLES)
     if pickles:
         raise AdapterCorruptError(
             f"{folder} holds its weights only as {_some(pickles)}, a pickle, which can run code and is never opened",
@@ -140,9 +181,12 @@ def _check_names(header: dict[str, TensorInfo], wanted: dict[str, Segment], path
             fix="use an adapter made for this base model and its target modules",
         )
     if extra:
-        raise AdapterCorruptError(f"{path} holds tensors that are not LoRA matrices: {_some(extra)}")
+        raise AdapterCorruptError(
+            f"{path} holds tensors that are not LoRA matrices: {_some(extra)}",
+            fix="export the adapter as plain LoRA (no DoRA, no bias, no saved embeddings or heads)",
+        )
     if not header:
-        raise AdapterCorruptError(f"{path} holds no tensors")
+        raise AdapterCorruptError(f"{path} holds no tensors", fix="save the adapter again")
 
 
 def _check_complete(
@@ -153,7 +197,9 @@ def _check_complete(
         s.peft_key for s in segments if s.peft_key not in header and (s.module in present or settings.expects(s.module))
     ]
     if missing:
-        raise AdapterCorruptError(f"{path}: {len(missing)} tensors are missing: {_some(missing)}")
+        raise AdapterCorruptError(
+            f"{path}: {len(missing)} tensors are missing: {_some(missing)}", fix="save or copy the adapter again"
+        )
 
 
 def _check_finite(flat: Tensor, layout: LoraLayout, where: str) -> None:
@@ -162,7 +208,10 @@ def _check_finite(flat: Tensor, layout: LoraLayout, where: str) -> None:
     if torch.isfinite(low) and torch.isfinite(high):
         return
     bad = next(s for s, view in layout.views(flat) if not torch.isfinite(view).all())
-    raise AdapterCorruptError(f"{where}: tensor {bad.peft_key} holds NaN or inf")
+    raise AdapterCorruptError(
+        f"{where}: tensor {bad.peft_key} holds NaN or inf",
+        fix="the adapter is broken: make it again, or an earlier one",
+    )
 
 
 def _some(names: Iterable[str], n: int = 4) -> str:

@@ -66,7 +66,7 @@ def _plain_file(folder: Path, path: Path, max_bytes: int) -> Path:
     try:
         real = path.resolve(strict=True)
     except (FileNotFoundError, NotADirectoryError) as e:
-        raise AdapterCorruptError(f"{path} is missing") from e
+        raise AdapterCorruptError(f"{path} is missing", fix="copy the adapter's folder again, all of it") from e
     except RuntimeError as e:  # how Python before 3.13 reports a loop of links
         raise AdapterCorruptError(f"{path} is a loop of links") from e
     if not real.is_relative_to(folder.resolve()):
@@ -76,7 +76,10 @@ def _plain_file(folder: Path, path: Path, max_bytes: int) -> Path:
     if not stat.S_ISREG(status.st_mode):
         raise AdapterCorruptError(f"{path} is not a plain file")
     if status.st_size > max_bytes:
-        raise AdapterCorruptError(f"{path} has {status.st_size} bytes, at most {max_bytes} are allowed")
+        raise AdapterCorruptError(
+            f"{path} has {status.st_size} bytes, at most {max_bytes} are allowed",
+            fix="use an adapter made for this base model, saved as plain LoRA",
+        )
     return real
 
 

@@ -25,18 +25,18 @@ from dnd_sdk.adapters.adapter import (
     default_name,
     is_name,
     manifest_text,
-    read_layout,
     read_manifest,
 )
 from dnd_sdk.adapters.card import CARD, card_text
+from dnd_sdk.adapters.checks import check_base, check_folder, check_hash
 from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, read_exemplars, write_exemplars
 from dnd_sdk.adapters.folders import AdapterFolders, publish
+from dnd_sdk.adapters.foreign import find_adapter, other_base, read_foreign
 from dnd_sdk.adapters.peft_config import CONFIG, config_text, read_config
 from dnd_sdk.adapters.peft_folder import (
     WEIGHTS,
     adapter_id,
     check_flat,
-    read_stored_weights,
     read_weights,
     write_weights,
 )
@@ -47,15 +47,13 @@ from dnd_sdk.errors import (
     AdapterNotFoundError,
     ConfigError,
     DndError,
-    InputError,
-    LayoutMismatchError,
 )
 from dnd_sdk.lora_layout import LoraLayout
 
 log = logging.getLogger(__name__)
 
 FILES = (CONFIG, WEIGHTS, MANIFEST, EXEMPLARS, CARD)
-_KEPT = ("prompt_hash", "n_prompts", "generator", "scores")
+_KEPT = ("prompt_hash", "n_prompts", "generator", "scores", "parents", "role")
 _Signature = tuple[int, int, int]
 
 
@@ -84,6 +82,9 @@ class AdapterStore:
         encoder: str | None = None,
         scores: dict[str, float] | None = None,
         encoder_fingerprint: str | None = None,
+        origin: str | None = None,
+        parents: dict[str, float] | None = None,
+        role: str | None = None,
     ) -> Adapter:
         """Store a flat vector; the same weights again (under the same or no name) give the adapter already there.
 
@@ -92,7 +93,7 @@ class AdapterStore:
             layout: What `flat` was made for.
             base_name: Written as PEFT's `base_model_name_or_path`.
             base_fingerprint: Only a base with this fingerprint will load it.
-            source: `"generated"`, `"imported"` or `"trained"`.
+            source: One of `SOURCES`.
             name: None names it after its content.
             prompt_hash: Of the prompt set it was made for.
             n_prompts: Size of that set.
@@ -101,9 +102,12 @@ class AdapterStore:
             encoder: Name of the encoder that made the exemplars.
             scores: Measured figures, by name.
             encoder_fingerprint: Of that encoder.
+            origin: The tool that wrote an imported one.
+            parents: Ids and weights of what a merged one was made from.
+            role: The role prompt it was made under; the same weights under another role are another adapter.
 
         Raises:
-            ConfigError: The name is not allowed, or taken by other weights.
+            ConfigError: The name is not allowed, or taken by other weights or the same under another role.
             AdapterCorruptError: NaN or inf in the weights, or the folder of that name is damaged.
             LayoutMismatchError: The vector has another size.
             StorageError: The disk is full or read-only; nothing is left behind.
@@ -115,7 +119,7 @@ class AdapterStore:
         flat = check_flat(flat, layout)
         exemplars = None if exemplars is None else check_exemplars(exemplars)
         weights_id = adapter_id(flat, layout)
-        chosen = name or self._name_of(weights_id) or default_name(weights_id)
+        chosen = name or self._name_of(weights_id, role) or default_name(weights_id, role)
         adapter = Adapter(
             name=chosen,
             id=weights_id,
@@ -130,6 +134,9 @@ class AdapterStore:
             encoder=encoder,
             scores=dict(scores or {}),
             encoder_fingerprint=encoder_fingerprint,
+            origin=origin,
+            parents=dict(parents or {}),
+            role=role,
         )
 
         def fill(folder: Path) -> None:
@@ -158,7 +165,7 @@ class AdapterStore:
         """The name behind a name or full id, damaged or not. Raises `AdapterNotFoundError`."""
         if is_name(name_or_id) and self._folders.has(name_or_id):
             return name_or_id
-        name = self._name_of(name_or_id)
+        name = next((a.name for a in self.ls() if a.id == name_or_id), None)
         if name is None:
             raise self._not_found(name_or_id)
         return name
@@ -174,10 +181,10 @@ class AdapterStore:
         def reader(folder: Path) -> Tensor:
             if read_manifest(folder).id != adapter.id:
                 raise AdapterNotFoundError(f"adapter {adapter.name!r} was replaced", fix="get it again by its name")
-            _check_base(adapter, base_fingerprint)
+            check_base(adapter, base_fingerprint)
             flat = read_weights(folder, layout)
             if adapter.layout_digest == layout.digest:
-                _check_hash(adapter, flat, layout)
+                check_hash(adapter, flat, layout)
             return flat
 
         flat = self._folders.read(adapter.name, reader)
@@ -218,6 +225,7 @@ class AdapterStore:
         layout: LoraLayout,
         *,
         base_fingerprint: str,
+        base_name: str | None = None,
         name: str | None = None,
         exemplars: Tensor | None = None,
         encoder: str | None = None,
@@ -225,30 +233,34 @@ class AdapterStore:
     ) -> Adapter:
         """Copy a PEFT folder into the store after checking all of it; an exported adapter brings its exemplars along.
 
-        Raises `InputError` when `path` is no folder, otherwise like `load` and `put`.
+        Folders as XTuner, LLaMA-Factory, trl and Axolotl write them are found and named as the origin (see `foreign`);
+        an `adapter_model.bin` becomes safetensors in the store. `base_name` names the base where the folder does not.
+        Raises `InputError` when `path` is no folder, otherwise like `load` and `put`; nothing is stored then.
         """
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise InputError(f"{folder} is not a folder", fix=f"give the folder that holds {CONFIG}")
+        if name is not None:
+            check_name(name)
+        folder, origin = find_adapter(path)
         known = read_manifest(folder) if (folder / MANIFEST).exists() else None
         if known is not None:
-            _check_base(known, base_fingerprint)
-        flat = read_weights(folder, layout)
+            check_base(known, base_fingerprint)
+        named_base = read_config(folder).base_name
+        flat = read_foreign(folder, layout, ours=known is not None, named=other_base(named_base, base_name))
         if known is not None and known.layout_digest == layout.digest:
-            _check_hash(known, flat, layout)
+            check_hash(known, flat, layout)
         if known is not None and exemplars is None:
             exemplars, encoder, encoder_fingerprint = read_exemplars(folder), known.encoder, known.encoder_fingerprint
         kept: dict[str, Any] = {} if known is None else {key: getattr(known, key) for key in _KEPT}
         return self.put(
             flat,
             layout,
-            base_name=read_config(folder).base_name or "unknown",
+            base_name=named_base or base_name or "unknown",
             base_fingerprint=base_fingerprint,
             source="imported",
             name=name,
             exemplars=exemplars,
             encoder=encoder,
             encoder_fingerprint=encoder_fingerprint,
+            origin=origin if known is None else known.origin,
             **kept,
         )
 
@@ -284,15 +296,16 @@ class AdapterStore:
             stored = self._folders.read(adapter.name, read_manifest)
         except AdapterCorruptError as e:
             raise AdapterCorruptError(e.message, fix=f"remove it with `dnd adapters rm {adapter.name}`") from e
-        if stored is not None and stored.id != adapter.id:
+        if stored is not None and (stored.id, stored.role) != (adapter.id, adapter.role):
+            other = "other weights" if stored.id != adapter.id else "another role"
             raise ConfigError(
-                f"an adapter named {adapter.name!r} with other weights exists",
+                f"an adapter named {adapter.name!r} with {other} exists",
                 fix=f"choose another --name or `dnd adapters rm {adapter.name}`",
             )
         return stored
 
-    def _name_of(self, weights_id: str) -> str | None:
-        return next((a.name for a in self.ls() if a.id == weights_id), None)
+    def _name_of(self, weights_id: str, role: str | None) -> str | None:
+        return next((a.name for a in self.ls() if (a.id, a.role) == (weights_id, role)), None)
 
     def _try_read(self, name: str) -> Adapter | None:
         try:
@@ -317,7 +330,7 @@ class AdapterStore:
 
     def _problem(self, name: str) -> Problem | None:
         try:
-            self._folders.read(name, _check_all)
+            self._folders.read(name, check_folder)
         except DndError as e:
             return Problem(name, e.message, e.fix or f"remove it with `dnd adapters rm {name}` and make it again")
         return None
@@ -326,31 +339,3 @@ class AdapterStore:
         near = difflib.get_close_matches(str(name), self._folders.names(), n=1)
         fix = f"did you mean {near[0]!r}?" if near else "`dnd adapters ls` lists the adapters there are"
         return AdapterNotFoundError(f"no adapter {name!r} in {self.root}", fix=fix)
-
-
-def _check_all(folder: Path) -> None:
-    """Read everything a stored folder holds and hash its weights; raises what is wrong."""
-    check_name(folder.name)
-    adapter, layout = read_manifest(folder), read_layout(folder)
-    if layout.digest != adapter.layout_digest:
-        raise AdapterCorruptError(f"{folder / MANIFEST}: layout_digest does not match its layout")
-    _check_hash(adapter, read_stored_weights(folder, layout), layout)
-    read_exemplars(folder)
-
-
-def _check_base(adapter: Adapter, base_fingerprint: str | None) -> None:
-    if base_fingerprint is not None and adapter.base_fingerprint != base_fingerprint:
-        raise LayoutMismatchError(
-            f"adapter {adapter.name!r} was made for another base model: got fingerprint "
-            f"{adapter.base_fingerprint[:16]}, expected {base_fingerprint[:16]}",
-            fix="load the base model it was made for, or adapt again on this one",
-        )
-
-
-def _check_hash(adapter: Adapter, flat: Tensor, layout: LoraLayout) -> None:
-    found = adapter_id(flat, layout)
-    if found != adapter.id:
-        raise AdapterCorruptError(
-            f"{adapter.path}: the weights' hash is {found[:16]}, {MANIFEST} says {adapter.id[:16]}",
-            fix=f"remove it with `dnd adapters rm {adapter.name}` and make it again",
-        )

@@ -2,6 +2,8 @@
 
 * The same prompts again are recognised by their hash, before anything is encoded.
 * Thresholds come from a `Calibration` measured on real tasks; nothing is guessed here.
+* An adapter made under a role serves that role alone, and one made without serves prompts without: roles are compared
+  to the letter, so a prompt never gets a system message it did not come with.
 * Adapters that another process adds or removes are noticed through the store's version at the next question.
 """
 
@@ -32,7 +34,7 @@ _NEIGHBOURS = 5
 class RouteDecision:
     """What to do with a set of prompts, and why."""
 
-    decision: Literal["reuse", "generate", "base"]
+    decision: Literal["reuse", "generate", "merge", "base"]
     score: float | None
     """Of the nearest adapter: about 1 for prompts of the same task; None if there is none."""
     adapter: Adapter | None
@@ -93,30 +95,33 @@ class Router:
         self._index: AdapterIndex | None = None
         self._listed: tuple[str, tuple[Adapter, ...]] | None = None
 
-    def exact(self, prompt_hash: str) -> RouteDecision | None:
+    def exact(self, prompt_hash: str, role: str | None = None) -> RouteDecision | None:
         """Reuse of the newest adapter made for exactly these prompts, None without one; needs no embeddings."""
-        same = [a for a in self._adapters() if a.prompt_hash == prompt_hash]
+        same = [a for a in self._adapters() if (a.prompt_hash, a.role) == (prompt_hash, role)]
         if not same:
             return None
         found = max(same, key=lambda a: (a.created, a.name))
         return RouteDecision("reuse", 1.0, found, [(found.name, 1.0)], "exact prompt set")
 
-    def route(self, pooled: Tensor, *, prompt_hash: str | None = None, mode: RouteMode = "auto") -> RouteDecision:
+    def route(
+        self, pooled: Tensor, *, prompt_hash: str | None = None, mode: RouteMode = "auto", role: str | None = None
+    ) -> RouteDecision:
         """Decide for a set of prompts.
 
         Args:
             pooled: `(n, C)` normalised prompt embeddings.
             prompt_hash: Of the prompt set; None skips the exact match.
             mode: `"reuse"` never generates, `"generate"` always does.
+            role: Text of the role the prompts come under, None for none.
 
         Raises:
             InputError: The embeddings are not finite, not normalised or of another width.
         """
         if mode not in get_args(RouteMode):
             raise ConfigError(f"mode must be one of {', '.join(get_args(RouteMode))}, got {mode!r}")
-        if prompt_hash is not None and mode != "generate" and (exact := self.exact(prompt_hash)) is not None:
+        if prompt_hash is not None and mode != "generate" and (exact := self.exact(prompt_hash, role)) is not None:
             return exact
-        ranked = self._rank(pooled)
+        ranked = self.nearest(pooled, role)
         if mode == "generate":
             return _decision("generate", ranked, "generation was asked for")
         if ranked and ranked[0][1] >= self.thresholds.reuse:
@@ -126,11 +131,11 @@ class Router:
             return _decision("base", ranked, f"{why_not}, and generating was ruled out")
         return self._generate_or_base(pooled, ranked, why_not)
 
-    def route_one(self, pooled: Tensor) -> RouteDecision:
+    def route_one(self, pooled: Tensor, role: str | None = None) -> RouteDecision:
         """Decide for a single prompt `(1, C)`: reuse or base, by the stricter rule that one prompt calls for."""
         if len(pooled) != 1:
             raise ConfigError(f"route_one takes one prompt, got {len(pooled)}", fix="use route() for a set")
-        ranked = self._rank(pooled)
+        ranked = self.nearest(pooled, role)
         if ranked and ranked[0][1] >= self.thresholds.reuse_single:
             return _reuse(ranked, self.thresholds.reuse_single)
         return _decision("base", ranked, _why_not(ranked, self.thresholds.reuse_single))
@@ -154,9 +159,10 @@ class Router:
             listed = self._listed = (version, tuple(a for a in mine if self._usable(a)))
         return listed[1]
 
-    def _rank(self, pooled: Tensor) -> list[tuple[Adapter, float]]:
+    def nearest(self, pooled: Tensor, role: str | None = None) -> list[tuple[Adapter, float]]:
+        """Adapters of this role near the prompt set `(n, C)` and their scores, best first."""
         index = self._current_index(pooled.shape[-1])
-        by_id = {a.id: a for a in self._adapters()}
+        by_id = {a.id: a for a in self._adapters() if a.role == role}
         return [(by_id[h.adapter_id], h.score) for h in index.score(pooled) if h.adapter_id in by_id]
 
     def _current_index(self, width: int) -> AdapterIndex:

@@ -1,4 +1,4 @@
-"""Prompts become an adapter: clean, look up, encode, route, generate, vet, store, swap in.
+"""Prompts become an adapter: clean, look up, encode, route, generate or merge, vet, store, swap in.
 
 * An identical prompt set is answered from the store without encoding anything.
 * Nothing is kept of an adaptation that does not finish: an error or Ctrl-C after the store was written removes the new
@@ -11,13 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
 from filelock import FileLock
 
 from dnd_sdk.adapters.adapter import check_name
+from dnd_sdk.adapters.merge import merge
 from dnd_sdk.errors import BankFullError, ConfigError, GeneratorError, StorageError
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash
 from dnd_sdk.routing import RouteDecision, choose_exemplars
@@ -29,9 +30,51 @@ if TYPE_CHECKING:
 
     from dnd_sdk.adapters import Adapter
     from dnd_sdk.encoder import Encoded
+    from dnd_sdk.roles import Role
     from dnd_sdk.session.session import DnD
 
 LOCK_FILE = "adapt.lock"
+MAX_MERGED = 16
+"""Adapters in one merge."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one adaptation was asked for."""
+
+    prompts: PromptSet
+    mode: Mode
+    name: str | None
+    role: Role | None
+    top_k: int
+
+    @cached_property
+    def role_text(self) -> str | None:
+        """The role as the router and the store know it."""
+        return None if self.role is None else str(self.role)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the prompts and their role."""
+        return prompt_set_hash(self.prompts.prompts, self.role_text)
+
+    @property
+    def conditions(self) -> Sequence[str]:
+        """The prompts as the encoder is to read them."""
+        prompts = self.prompts.prompts
+        return prompts if self.role is None else [self.role.condition(p) for p in prompts]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """New weights, not vetted yet."""
+
+    flat: Tensor
+    usual: Tensor
+    """Weights of a usual size for such an adapter."""
+    source: str
+    generator: str | None = None
+    parents: dict[str, float] = field(default_factory=dict)
 
 
 class Adaptation:
@@ -41,16 +84,20 @@ class Adaptation:
         self._dnd, self._limits = dnd, limits
         self._one_at_a_time = threading.Lock()
 
-    def run(self, prompts: Sequence[str] | PromptSet, mode: Mode, name: str | None) -> AdaptResult:
+    def run(
+        self, prompts: Sequence[str] | PromptSet, mode: Mode, name: str | None, role: Role | None, top_k: int
+    ) -> AdaptResult:
         """See `DnD.adapt`."""
         if mode not in get_args(Mode):
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+        if not 1 <= top_k <= MAX_MERGED:
+            raise ConfigError(f"top_k must be 1 to {MAX_MERGED}, got {top_k}", fix="merge a few adapters only")
         if name is not None:
             check_name(name)
         watch = Stopwatch()
         kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
         with self._one_at_a_time:
-            route, notes = self._route(kept, mode, name, watch)
+            route, notes = self._route(Request(kept, mode, name, role, top_k), watch)
         return AdaptResult(
             adapter=route.adapter,
             decision=route.decision,
@@ -62,32 +109,33 @@ class Adaptation:
             timings_s=watch.stop(),
         )
 
-    def _route(
-        self, kept: PromptSet, mode: Mode, name: str | None, watch: Stopwatch
-    ) -> tuple[RouteDecision, tuple[str, ...]]:
-        digest = prompt_set_hash(kept.prompts)
-        if mode != "generate":
+    def _route(self, request: Request, watch: Stopwatch) -> tuple[RouteDecision, tuple[str, ...]]:
+        if request.mode in ("auto", "reuse"):
             with watch.step("route"):
-                known = self._dnd.router.exact(digest)
+                known = self._dnd.router.exact(request.digest, request.role_text)
             if known is not None:
                 return self._reuse(known, watch), ()
         with watch.step("encode"):
-            encoded = self._encode(kept.prompts)
+            encoded = self._encode(request)
         notes = (f"{encoded.n_truncated} prompts were longer than the encoder reads",) if encoded.n_truncated else ()
+        if request.mode == "merge":
+            return self._merge(request, encoded.pooled, watch), notes
         with watch.step("route"):
-            route = self._decide(encoded.pooled, digest, mode)
+            route = self._decide(encoded.pooled, request)
         if route.decision == "generate":
-            return self._generate(kept, digest, encoded, route, mode, name, watch), notes
+            return self._generate(request, encoded, route, watch), notes
         return (self._reuse(route, watch) if route.adapter is not None else route), notes
 
-    def _encode(self, prompts: Sequence[str]) -> Encoded:
+    def _encode(self, request: Request) -> Encoded:
         generator, encoder = self._dnd.generator, self._dnd.encoder
-        if generator is None:
-            return encoder.encode(prompts, with_states=False)
-        return encoder.encode(prompts, state_tokens=generator.state_tokens)
+        if generator is None or request.mode == "merge":
+            return encoder.encode(request.conditions, with_states=False)
+        return encoder.encode(request.conditions, state_tokens=generator.state_tokens)
 
-    def _decide(self, pooled: Tensor, digest: str, mode: Mode) -> RouteDecision:
-        route = self._dnd.router.route(pooled, prompt_hash=digest, mode=mode)
+    def _decide(self, pooled: Tensor, request: Request) -> RouteDecision:
+        mode = request.mode
+        assert mode != "merge"
+        route = self._dnd.router.route(pooled, prompt_hash=request.digest, mode=mode, role=request.role_text)
         if route.decision != "generate" or self._dnd.generator is not None:
             return route
         reason = f"there is no generator for {self._dnd.base.name}; {route.reason}"
@@ -101,55 +149,78 @@ class Adaptation:
             self._dnd.make_resident(route.adapter)
         return route
 
-    def _generate(
-        self,
-        kept: PromptSet,
-        digest: str,
-        encoded: Encoded,
-        route: RouteDecision,
-        mode: Mode,
-        name: str | None,
-        watch: Stopwatch,
-    ) -> RouteDecision:
-        dnd, generator = self._dnd, self._dnd.generator
+    def _generate(self, request: Request, encoded: Encoded, route: RouteDecision, watch: Stopwatch) -> RouteDecision:
+        generator = self._dnd.generator
         assert generator is not None and encoded.states is not None
         with watch.step("generate"):
             flat = generator.generate(encoded.states)
+        made = _Made(flat, self._mean, "generated", generator.id)
+        return self._finish(made, request, encoded.pooled, route, watch)
+
+    def _merge(self, request: Request, pooled: Tensor, watch: Stopwatch) -> RouteDecision:
+        """The similarity-weighted mean of the nearest adapters; one that was merged itself is no parent again."""
+        dnd = self._dnd
+        with watch.step("route"):
+            ranked = dnd.router.nearest(pooled, request.role_text)
+        near = [(a, score) for a, score in ranked if a.source != "merged" and score > 0.0][: request.top_k]
+        route = RouteDecision("base", None, None, [(a.name, s) for a, s in near], "no stored adapter is near enough")
+        if not near:
+            return route
+        route = replace(route, score=near[0][1])
+        if len(near) == 1:
+            only = near[0][0]
+            reason = f"{only.name} is the only adapter to merge"
+            return self._reuse(replace(route, decision="reuse", adapter=only, reason=reason), watch)
+        with watch.step("generate"):
+            total = sum(score for _, score in near)
+            weights = {a.id: score / total for a, score in near}
+            flats = [dnd.store.load(a, dnd.layout, base_fingerprint=dnd.base.fingerprint) for a, _ in near]
+            flat, kept = merge(flats, list(weights.values()), dnd.layout)
+        parts = ", ".join(f"{a.name} x {weights[a.id]:.2f}" for a, _ in near)
+        route = replace(route, decision="merge", reason=f"merged {parts}; rank {dnd.layout.r} keeps {kept:.0%} of it")
+        made = _Made(flat, flats[0], "merged", parents=weights)
+        return self._finish(made, request, pooled, route, watch)
+
+    def _finish(
+        self, made: _Made, request: Request, pooled: Tensor, route: RouteDecision, watch: Stopwatch
+    ) -> RouteDecision:
+        """Vet and keep new weights, unless another process was faster."""
+        dnd = self._dnd
         with watch.step("validate"):
-            problem = complaint(flat, self._mean, dnd.base, dnd.layout, kept.prompts, self._limits)
+            problem = complaint(made.flat, made.usual, dnd.base, dnd.layout, request.prompts.prompts, self._limits)
         if problem is not None:
             return replace(route, decision="base", adapter=None, reason=problem)
         with self._no_other_process():
-            faster = dnd.router.exact(digest) if mode == "auto" else None
+            faster = dnd.router.exact(request.digest, request.role_text) if request.mode == "auto" else None
             if faster is not None:  # another process made it while this one waited
                 return self._reuse(faster, watch)
-            return replace(route, adapter=self._keep(flat, kept, digest, encoded.pooled, name, watch))
+            return replace(route, adapter=self._keep(made, request, pooled, watch))
 
-    def _keep(
-        self, flat: Tensor, kept: PromptSet, digest: str, pooled: Tensor, name: str | None, watch: Stopwatch
-    ) -> Adapter:
+    def _keep(self, made: _Made, request: Request, pooled: Tensor, watch: Stopwatch) -> Adapter:
         dnd = self._dnd
         before = {a.name for a in dnd.store.ls()}
         try:
             with watch.step("store"):
                 adapter = dnd.store.put(
-                    flat,
+                    made.flat,
                     dnd.layout,
                     base_name=dnd.base.name,
                     base_fingerprint=dnd.base.fingerprint,
-                    source="generated",
-                    name=name,
-                    prompt_hash=digest,
-                    n_prompts=len(kept.prompts),
+                    source=made.source,
+                    name=request.name,
+                    prompt_hash=request.digest,
+                    n_prompts=len(request.prompts.prompts),
                     exemplars=choose_exemplars(pooled),
-                    generator=None if dnd.generator is None else dnd.generator.id,
+                    generator=made.generator,
                     encoder=dnd.encoder.name,
                     encoder_fingerprint=dnd.encoder.fingerprint,
+                    parents=made.parents,
+                    role=request.role_text,
                 )
             with watch.step("swap"):
-                dnd.engine.load(adapter.id, flat)
+                dnd.engine.load(adapter.id, made.flat)
         except BaseException:
-            self._undo(before, digest)
+            self._undo(before, request.digest)
             raise
         return adapter
 

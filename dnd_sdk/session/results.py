@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 STEPS = ("encode", "route", "generate", "validate", "store", "swap", "total")
 
-Mode = Literal["auto", "reuse", "generate"]
-Decision = Literal["reuse", "generate", "base"]
+Mode = Literal["auto", "reuse", "generate", "merge"]
+Decision = Literal["reuse", "generate", "merge", "base"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,12 @@ from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE, Base
 from dnd_sdk.observe import PromptStream
 from dnd_sdk.prompts import PromptSet, clean_prompts
+from dnd_sdk.roles import Role, as_role
 from dnd_sdk.routing import RouteDecision, Router, choose_exemplars
 from dnd_sdk.session.adaptation import Adaptation
 from dnd_sdk.session.loading import load_parts
 from dnd_sdk.session.observing import Observer
+from dnd_sdk.session.prompting import Prompt, last_user_text, with_role
 from dnd_sdk.session.results import AdaptResult, Completion, Mode, ObserveResult, completion
 from dnd_sdk.session.stream import CompletionStream
 from dnd_sdk.session.vetting import Limits
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""One user message, or chat messages, oldest first."""
 AdapterChoice = Adapter | str | None
 """An adapter or its name, `"auto"` (routed by the prompt), or None (the base)."""
 
@@ -106,59 +106,84 @@ class DnD:
         """The LoRA layout that every adapter of this session has."""
         return self.engine.layout
 
-    def adapt(self, prompts: Sequence[str] | PromptSet, mode: Mode = "auto", name: str | None = None) -> AdaptResult:
+    def adapt(
+        self,
+        prompts: Sequence[str] | PromptSet,
+        mode: Mode = "auto",
+        name: str | None = None,
+        *,
+        role: Role | str | None = None,
+        top_k: int = 3,
+    ) -> AdaptResult:
         """Decide how to serve the task behind `prompts`, and have its adapter ready.
 
         Args:
             prompts: Unlabeled prompts of one task; duplicates and blanks are dropped, very many are sampled.
-            mode: `"reuse"` never makes an adapter, `"generate"` always does.
+            mode: `"reuse"` never makes an adapter, `"generate"` always does, `"merge"` makes one of the nearest stored
+                ones, weighted by similarity.
             name: For an adapter that is made; None names it after its content.
+            role: The system prompt these prompts come under (`Role`, or text of any form): part of the task, kept with
+                the adapter. None: none.
+            top_k: How many adapters `"merge"` takes at most.
 
-        Raises `InputError` for unusable prompts, `ConfigError` for a bad mode or name, `StorageError` when it cannot be
-        stored, `BankFullError` when no slot is free. Whatever is raised, nothing has changed.
+        Raises `InputError` for unusable prompts or role, `ConfigError` for a bad mode, name or top_k, `StorageError`
+        when it cannot be stored, `BankFullError` when no slot is free. Whatever is raised, nothing has changed.
         """
-        return self._adaptation.run(prompts, mode, name)
+        return self._adaptation.run(prompts, mode, name, as_role(role), top_k)
 
-    def route(self, prompts: str | Sequence[str]) -> RouteDecision:
+    def route(self, prompts: str | Sequence[str], *, role: Role | str | None = None) -> RouteDecision:
         """What `adapt` would decide for several prompts, or what `"auto"` does for a single one; changes nothing."""
         kept = clean_prompts([prompts] if isinstance(prompts, str) else prompts)
-        pooled = self._pooled(kept.prompts)
-        return self.router.route_one(pooled) if len(pooled) == 1 else self.router.route(pooled)
+        under = as_role(role)
+        pooled, text = self._pooled(kept.prompts, under), _text_or_none(under)
+        return self.router.route_one(pooled, text) if len(pooled) == 1 else self.router.route(pooled, role=text)
 
-    def complete(self, prompt: Prompt, adapter: AdapterChoice = None, **sampling: Any) -> Completion:
+    def complete(
+        self, prompt: Prompt, adapter: AdapterChoice = None, *, role: Role | str | None = None, **sampling: Any
+    ) -> Completion:
         """Answer one prompt.
 
         Args:
             prompt: Text or chat messages.
             adapter: An adapter or its name, `"auto"`, or None for the base.
+            role: The system message; None is the adapter's own, if it has one and the messages have no other.
             sampling: Fields of `SamplingOptions`.
         """
-        return self.complete_batch([prompt], [adapter], **sampling)[0]
+        return self.complete_batch([prompt], [adapter], role=role, **sampling)[0]
 
     def complete_batch(
-        self, prompts: Sequence[Prompt], adapters: Sequence[AdapterChoice] | None = None, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        adapters: Sequence[AdapterChoice] | None = None,
+        *,
+        role: Role | str | None = None,
+        **sampling: Any,
     ) -> list[Completion]:
-        """Answer several prompts together, each with its own adapter; None: all by the base."""
-        options = _options(sampling)
+        """Answer several prompts together, each with its own adapter; None: all by the base. `role` is for all."""
+        options, under = _options(sampling), as_role(role)
         if isinstance(prompts, str):
             raise InputError("prompts must be a list", fix="use complete() for a single prompt")
         wanted = list(adapters) if adapters is not None else [None] * len(prompts)
         if len(wanted) != len(prompts):
             raise InputError(f"{len(prompts)} prompts but {len(wanted)} adapters", fix="give one adapter per prompt")
-        chosen = [self._choose(p, a) for p, a in zip(prompts, wanted, strict=True)]
+        chosen = [self._choose(p, a, under) for p, a in zip(prompts, wanted, strict=True)]
+        asked = [with_role(p, under, _own_role(a)) for p, a in zip(prompts, chosen, strict=True)]
         for adapter in {a.id: a for a in chosen if a is not None}.values():
             self.make_resident(adapter)
-        answers = self.engine.complete_batch(prompts, [None if a is None else a.id for a in chosen], options)
+        answers = self.engine.complete_batch(asked, [None if a is None else a.id for a in chosen], options)
         return [completion(g, a) for g, a in zip(answers, chosen, strict=True)]
 
-    def stream(self, prompt: Prompt, adapter: AdapterChoice = None, **sampling: Any) -> CompletionStream:
+    def stream(
+        self, prompt: Prompt, adapter: AdapterChoice = None, *, role: Role | str | None = None, **sampling: Any
+    ) -> CompletionStream:
         """Answer one prompt piece by piece: iterate for text, then read `.result`."""
-        options = _options(sampling)
-        chosen = self._choose(prompt, adapter)
+        options, under = _options(sampling), as_role(role)
+        chosen = self._choose(prompt, adapter, under)
+        asked = with_role(prompt, under, _own_role(chosen))
         if chosen is not None:
             self.make_resident(chosen)
         cancel = threading.Event()
-        pieces = self.engine.stream(prompt, None if chosen is None else chosen.id, options, cancel)
+        pieces = self.engine.stream(asked, None if chosen is None else chosen.id, options, cancel)
         return CompletionStream(pieces, cancel, chosen)
 
     def observe(self, prompt: str) -> ObserveResult:
@@ -177,6 +202,8 @@ class DnD:
     ) -> Adapter:
         """Take a PEFT LoRA folder made for this base into the store, checked; see `AdapterStore.import_folder`.
 
+        Folders as XTuner, LLaMA-Factory, trl or Axolotl leave them are fine; `adapter.origin` says whose it is.
+
         `prompts` of its task let the router find it; None: it is used by name only.
         """
         exemplars: Tensor | None = None
@@ -187,6 +214,7 @@ class DnD:
             folder,
             self.layout,
             base_fingerprint=self.base.fingerprint,
+            base_name=self.base.name,
             name=name,
             exemplars=exemplars,
             encoder=None if exemplars is None else self.encoder.name,
@@ -213,15 +241,17 @@ class DnD:
     ) -> None:
         self.close()
 
-    def _choose(self, prompt: Prompt, adapter: AdapterChoice) -> Adapter | None:
+    def _choose(self, prompt: Prompt, adapter: AdapterChoice, role: Role | None) -> Adapter | None:
         if adapter is None or isinstance(adapter, Adapter):
             return adapter
         if adapter == AUTO:
-            return self.router.route_one(self._pooled([_last_user_text(prompt)])).adapter
+            pooled = self._pooled([last_user_text(prompt)], role)
+            return self.router.route_one(pooled, _text_or_none(role)).adapter
         return self.store.get(adapter)
 
-    def _pooled(self, prompts: Sequence[str]) -> Tensor:
-        return self.encoder.encode(prompts, with_states=False).pooled
+    def _pooled(self, prompts: Sequence[str], role: Role | None = None) -> Tensor:
+        texts = prompts if role is None else [role.condition(p) for p in prompts]
+        return self.encoder.encode(texts, with_states=False).pooled
 
 
 def _options(sampling: dict[str, Any]) -> SamplingOptions:
@@ -232,10 +262,9 @@ def _options(sampling: dict[str, Any]) -> SamplingOptions:
         raise ConfigError(f"unknown sampling option: {e}", fix=f"use {known}") from e
 
 
-def _last_user_text(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    texts = [m.get("content") for m in prompt if m.get("role") == "user"]
-    if not texts or not isinstance(texts[-1], str):
-        raise InputError("no user message to route by", fix="name an adapter, or add a user message")
-    return texts[-1]
+def _own_role(adapter: Adapter | None) -> str | None:
+    return None if adapter is None else adapter.role
+
+
+def _text_or_none(role: Role | None) -> str | None:
+    return None if role is None else str(role)

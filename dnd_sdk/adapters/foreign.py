@@ -1,0 +1,104 @@
+"""Adapter folders as other tools leave them: where the adapter lies in them, and which tool wrote it.
+
+Told by the names of files alone. What lies beside the adapter (configs that are code, optimizer state, checkpoints,
+tokenizers) is never opened.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from dnd_sdk.adapters.peft_config import CONFIG, read_config
+from dnd_sdk.adapters.peft_folder import read_weights
+from dnd_sdk.adapters.safe_files import storage_errors
+from dnd_sdk.errors import AdapterCorruptError, InputError, LayoutMismatchError
+from dnd_sdk.lora_layout import LoraLayout
+
+LLM_ADAPTER = "llm_adapter"
+"""Where XTuner puts the language model's LoRA of a LLaVA model."""
+_LLAVA_REST = ("projector", "visual_encoder_adapter")
+_TELLTALES = (
+    ("xtuner", ("xtuner_config.py", LLM_ADAPTER)),
+    ("llama-factory", ("trainer_log.jsonl", "training_args.yaml", "llamaboard_config.yaml")),
+    ("axolotl", ("config.json",)),  # the base's own config, which the others do not save beside an adapter
+    ("trl", ("training_args.bin",)),  # trl, or any other user of the transformers Trainer
+)
+
+
+def find_adapter(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The PEFT folder in `path` (itself, or XTuner's `llm_adapter`) and its origin (see `adapter.ORIGINS`).
+
+    Raises `InputError` when `path` is no folder or holds several adapters, `AdapterCorruptError` when the way to the
+    adapter leaves it.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder", fix=f"give the folder that holds {CONFIG}")
+    names = _names(root)
+    if CONFIG in names or LLM_ADAPTER not in names:
+        _refuse_checkpoints(root, names)
+        return root, _origin({*names, root.resolve().name})
+    folder = root / LLM_ADAPTER
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise AdapterCorruptError(f"{folder} is a link that leaves its folder", fix="copy the folder into its place")
+    return folder, _origin(names)
+
+
+def import_notes(path: str | os.PathLike[str], base_name: str) -> tuple[str, ...]:
+    """What someone who imports `path` for the base `base_name` should know; raises like `find_adapter`."""
+    folder, _ = find_adapter(path)
+    named = other_base(read_config(folder).base_name, base_name)
+    left = [n for n in _LLAVA_REST if n in _names(folder.parent)] if folder.name == LLM_ADAPTER else []
+    notes = [] if named is None else [f"it fits, but {named}"]
+    return (*notes, f"only the language model's part is taken, not {', '.join(left)}") if left else tuple(notes)
+
+
+def read_foreign(folder: Path, layout: LoraLayout, *, ours: bool, named: str | None) -> Tensor:
+    """`read_weights` of a folder to import.
+
+    One of `ours` never holds a pickle; `named` (see `other_base`) goes into the error when shapes do not fit.
+    """
+    try:
+        return read_weights(folder, layout, foreign=not ours)
+    except LayoutMismatchError as e:
+        if named is None:
+            raise
+        raise LayoutMismatchError(f"{e.message}; {named}", fix=e.fix) from e
+
+
+def other_base(named: str | None, base_name: str | None) -> str | None:
+    """A clause saying that a config names another base than the one loaded; None if it names none or the same.
+
+    Only the last part of each name counts: the same model has another path on every machine.
+    """
+    if not named or not base_name or _last(named) == _last(base_name):
+        return None
+    return f"its config names the base {named[:200]!r}, loaded is {base_name!r}"
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].casefold()
+
+
+def _names(folder: Path) -> set[str]:
+    with storage_errors("list", folder):
+        return set(os.listdir(folder))
+
+
+def _origin(names: set[str]) -> str:
+    return next((origin for origin, files in _TELLTALES if names.intersection(files)), "peft")
+
+
+def _refuse_checkpoints(root: Path, names: set[str]) -> None:
+    """A run that was cut short left checkpoints only: which one is meant must be said."""
+    if CONFIG in names:
+        return
+    found = (n for n in names if n.startswith("checkpoint-") and (root / n / CONFIG).is_file())
+    checkpoints = sorted(found, key=lambda n: (len(n), n))
+    if checkpoints:
+        raise InputError(
+            f"{root} holds no {CONFIG} but {len(checkpoints)} checkpoints", fix=f"give one: {root / checkpoints[-1]}"
+        )
