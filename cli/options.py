@@ -42,6 +42,7 @@ class SamplingFlags:
     seed: int | None = None
     stop: list[str] | None = None
 
+
 RoleFile = Annotated[Path | None, typer.Option("--role", help="A role (LangGPT markdown) as the system message.")]
 
 

@@ -97,6 +97,20 @@ def test_mixed_batches_keep_order_and_equal_single_calls(engine: Engine) -> None
     assert small.complete_batch(prompts, adapters, SHORT) == single
 
 
+def test_long_prompts_run_in_smaller_batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["hi", "so long " * 20, "hi", "very long " * 30]
+    lengths = [len(engine.prompt_ids(p, 8)) for p in prompts]
+    small = Engine(engine.base, engine.layout, max_batch_tokens=2 * max(lengths) - 1)
+    ran: list[list[int]] = []
+    decode = small._decoder.decode
+    monkeypatch.setattr(
+        small._decoder, "decode", lambda ids, *a, **kw: ran.append([len(i) for i in ids]) or decode(ids, *a, **kw)
+    )
+    assert small.complete_batch(prompts, [None] * 4, SHORT) == engine.complete_batch(prompts, [None] * 4, SHORT)
+    assert len(ran) > 1 and sorted(n for batch in ran for n in batch) == sorted(lengths)
+    assert all(len(batch) * max(batch) <= small.max_batch_tokens for batch in ran)
+
+
 def test_no_prompts_no_completions(engine: Engine) -> None:
     assert engine.complete_batch([], [], SHORT) == []
 

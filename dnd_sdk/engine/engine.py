@@ -32,10 +32,13 @@ from dnd_sdk.models import Base
 class Engine:
     """One base model that answers with any of its adapters; thread-safe."""
 
-    def __init__(self, base: Base, layout: LoraLayout, *, n_slots: int = 8, max_batch: int = 16) -> None:
-        if max_batch < 1:
-            raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
-        self.base, self.layout, self.max_batch = base, layout, max_batch
+    def __init__(
+        self, base: Base, layout: LoraLayout, *, n_slots: int = 8, max_batch: int = 16, max_batch_tokens: int = 4096
+    ) -> None:
+        """`max_batch` and `max_batch_tokens` bound the rows and the padded prompt tokens that run together."""
+        if max_batch < 1 or max_batch_tokens < 1:
+            raise ConfigError(f"max_batch and max_batch_tokens must be at least 1, got {max_batch}, {max_batch_tokens}")
+        self.base, self.layout, self.max_batch, self.max_batch_tokens = base, layout, max_batch, max_batch_tokens
         self.bank = SlotBank(layout, n_slots, base.model.device, base.model.dtype)
         attach_lora(base.model, layout)
         self._decoder = Decoder(base)
@@ -98,7 +101,7 @@ class Engine:
         prompts = [self.prompt_ids(m, options.max_new_tokens) for m in messages_list]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         done: dict[int, Generation] = {}
-        for rows in grouped(order, lambda some: self._fits(some, adapter_ids)):
+        for rows in grouped(order, lambda some: self._fits(some, prompts, adapter_ids)):
             with self.running([adapter_ids[i] for i in rows]) as turn:
                 some = self._decoder.decode(
                     [prompts[i] for i in rows], rows, options, turn, cancelled=lambda: _is_set(cancel)
@@ -170,8 +173,10 @@ class Engine:
         with self._turns.take() as turn, torch.inference_mode(), adapted:
             yield turn
 
-    def _fits(self, rows: Sequence[int], adapter_ids: Sequence[str | None]) -> bool:
-        return len(rows) <= self.max_batch and self.fits_slots([adapter_ids[i] for i in rows])
+    def _fits(self, rows: Sequence[int], prompts: Sequence[list[int]], adapter_ids: Sequence[str | None]) -> bool:
+        padded = len(rows) * max(len(prompts[i]) for i in rows)  # activations and cache grow with it
+        small = len(rows) <= self.max_batch and padded <= self.max_batch_tokens
+        return small and self.fits_slots([adapter_ids[i] for i in rows])
 
     def fits_slots(self, adapter_ids: Sequence[str | None]) -> bool:
         """Whether one batch may use all these adapters."""
