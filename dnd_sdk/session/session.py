@@ -151,13 +151,18 @@ class DnD:
         answers = self.engine.complete_batch(prompts, [None if a is None else a.id for a in chosen], options)
         return [completion(g, a) for g, a in zip(answers, chosen, strict=True)]
 
-    def stream(self, prompt: Prompt, adapter: AdapterChoice = None, **sampling: Any) -> CompletionStream:
-        """Answer one prompt piece by piece: iterate for text, then read `.result`."""
+    def stream(
+        self, prompt: Prompt, adapter: AdapterChoice = None, *, cancel: threading.Event | None = None, **sampling: Any
+    ) -> CompletionStream:
+        """Answer one prompt piece by piece: iterate for text, then read `.result`.
+
+        Setting `cancel`, from any thread and at any time, ends the answer within a token.
+        """
         options = _options(sampling)
         chosen = self._choose(prompt, adapter)
         if chosen is not None:
             self.make_resident(chosen)
-        cancel = threading.Event()
+        cancel = cancel or threading.Event()
         pieces = self.engine.stream(prompt, None if chosen is None else chosen.id, options, cancel)
         return CompletionStream(pieces, cancel, chosen)
 
