@@ -148,9 +148,9 @@ def test_aclosing_a_stream_stops_within_a_token(
         stream = await call(llm, method, "hello")
         await anext(stream)
         await stream.aclose()
+        await asyncio.to_thread(stopped_after, pace, 4)  # while the loop still runs, whose end would stop it too
 
     asyncio.run(run())
-    stopped_after(pace, 4)
     assert [len(pair) for pair in debug.get_event_pairs(CBEventType.LLM)] == [2] * kept
 
 
@@ -169,9 +169,9 @@ def test_leaving_an_async_stream_stops_within_a_token(llm: DnDLLM, pace: Pace, m
         async for _ in await call(llm, method, "hello"):
             break
         await asyncio.sleep(0.05)  # asyncio closes a dropped generator in a task of its own
+        await asyncio.to_thread(stopped_after, pace, 4)
 
     asyncio.run(run())
-    stopped_after(pace, 4)
 
 
 @pytest.mark.parametrize("method", ASYNC)
@@ -187,9 +187,9 @@ def test_cancelling_the_task_stops_within_a_token(llm: DnDLLM, pace: Pace, metho
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await asyncio.to_thread(stopped_after, pace, 4)
 
     asyncio.run(run())
-    stopped_after(pace, 4)
     assert [len(pair) for pair in debug.get_event_pairs(CBEventType.LLM)] == [2]
 
 

@@ -67,7 +67,8 @@ def test_chat_engines_remember(dnd: DnD, llm: DnDLLM) -> None:
     assert [m.content for m in engine.chat_history] == ["hello", str(first), "and now?", str(second)]
     assert str(second) == llm.chat(engine.chat_history[:3]).message.content
     context = index(dnd).as_chat_engine(chat_mode="context", llm=llm, similarity_top_k=1)
-    assert "".join(context.stream_chat(TEXTS[0]).response_gen) == context.chat_history[-1].content != ""
+    said = "".join(context.stream_chat(TEXTS[0]).response_gen)
+    assert context.chat_history[-1].content == said.strip() != ""  # the engine strips what it remembers
 
 
 @pytest.mark.parametrize("streaming", [False, True])
