@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from llama_index.core import Document, PromptTemplate, Settings, SimpleDirectoryReader, VectorStoreIndex
+from llama_index.core import Document, PromptTemplate, SimpleDirectoryReader, VectorStoreIndex
 from llama_index.core.agent.workflow import ReActAgent
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.chat_engine import SimpleChatEngine
@@ -137,16 +137,12 @@ def test_embedding_settings_survive_serialisation_and_load_alone(world: World, d
 
 
 @pytest.mark.real
-def test_rag_and_adapted_answers_on_the_embedded_base(real_home: Home, tmp_path: Path) -> None:
-    """The embedded base behind LlamaIndex: lazily loaded, adapted, routed, retrieved for, and quiet in the loop."""
-    home = Home(tmp_path / "home")
-    home.root.mkdir()
-    real_home.models.mkdir(parents=True, exist_ok=True)
-    home.models.symlink_to(real_home.models, target_is_directory=True)
+def test_rag_and_adapted_answers_on_the_embedded_base(warm_home: Home) -> None:
+    """The embedded base behind LlamaIndex: lazily loaded, adapted, routed and retrieved for."""
     job = EXAMPLES / "support_tickets"
     prompts = [json.loads(line)["prompt"] for line in (job / "prompts.jsonl").open(encoding="utf-8")]
     questions = [json.loads(line) for line in (job / "questions.jsonl").open(encoding="utf-8")][:3]
-    llm = DnDLLM(home=str(home.root), device="cpu", max_new_tokens=16)
+    llm = DnDLLM(home=str(warm_home.root), device="cpu", max_new_tokens=16)
     adapter = llm.dnd.adapt(prompts).adapter
     assert adapter is not None
     queues = prompts[0].split("queue: ")[1].split(". Answer")[0].split(", ")
@@ -159,6 +155,5 @@ def test_rag_and_adapted_answers_on_the_embedded_base(real_home: Home, tmp_path:
         assert base.text != routed.text
     documents = SimpleDirectoryReader(EXAMPLES / "handbook" / "documents").load_data()
     store = VectorStoreIndex.from_documents(documents, embed_model=DnDEmbedding(llm.dnd))
-    assert Settings._llm is None
     got = store.as_query_engine(llm=llm, similarity_top_k=1).query("How many days may I send a purchase back?")
     assert "returns" in got.source_nodes[0].metadata["file_name"] and str(got).strip()
