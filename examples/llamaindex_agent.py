@@ -13,13 +13,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_index.core.llms import LLM
+from llama_index.core.llms import LLM, CompletionResponse
 
 from dnd_sdk.integrations.llamaindex import DnDLLM
 
 HERE = Path(__file__).parent
 JOBS = ("support_tickets", "meeting_deadlines")
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 12
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -28,12 +28,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return [json.loads(line) for line in lines]
 
 
+def adapter_of(answer: CompletionResponse) -> str | None:
+    """Who answered; None is the base."""
+    return (answer.raw or {})["dnd"]["adapter"]
+
+
 async def work_off(llm: LLM, inbox: Sequence[str]) -> None:
     """Answer what arrives, and say when another adapter answers for the first time."""
     known = {None}
     for n, prompt in enumerate(inbox, start=1):
         answer = await llm.acomplete(prompt, max_tokens=ANSWER_TOKENS)
-        adapter = answer.raw["dnd"]["adapter"]
+        adapter = adapter_of(answer)
         if adapter not in known:
             known.add(adapter)
             print(f"prompt {n:3}: {adapter} answers {' '.join(answer.text.split())!r}")
@@ -48,7 +53,7 @@ async def compare(llm: LLM, job: str, n_questions: int) -> None:
             llm.acomplete(row["prompt"], max_tokens=ANSWER_TOKENS),
         )
         print(f"  {row['prompt'].splitlines()[-1]}\n    reference: {row['response']!r}")
-        print(f"    base:      {base.text!r}\n    adapted:   {ours.text!r}  ({ours.raw['dnd']['adapter']})")
+        print(f"    base:      {base.text!r}\n    adapted:   {ours.text!r}  ({adapter_of(ours)})")
 
 
 async def run(llm: LLM, n_prompts: int, n_questions: int) -> None:

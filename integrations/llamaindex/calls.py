@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -133,8 +133,8 @@ def ends_with_its_reader(method: Callable[..., Generator[T, None, None]]) -> Cal
 
 
 def aends_with_its_reader(
-    method: Callable[..., Awaitable[AsyncGenerator[T, None]]],
-) -> Callable[..., Awaitable[AsyncGenerator[T, None]]]:
+    method: Callable[..., Coroutine[Any, Any, AsyncGenerator[T, None]]],
+) -> Callable[..., Coroutine[Any, Any, AsyncGenerator[T, None]]]:
     """`ends_with_its_reader` for a coroutine that returns an asynchronous generator."""
 
     @functools.wraps(method)
