@@ -35,6 +35,19 @@ def real_home() -> Home:
     return Home.find(REAL_HOME)
 
 
+@pytest.fixture
+def warm_home(real_home: Home, tmp_path: Path) -> Home:
+    """An empty home that shares only the weights of `real_home`."""
+    from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, pull
+
+    for name in (DEFAULT_BASE, DEFAULT_ENCODER):
+        pull(name, real_home)
+    home = Home(tmp_path / "warm")
+    home.root.mkdir()
+    home.models.symlink_to(real_home.models, target_is_directory=True)
+    return home
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Tiny base, encoder and generator on disk, saved once."""

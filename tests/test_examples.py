@@ -203,19 +203,6 @@ def test_demo_goes_through_its_steps_and_fails_on_a_wrong_decision(
     assert code or shown.out.count("5 unseen questions of") == 2
 
 
-@pytest.fixture
-def warm_home(real_home: Home, tmp_path: Path) -> Home:
-    """An empty home that shares only the weights of `real_home`."""
-    from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, pull
-
-    for name in (DEFAULT_BASE, DEFAULT_ENCODER):
-        pull(name, real_home)
-    home = Home(tmp_path / "warm")
-    home.root.mkdir()
-    home.models.symlink_to(real_home.models, target_is_directory=True)
-    return home
-
-
 @pytest.mark.real
 def test_quickstart_runs(warm_home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert load("quickstart.py").main(["--home", str(warm_home.root), "--questions", "2"]) == 0

@@ -17,7 +17,7 @@ from dnd_sdk.config import Home
 
 ROOT = Path(dnd_sdk.__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text("utf-8")
-LATER = ("dnd serve", "LlamaIndex", "OpenAI-compatible")
+LATER = ("dnd serve", "OpenAI-compatible")
 """Not in this release."""
 
 

@@ -174,15 +174,24 @@ class DnD:
         return [completion(g, a) for g, a in zip(answers, chosen, strict=True)]
 
     def stream(
-        self, prompt: Prompt, adapter: AdapterChoice = None, *, role: Role | str | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        adapter: AdapterChoice = None,
+        *,
+        role: Role | str | None = None,
+        cancel: threading.Event | None = None,
+        **sampling: Any,
     ) -> CompletionStream:
-        """Answer one prompt piece by piece: iterate for text, then read `.result`."""
+        """Answer one prompt piece by piece: iterate for text, then read `.result`.
+
+        Setting `cancel`, from any thread and at any time, ends the answer within a token.
+        """
         options, under = _options(sampling), as_role(role)
         chosen = self._choose(prompt, adapter, under)
         asked = with_role(prompt, under, _own_role(chosen))
         if chosen is not None:
             self.make_resident(chosen)
-        cancel = threading.Event()
+        cancel = cancel or threading.Event()
         pieces = self.engine.stream(asked, None if chosen is None else chosen.id, options, cancel)
         return CompletionStream(pieces, cancel, chosen)
 

@@ -1,0 +1,207 @@
+"""`DnDLLM`: a LlamaIndex LLM whose every call can be answered by another adapter of one resident base."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms import CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+
+from dnd_sdk.adapters import Adapter
+from dnd_sdk.errors import ConfigError
+from dnd_sdk.integrations.llamaindex.calls import Call, Lazy, aends_with_its_reader, ends_with_its_reader
+from dnd_sdk.integrations.llamaindex.messages import (
+    Chat,
+    chat_part,
+    chat_response,
+    completion_part,
+    completion_response,
+    last_user_text,
+    to_chat,
+    user_message,
+)
+from dnd_sdk.integrations.llamaindex.options import ALIASES, SAMPLING, call_options, check_known, renamed
+from dnd_sdk.models import DEFAULT_BASE
+from dnd_sdk.session import CompletionStream, DnD
+from dnd_sdk.session.session import AUTO, AdapterChoice
+
+log = logging.getLogger(__name__)
+
+
+class DnDLLM(CustomLLM):
+    """One resident base LLM with its adapters; safe to share between threads and tasks.
+
+    Every call takes `adapter`, `max_new_tokens` (or `max_tokens`), `temperature`, `top_p`, `top_k`, `stop` and `seed`,
+    which win over the fields here; other options raise `ConfigError`. Chat messages go through the base's own chat
+    template, a prompt being one user message. `raw` holds `usage` and `dnd` (adapter and decision), in streams on the
+    last item. A stream that is closed, and an asynchronous call that is cancelled, stops generating within a token.
+    """
+
+    base: str = Field(DEFAULT_BASE, description="Embedded name, folder or Hugging Face id of the base.")
+    generator: str | None = Field(None, description="A generator's folder; None: the one shipped for the base.")
+    encoder: str | None = Field(None, description="None: the generator's.")
+    home: str | None = Field(None, description="Folder of adapters and weights; None: DND_HOME, else the user's.")
+    device: str = Field("auto", description="auto, cpu, cuda, ...")
+    dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
+    adapter: str | None = Field(AUTO, description='An adapter\'s name, "auto" (routed per request) or None (the base).')
+    observe: bool = Field(False, description='Learn the tasks from the requests answered with "auto"; see DnD.observe.')
+    max_new_tokens: int = Field(256, description="Upper bound on the tokens of one answer.")
+    temperature: float = Field(0.0, description="0 is greedy.")
+    top_p: float = Field(1.0, description="Nucleus mass, used when temperature > 0.")
+    top_k: int = Field(0, description="0 keeps every token.")
+    stop: list[str] = Field(default_factory=list, description="Text is cut before the first of these.")
+    seed: int | None = Field(None, description="None draws fresh randomness.")
+
+    _dnd: Lazy[DnD] = PrivateAttr()
+
+    def __init__(self, dnd: DnD | None = None, **settings: Any) -> None:
+        """Share a resident `dnd`, or load one from `base`, `generator`, ... on first use.
+
+        With `dnd`, the fields `base`, `encoder` and `home` say what it is; its generator's folder is not known, so hand
+        the `dnd` to `from_dict` as well. `adapter` may also be an `Adapter`, `stop` one string.
+        Raises `ConfigError` for options that are unknown, out of range or without effect.
+        """
+        check_known(settings, (*type(self).model_fields, *ALIASES), type(self).__name__)
+        settings = renamed(settings)
+        if settings.get("messages_to_prompt") not in (None, generic_messages_to_prompt):
+            raise ConfigError("messages_to_prompt has no effect: the base's own chat template is used")
+        if isinstance(settings.get("adapter"), Adapter):
+            settings["adapter"] = settings["adapter"].name
+        if isinstance(settings.get("stop"), str):
+            settings["stop"] = [settings["stop"]]
+        if dnd is not None:
+            settings |= {"base": dnd.base.name, "encoder": dnd.encoder.name, "home": str(dnd.home.root)}
+        super().__init__(**settings)
+        call_options(self._defaults(), {})
+        self._dnd = Lazy(self._load if dnd is None else lambda: dnd)
+        if dnd is not None:
+            self._dnd.get()
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name in serialised settings."""
+        return "DnDLLM"
+
+    @property
+    def dnd(self) -> DnD:
+        """The resident session: adapt, observe, list adapters there. Loads it when it is not here yet."""
+        return self._dnd.get()
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """Facts of the base, which this loads when it is not here yet."""
+        dnd = self.dnd
+        return LLMMetadata(
+            context_window=dnd.engine.max_tokens,
+            num_output=self.max_new_tokens,
+            is_chat_model=dnd.base.tokenizer.chat_template is not None,
+            is_function_calling_model=False,
+            model_name=dnd.base.name,
+        )
+
+    def to_payload(self) -> dict[str, Any]:
+        """What events say of this LLM; unlike `metadata` it never loads, as events fire in the event loop."""
+        known = self.metadata.model_dump() if self._dnd.is_made else {"model_name": self.base}
+        return {"class_name": self.class_name(), **known}
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer one user message. `formatted` says that `completion_to_prompt`, if any, was applied already."""
+        return completion_response(self._call(self._user(prompt, formatted), kwargs).answer())
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a chat. Raises `InputError` for content that is not text."""
+        return chat_response(self._call(to_chat(messages), kwargs).answer())
+
+    @ends_with_its_reader
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """`complete` piece by piece; the last item has no delta but `raw`."""
+        call = self._call(self._user(prompt, formatted), kwargs)
+        return (completion_part(p) for p in call.parts())
+
+    @ends_with_its_reader
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """`chat` piece by piece; the last item has no delta but `raw`."""
+        call = self._call(to_chat(messages), kwargs)
+        return (chat_part(p) for p in call.parts())
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """`complete` in another thread."""
+        return completion_response(await self._call(self._user(prompt, formatted), kwargs).aanswer())
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """`chat` in another thread."""
+        return chat_response(await self._call(to_chat(messages), kwargs).aanswer())
+
+    @aends_with_its_reader
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        """`stream_complete` in another thread."""
+        call = self._call(self._user(prompt, formatted), kwargs)
+        return (completion_part(p) async for p in call.aparts())
+
+    @aends_with_its_reader
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """`stream_chat` in another thread."""
+        call = self._call(to_chat(messages), kwargs)
+        return (chat_part(p) async for p in call.aparts())
+
+    def _load(self) -> DnD:
+        return DnD.load(
+            self.base, self.generator, encoder=self.encoder, home=self.home, device=self.device, dtype=self.dtype
+        )
+
+    def _defaults(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*SAMPLING, "adapter")}
+
+    def _user(self, prompt: str, formatted: bool) -> Chat:
+        assert self.completion_to_prompt is not None  # LlamaIndex puts the identity there
+        return user_message(prompt if formatted else self.completion_to_prompt(prompt))
+
+    def _call(self, chat: Chat, given: dict[str, Any]) -> Call:
+        adapter, sampling = call_options(self._defaults(), given)
+
+        def start(end: threading.Event) -> CompletionStream:
+            return self.dnd.stream(chat, self._choose(chat, adapter), cancel=end, **sampling)
+
+        return Call(start)
+
+    def _choose(self, chat: Chat, adapter: AdapterChoice) -> AdapterChoice:
+        if adapter != AUTO:
+            return adapter
+        text = last_user_text(chat)
+        if not text.strip():  # nothing to route by
+            return None
+        return self._observed(text) if self.observe else AUTO
+
+    def _observed(self, text: str) -> Adapter | None:
+        """The adapter of the request's task. It may be made here, in the thread that answers this request alone."""
+        try:
+            adapter = self.dnd.observe(text).adapter
+            if adapter is not None:
+                self.dnd.make_resident(adapter)
+        except Exception as error:  # whatever goes wrong with adapting, the request is to be answered
+            log.warning("adapting failed, the base answers: %s", error, exc_info=True)
+            return None
+        return adapter

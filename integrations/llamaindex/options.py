@@ -1,0 +1,55 @@
+"""Options of a constructor or of one call: known names only, one name each, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from dnd_sdk.config import SamplingOptions
+from dnd_sdk.errors import ConfigError
+from dnd_sdk.session.session import AdapterChoice
+
+SAMPLING = tuple(f.name for f in fields(SamplingOptions))
+ALIASES = {"max_tokens": "max_new_tokens"}
+CALL_OPTIONS = (*SAMPLING, *ALIASES, "adapter")
+"""What one call may set."""
+
+
+def check_known(given: Iterable[str], known: Collection[str], owner: str) -> None:
+    """Raise `ConfigError` for a name that `owner` does not have; the fix is the nearest one."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{owner} has no option {name!r}; it has {', '.join(sorted(known))}",
+                fix=f"use {near[0]}" if near else "leave it out",
+            )
+
+
+def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by their own names. Raises `ConfigError` when one is given under two names."""
+    twice = [(other, name) for other, name in ALIASES.items() if other in given and name in given]
+    if twice:
+        raise ConfigError(f"{twice[0][0]} and {twice[0][1]} are the same option", fix=f"use {twice[0][1]} alone")
+    return {ALIASES.get(name, name): value for name, value in given.items()}
+
+
+def call_options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[AdapterChoice, dict[str, Any]]:
+    """The adapter and the sampling of one call: what is given wins over `defaults`.
+
+    None counts as not given, except for `adapter`, where it is the base. Raises `ConfigError`.
+    """
+    check_known(given, CALL_OPTIONS, "a call of DnDLLM")
+    own = {k: v for k, v in renamed(given).items() if v is not None or k == "adapter"}
+    merged = {**defaults, **own}
+    return merged["adapter"], asdict(_sampling({k: merged[k] for k in SAMPLING}))
+
+
+def _sampling(values: dict[str, Any]) -> SamplingOptions:
+    stop = values["stop"]
+    try:
+        return SamplingOptions(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    except TypeError as e:
+        raise ConfigError(f"a sampling option has the wrong type: {e}") from e
