@@ -55,7 +55,7 @@ def complaint(line: str) -> str | None:
 
 
 def test_there_is_something_to_check() -> None:
-    assert len(blocks("python")) == 2 and len(commands()) >= 12
+    assert len(blocks("python")) == 3 and len(commands()) >= 12
 
 
 @pytest.mark.parametrize("line", commands())
@@ -95,6 +95,13 @@ def test_python_blocks_use_what_exists(source: str) -> None:
 
 def test_the_library_example_has_six_lines() -> None:
     assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) == 6
+
+
+def test_the_llamaindex_lines_are_the_three_added_ones_of_the_example() -> None:
+    [block] = [b for b in blocks("python") if "llamaindex" in b]
+    example = (ROOT / "examples" / "three_lines.py").read_text("utf-8")
+    added = [line.removesuffix("  # +").strip() for line in example.splitlines() if line.endswith("  # +")]
+    assert [line.split("  # ")[0] for line in block.splitlines() if line.strip()] == added and len(added) == 3
 
 
 @pytest.mark.real
