@@ -47,6 +47,8 @@ class Adapter:
     """Name of the encoder that made the exemplars; None without exemplars."""
     scores: dict[str, float] = field(default_factory=dict, hash=False)
     encoder_fingerprint: str | None = None
+    refined: str | None = None
+    """When its exemplars were last replaced, ISO 8601, UTC; None: never."""
 
 
 @dataclass(frozen=True)
@@ -161,5 +163,6 @@ _FIELDS = {
     "generator": _is_text_or_none,
     "encoder": _is_text_or_none,
     "encoder_fingerprint": _is_text_or_none,
+    "refined": lambda value: value is None or _is_time(value),
     "scores": _is_scores,
 }

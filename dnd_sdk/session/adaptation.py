@@ -21,6 +21,7 @@ from dnd_sdk.adapters.adapter import check_name
 from dnd_sdk.errors import BankFullError, ConfigError, GeneratorError, StorageError
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash
 from dnd_sdk.routing import RouteDecision, choose_exemplars
+from dnd_sdk.session.logged import log_decision
 from dnd_sdk.session.results import AdaptResult, Mode, Stopwatch
 from dnd_sdk.session.vetting import Limits, complaint
 
@@ -51,6 +52,7 @@ class Adaptation:
         kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
         with self._one_at_a_time:
             route, notes = self._route(kept, mode, name, watch)
+        log_decision(self._dnd, "adapt", kept.prompts, route, rule="set", mode=mode)
         return AdaptResult(
             adapter=route.adapter,
             decision=route.decision,
@@ -93,7 +95,7 @@ class Adaptation:
         reason = f"there is no generator for {self._dnd.base.name}; {route.reason}"
         if mode == "generate":
             raise GeneratorError(reason, fix="pass a generator made for this base")
-        return replace(route, decision="base", reason=reason)
+        return replace(route, decision="base", reason=reason, by="no generator")
 
     def _reuse(self, route: RouteDecision, watch: Stopwatch) -> RouteDecision:
         assert route.adapter is not None
@@ -118,7 +120,7 @@ class Adaptation:
         with watch.step("validate"):
             problem = complaint(flat, self._mean, dnd.base, dnd.layout, kept.prompts, self._limits)
         if problem is not None:
-            return replace(route, decision="base", adapter=None, reason=problem)
+            return replace(route, decision="base", adapter=None, reason=problem, by="vetting")
         with self._no_other_process():
             faster = dnd.router.exact(digest) if mode == "auto" else None
             if faster is not None:  # another process made it while this one waited
