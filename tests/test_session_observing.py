@@ -198,6 +198,12 @@ def test_a_decision_for_the_base_is_final(world: World, monkeypatch: pytest.Monk
     assert observed(dnd, ["QUESTION 77 ABOUT THE ORDER"]) == [(0, None, False)]
 
 
+def test_a_prompt_with_half_a_character_blocks_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    dnd = small(world, monkeypatch)
+    found = observed(dnd, ["QUESTION \ud800 ABOUT THE ORDER", *prompts_of("upper", 7)])
+    assert found[-1][2] and found[-1][1] is not None
+
+
 def test_threads_make_one_adapter_per_task(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     dnd = small(world, monkeypatch)
     with ThreadPoolExecutor(4) as pool:
@@ -209,7 +215,7 @@ def test_every_decision_is_logged_without_a_prompt(world: World, monkeypatch: py
     dnd = small(world, monkeypatch)
     prompts = shuffled(12)
     observed(dnd, prompts)
-    dnd.complete("the cat \ud800 sat on it", adapter="auto", max_new_tokens=1)
+    dnd.complete("the cat sat on it", adapter="auto", max_new_tokens=1)
     found, n_bad = read_decisions(world.home.logs)
     assert n_bad == 0 and Counter(d.kind for d in found) == {"observe": len(prompts), "adapt": 3, "auto": 1}
     assert {d.decision for d in found if d.kind == "adapt"} == {"generate"}
