@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from routing_parts import WIDTH, task_vectors
+from routing_parts import task_vectors
 from safetensors.torch import save_file
 
 import dnd_sdk.stream_state as stream_state
@@ -91,7 +91,7 @@ def tensors(folder: Path) -> Path:
     [
         lambda d: tensors(d).unlink(),
         lambda d: tensors(d).write_bytes(b"torn"),
-        lambda d: save_file({"sums": torch.ones(1, WIDTH), "vectors": torch.ones(1, WIDTH)}, tensors(d)),
+        lambda d: save_file({"sums": task_vectors(1, 1), "vectors": task_vectors(1, 1)}, tensors(d)),
         lambda d: (d / STATE_FILE).write_text("{"),
         lambda d: (d / STATE_FILE).write_text("[]"),
         lambda d: rewrite(d, clusters=[]),
