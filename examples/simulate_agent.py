@@ -61,7 +61,7 @@ class Seen(NamedTuple):
     jobs: list[str]
 
 
-class ReadAhead:
+class ReadAhead(Encoder):
     """An encoder that has the embeddings of known prompts ready; anything else goes to the real one."""
 
     def __init__(self, encoder: Encoder, prompts: Sequence[str]) -> None:
@@ -76,10 +76,10 @@ class ReadAhead:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
-    def encode(self, prompts: Sequence[str], **how: Any) -> Encoded:
+    def encode(self, prompts: Sequence[str], *, state_tokens: int = 64, with_states: bool = True) -> Encoded:
         """As `Encoder.encode`."""
-        if how.get("with_states", True) or any(p not in self._known for p in prompts):
-            return self._encoder.encode(prompts, **how)
+        if with_states or any(p not in self._known for p in prompts):
+            return self._encoder.encode(prompts, state_tokens=state_tokens, with_states=with_states)
         return Encoded(None, torch.stack([self._known[p] for p in prompts]), 0)
 
 
