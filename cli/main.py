@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from dnd_sdk import __version__
-from dnd_sdk.cli import adapt, adapters, config, doctor, evaluate, models, plot, run, train
+from dnd_sdk.cli import adapt, adapters, config, doctor, evaluate, logs, models, plot, run, train
 from dnd_sdk.cli.options import command
 from dnd_sdk.cli.output import error_exit
 
@@ -96,6 +96,7 @@ app.command("route", epilog=_examples(
     'dnd route "My card was charged twice" --explain',
     "cat prompts.txt | dnd route - --json",
 ))(command(run.route))  # fmt: skip
+app.command("logs", epilog=_examples("dnd logs --since 2h", "dnd logs --replay --json"))(command(logs.logs))
 
 adapters_app = _group("List, inspect, move and check stored adapters.")
 adapters_app.command("ls", epilog=_examples("dnd adapters ls", "dnd adapters ls -q"))(command(adapters.ls))

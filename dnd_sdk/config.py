@@ -36,6 +36,16 @@ class Home:
         return self.root / "index"
 
     @property
+    def logs(self) -> Path:
+        """What was decided, for people and for `dnd logs --replay`."""
+        return self.root / "logs"
+
+    @property
+    def streams(self) -> Path:
+        """What `observe` has seen, one folder per base and encoder; holds prompts."""
+        return self.root / "streams"
+
+    @property
     def models(self) -> Path:
         """Embedded default weights, fetched and converted once."""
         return self.root / "models"

@@ -105,6 +105,7 @@ def test_the_folder_names_the_adapter(tmp_path: Path) -> None:
         ({"created": "2026-01-01T00:00:00"}, "created is"),
         ({"base_fingerprint": ""}, "base_fingerprint is"),
         ({"layout_digest": 3}, "layout_digest is"),
+        ({"refined": "yesterday"}, "refined is"),
         ({"n_prompts": -1}, "n_prompts is"),
         ({"n_prompts": True}, "n_prompts is"),
         ({"generator": ["x"]}, "generator is"),

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -188,6 +189,48 @@ def test_version_follows_every_change_of_other_stores(home: Home, store: Adapter
     changes(lambda: other.rm("one"))
     changes(lambda: (other.rm("two"), store_one(other, name="two")))
     changes(lambda: os.rename(store.root / "two", store.root / "three"))
+
+
+def test_exemplars_are_replaced_and_nothing_else(home: Home, store: AdapterStore) -> None:
+    fields = {"encoder": "enc", "encoder_fingerprint": "f", "prompt_hash": "p", "n_prompts": 3}
+    adapter = store_one(store, name="one", exemplars=exemplars(), **fields)
+    other = AdapterStore(home)
+    assert other.ls() == [adapter]
+    before = other.version()
+    refined = store.set_exemplars(adapter, exemplars(6))
+    assert other.version() != before and other.ls() == [refined] == [store.get("one")]
+    assert refined.refined is not None and replace(refined, refined=None) == adapter
+    assert torch.equal(other.exemplars(refined), exemplars(6)) and store.verify() == []
+    assert torch.equal(other.load(refined, TINY, base_fingerprint=BASE), random_flat(TINY))
+    again = store.version()
+    assert store.set_exemplars(adapter, exemplars(4)).refined != refined.refined and store.version() != again
+    assert not [p for p in adapter.path.iterdir() if p.name.startswith(".")]
+
+
+def test_exemplars_of_what_is_gone_or_unusable(store: AdapterStore) -> None:
+    adapter = store_one(store, name="one", exemplars=exemplars())
+    with pytest.raises(InputError, match="must have shape"):
+        store.set_exemplars(adapter, torch.ones(3))
+    assert torch.equal(store.exemplars(store.get("one")), exemplars())
+    store.rm("one")
+    with pytest.raises(AdapterNotFoundError):
+        store.set_exemplars(adapter, exemplars())
+    assert list(store.root.iterdir()) == []
+    store_one(store, random_flat(TINY, seed=1), name="one")
+    with pytest.raises(AdapterNotFoundError, match="was replaced"):
+        store.set_exemplars(adapter, exemplars())
+
+
+def test_a_folder_removed_while_its_exemplars_are_replaced_stays_removed(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = store_one(store, name="one", exemplars=exemplars())
+    real = store.get
+    monkeypatch.setattr(store, "get", lambda name: (real(name), store.rm(name))[0])
+    monkeypatch.setattr("dnd_sdk.adapters.store.read_layout", lambda folder: TINY)
+    with pytest.raises(AdapterNotFoundError):
+        store.set_exemplars(adapter, exemplars())
+    assert list(store.root.iterdir()) == []
 
 
 def test_version_differs_even_within_one_tick_of_the_clock(store: AdapterStore) -> None:

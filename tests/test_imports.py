@@ -18,10 +18,23 @@ HEAVY = ("torch", "transformers", "peft", "faiss", "sentence_transformers", "lla
 
 ROWS = {
     **dict.fromkeys(("errors", "protocols"), 0),
-    **dict.fromkeys(("config", "embedded", "lora_layout", "models", "prompts", "roles", "tasks", "wheel_fetch"), 1),
+    **dict.fromkeys(
+        (
+            "config",
+            "decision_log",
+            "embedded",
+            "lora_layout",
+            "models",
+            "prompts",
+            "roles",
+            "tasks",
+            "wheel_fetch",
+        ),
+        1,
+    ),
     **dict.fromkeys(("adapters", "encoder", "hyperconv", "lora_linear", "settings", "weight_tokenizer"), 2),
     **dict.fromkeys(("environment", "generator", "generator_card", "routing"), 3),
-    **dict.fromkeys(("engine", "observe", "training"), 4),
+    **dict.fromkeys(("engine", "observe", "stream_state", "training"), 4),
     **dict.fromkeys(("bench", "doctor", "evaluation", "session"), 5),
     **dict.fromkeys(("cli", "integrations"), 6),
 }
@@ -33,6 +46,7 @@ SIDEWAYS = {
     ("models", "config"),
     ("models", "embedded"),
     ("models", "wheel_fetch"),
+    ("stream_state", "observe"),
     ("bench", "session"),
     ("doctor", "session"),
     ("evaluation", "session"),

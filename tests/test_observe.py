@@ -2,48 +2,82 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from routing_parts import WIDTH, task_vectors
-from safetensors.torch import save_file
 
-from dnd_sdk.errors import AdapterNotFoundError, ConfigError, InputError, StorageError
-from dnd_sdk.observe import STATE_FILE, SUMS_FILE, PromptStream, StreamSettings
+from dnd_sdk.errors import AdapterNotFoundError, ConfigError, InputError
+from dnd_sdk.observe import MAX_KEPT_CHARS, Choice, PromptStream, StreamSettings
 
 SMALL = StreamSettings(min_prompts=10, max_prompts=16)
 
 
-def mixed(n_tasks: int = 5, size: int = 30, *, spread: float = 0.7) -> list[tuple[str, torch.Tensor]]:
-    """A shuffled stream of (prompt "task number", vector)."""
+def mixed(n_tasks: int = 5, size: int = 30, *, spread: float = 0.7, seed: int = 0) -> list[tuple[str, torch.Tensor]]:
+    """A stream of (prompt "task number", vector), shuffled by the seed."""
     pairs = [
         (f"{t} {i}", v) for t in range(n_tasks) for i, v in enumerate(task_vectors(t, size, spread=spread, width=256))
     ]
-    random.Random(0).shuffle(pairs)
+    random.Random(seed).shuffle(pairs)
     return pairs
 
 
-def test_a_shuffled_mix_is_sorted_into_its_tasks() -> None:
-    stream, ready = PromptStream(SMALL), []
-    for prompt, v in mixed():
-        seen = stream.add(prompt, v)
-        if seen.ready:
-            assert seen.size >= 10
-            ready.append(Counter(p.split()[0] for p in stream.prompts(seen.cluster_id)))
-    assert sorted(task for counts in ready for task in counts) == ["0", "1", "2", "3", "4"]  # pure, each once
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mix_in_any_order_is_sorted_into_its_tasks(seed: int) -> None:
+    stream = PromptStream(SMALL)
+    for prompt, v in mixed(seed=seed):
+        stream.add(prompt, v)
+    kept = [Counter(p.split()[0] for p in stream.prompts(c)) for c in stream.sizes()]
+    assert sorted(task for counts in kept for task in counts) == ["0", "1", "2", "3", "4"]  # pure, each once
     assert sorted(stream.sizes().values()) == [30] * 5
 
 
-def test_ready_comes_once_and_at_the_size_asked_for() -> None:
+def test_each_task_keeps_its_cluster_from_first_to_last() -> None:
+    stream, clusters = PromptStream(SMALL), {}
+    for prompt, v in mixed(spread=0.4):
+        clusters.setdefault(prompt.split()[0], set()).add(stream.add(prompt, v).cluster_id)
+    assert {len(ids) for ids in clusters.values()} == {1}
+
+
+def test_a_choice_is_told_with_every_later_prompt() -> None:
+    stream, vectors = PromptStream(SMALL), task_vectors(0, 6, spread=0.2)
+    seen = [stream.add("p", v) for v in vectors[:4]]
+    assert [(s.size, s.choice) for s in seen] == [(n, None) for n in range(1, 5)]
+    stream.choose(seen[0].cluster_id, Choice("generate", "id"))
+    later = [stream.add("p", v) for v in vectors[4:]]
+    assert [(s.choice, s.chosen_at) for s in later] == [(Choice("generate", "id"), 4)] * 2
+    stream.choose(99, Choice("base", None))  # gone: passed over
+    assert stream.choice(seen[0].cluster_id) == Choice("generate", "id")
+
+
+def test_kept_prompts_have_their_own_embeddings_and_long_ones_are_cut() -> None:
     stream = PromptStream(SMALL)
-    seen = [stream.add("p", v) for v in task_vectors(0, 40, spread=0.2)]
-    assert [s.size for s in seen] == list(range(1, 41))
-    assert [s.size for s in seen if s.ready] == [10]
+    vectors = dict(mixed(1, 100))
+    for prompt, v in vectors.items():
+        stream.add(prompt, v)
+    for cluster in stream.sizes():
+        prompts = stream.prompts(cluster)
+        assert len(prompts) <= 16
+        assert torch.equal(stream.vectors(cluster), torch.stack([vectors[p] for p in prompts]))
+    seen = stream.add("a" * MAX_KEPT_CHARS + "b" * MAX_KEPT_CHARS, task_vectors(7, 1, width=256))
+    half = MAX_KEPT_CHARS // 2
+    assert stream.prompts(seen.cluster_id) == ["a" * half + "b" * half]
+
+
+def test_kept_prompts_are_a_fair_sample() -> None:
+    """Every prompt is as likely to be kept: of 4 kept of 40, the mean position is about the middle."""
+    places = []
+    for start in range(100):
+        stream = PromptStream(StreamSettings(min_prompts=4, max_prompts=4))
+        stream.seen = 1000 * start
+        v = task_vectors(0, 1)[0]
+        for i in range(40):
+            stream.add(str(i), v)
+        places += [int(p) for p in stream.prompts(0)]
+    assert 17.5 < sum(places) / len(places) < 21.5  # 19.5, standard error 0.6
 
 
 def split_then_bridged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -66,9 +100,9 @@ def test_clusters_that_grow_alike_merge() -> None:
     assert len({s.cluster_id for s in first}) == 2
     seen = [stream.add("y", v) for v in between]
     assert list(stream.sizes().values()) == [60]
-    assert stream._sums is not None
-    assert torch.allclose(stream._sums[0], torch.stack(apart + between).sum(dim=0), atol=1e-4)
-    assert sum(s.ready for s in first + seen) == 1
+    assert stream.sums is not None
+    assert torch.allclose(stream.sums[0], torch.stack(apart + between).sum(dim=0), atol=1e-4)
+    assert len({s.cluster_id for s in seen}) <= 2
     survivor = next(iter(stream.sizes()))
     assert len(stream.prompts(survivor)) == 60
     with pytest.raises(AdapterNotFoundError, match="no cluster"):
@@ -86,7 +120,37 @@ def test_memory_is_bounded() -> None:
         stream.add("new", task_vectors(t, 1)[0])
     stream.add("again", task_vectors(0, 1, seed=1, spread=0.2)[0])  # 0 is the latest used, 1 the longest unused
     stream.add("new", task_vectors(3, 1)[0])
-    assert set(stream.sizes()) == {0, 2, 3} and stream._sums is not None and len(stream._sums) == 3
+    assert set(stream.sizes()) == {0, 2, 3} and stream.sums is not None and len(stream.sums) == 3
+
+
+def test_ever_different_prompts_do_not_grow_it() -> None:
+    stream = PromptStream(StreamSettings(min_prompts=4, max_prompts=4, max_clusters=8))
+    vectors = torch.nn.functional.normalize(torch.randn(2000, WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
+    for i, v in enumerate(vectors):
+        stream.add(f"prompt {i}", v)
+        assert len(stream.clusters) <= 8 and stream.sums is not None and len(stream.sums) == len(stream.clusters)
+    assert stream.next_id > 100, "the test should have dropped many"
+    kept = [v for c in stream.clusters for v in c.vectors]
+    assert len(kept) <= 32 and all(v.untyped_storage().nbytes() == 4 * WIDTH for v in kept)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "kept"),
+    [
+        (None, Choice("reuse", "r"), Choice("reuse", "r")),
+        (Choice("generate", "l"), None, Choice("generate", "l")),
+        (Choice("reuse", "l", final=False), Choice("base", None), Choice("base", None)),
+    ],
+)
+def test_a_merge_keeps_the_choice_that_counts_most(left: Choice | None, right: Choice | None, kept: Choice) -> None:
+    apart, between = split_then_bridged()
+    stream = PromptStream(StreamSettings(min_prompts=30, join=0.9, merge=0.8, merge_size=8))
+    ids = [stream.add("x", v).cluster_id for v in apart]
+    stream.choose(ids[0], left)
+    stream.choose(ids[-1], right)
+    for v in between:
+        last = stream.add("y", v)
+    assert last.choice == kept and len(stream.sizes()) == 1
 
 
 def test_a_merge_keeps_its_bound_and_both_sides() -> None:
@@ -106,9 +170,9 @@ def test_sums_are_the_sums() -> None:
     stream = PromptStream(SMALL)
     for prompt, v in mixed():
         stream.add(prompt, v)
-    assert stream._sums is not None
+    assert stream.sums is not None
     whole = torch.stack([v for _, v in mixed()]).sum(dim=0)
-    assert torch.allclose(stream._sums.sum(dim=0), whole, atol=1e-4)
+    assert torch.allclose(stream.sums.sum(dim=0), whole, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -137,62 +201,6 @@ def test_settings_that_contradict_each_other() -> None:
         StreamSettings(max_clusters=0)
 
 
-def test_saved_stream_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
-    whole, half = PromptStream(SMALL, encoder="e"), PromptStream(SMALL, encoder="e")
-    pairs = mixed(3, 12)  # fewer prompts than are kept, so no draw of the reservoir differs
-    expected = [whole.add(*pair) for pair in pairs]
-    found = [half.add(*pair) for pair in pairs[:15]]
-    half.save(tmp_path)
-    again = PromptStream.load(tmp_path, SMALL, encoder="e")
-    assert again is not None
-    assert found + [again.add(*pair) for pair in pairs[15:]] == expected
-    assert all(again.prompts(i) == whole.prompts(i) for i in whole.sizes())
-
-
-def test_an_empty_stream_is_saved_too(tmp_path: Path) -> None:
-    PromptStream().save(tmp_path)
-    again = PromptStream.load(tmp_path)
-    assert again is not None and again.sizes() == {}
-
-
-def rewrite(folder: Path, **changes: object) -> None:
-    path = folder / STATE_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda d: (d / STATE_FILE).unlink(),
-        lambda d: (d / SUMS_FILE).unlink(),
-        lambda d: (d / SUMS_FILE).write_bytes(b"torn"),
-        lambda d: save_file({"sums": torch.ones(1, WIDTH)}, d / SUMS_FILE),
-        lambda d: (d / STATE_FILE).write_text("{"),
-        lambda d: (d / STATE_FILE).write_text("[]"),
-        lambda d: rewrite(d, clusters=[]),
-        lambda d: rewrite(d, clusters=[{"name": 1}]),
-        lambda d: rewrite(d, clusters=[{"id": 0, "n": 1, "prompts": [7]}]),
-        lambda d: rewrite(d, clusters=[{"id": "0", "n": 1, "prompts": ["a"]}]),
-        lambda d: rewrite(d, clusters=[{"id": 0, "n": 0, "prompts": []}]),
-        lambda d: rewrite(d, encoder="other"),
-        lambda d: rewrite(d, format_version=9),
-        lambda d: rewrite(d, next_id=None),
-    ],
-)
-def test_a_damaged_stream_starts_afresh(tmp_path: Path, harm) -> None:  # type: ignore[no-untyped-def]
-    stream = PromptStream()
-    stream.add("a", task_vectors(0, 1))
-    stream.save(tmp_path)
-    harm(tmp_path)
-    assert PromptStream.load(tmp_path) is None
-
-
-def test_an_unwritable_folder_is_said(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot write"):
-        PromptStream().save(tmp_path / "file" / "state")
-
-
 def test_threads_lose_nothing() -> None:
     stream, seen = PromptStream(SMALL), []
 
@@ -205,4 +213,4 @@ def test_threads_lose_nothing() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(stream.sizes().values()) == [40] * 4 and sum(s.ready for s in seen) == 4
+    assert sorted(stream.sizes().values()) == [40] * 4 and len(seen) == 160

@@ -254,6 +254,16 @@ def test_sync_reads_an_adapter_again_that_was_stored_anew() -> None:
     assert index.score(task_vectors(1, seed=1))[0].score > 0.9
 
 
+def test_sync_reads_an_adapter_again_whose_exemplars_were_refined() -> None:
+    store, index = FakeStore(), AdapterIndex(KEY)
+    for t in (0, 1):
+        store.put(adapter(f"t{t}"), task_vectors(t, 4))
+    index.sync(store)
+    store.put(adapter("t0", refined="2026-02-01T00:00:00+00:00"), task_vectors(5, 6))
+    assert index.sync(store) and set(index.adapter_ids) == {"id-t0", "id-t1"}
+    assert index.score(task_vectors(5, 8, seed=3))[0].adapter_id == "id-t0"
+
+
 def test_one_bad_adapter_does_not_stop_the_sync(caplog: pytest.LogCaptureFixture) -> None:
     class Damaged(FakeStore):
         def exemplars(self, a):  # type: ignore[no-untyped-def]

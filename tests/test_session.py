@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from dnd_sdk.errors import (
     LayoutMismatchError,
     StorageError,
 )
-from dnd_sdk.observe import PromptStream, StreamSettings
 from dnd_sdk.session import DnD, Limits
 from dnd_sdk.session.results import STEPS
 from dnd_sdk.session.vetting import complaint, probe_kl
@@ -415,56 +413,3 @@ def test_a_store_shared_by_two_sessions_stays_in_step(world: World) -> None:
     AdapterStore(world.home).rm("shared")
     assert two.route(prompts_of("upper")).decision == "generate"
     assert two.adapt(prompts_of("upper")).decision == "generate"
-
-
-def tell_apart(dnd: DnD, monkeypatch: pytest.MonkeyPatch) -> DnD:
-    """Give the tasks of `prompts_of` embeddings that a random encoder cannot: near within, orthogonal between."""
-    real = dnd.encoder.encode
-
-    def encode(prompts: Any, **how: Any) -> Any:
-        own = torch.tensor([[len(p) % 7 / 50.0, p[0].isupper(), p[0].isdigit(), p[0].islower()] for p in prompts])
-        wide = torch.nn.functional.pad(own.float(), (0, dnd.encoder.width - 4))
-        return replace(real(prompts, **how), pooled=torch.nn.functional.normalize(wide, dim=1))
-
-    monkeypatch.setattr(dnd.encoder, "encode", encode)
-    return dnd
-
-
-def test_a_mixed_stream_is_sorted_into_tasks_and_each_adapted_once(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dnd = tell_apart(world.session(stream=PromptStream(StreamSettings(min_prompts=8))), monkeypatch)
-    mixed = [p for three in zip(*(prompts_of(t, 12) for t in ("upper", "digits", "lower")), strict=True) for p in three]
-    results = [dnd.observe(p) for p in mixed]
-    adapted = [r.adapted for r in results if r.adapted is not None]
-    assert [(a.decision, a.n_prompts) for a in adapted] == [("generate", 8)] * 3
-    assert len(dnd.store.ls()) == 3
-    assert all(r.adapter is None for r in results[:21]) and all(r.adapter is not None for r in results[21:])
-    assert [r.adapter for r in results[-3:]] == [a.adapter for a in adapted]
-    assert len({r.cluster for r in results}) == len({r.adapter.name for r in results if r.adapter}) == 3
-    assert dnd.complete(mixed[-1], adapter=results[-1].adapter, max_new_tokens=3).adapter == adapted[-1].adapter.name
-
-
-def test_an_adaptation_that_fails_is_tried_again_with_the_next_prompt(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dnd = tell_apart(world.session(stream=PromptStream(StreamSettings(min_prompts=4))), monkeypatch)
-    prompts = prompts_of("upper")
-    for p in prompts[:3]:
-        assert dnd.observe(p).adapter is None
-    with monkeypatch.context() as patched:
-        patched.setattr(dnd.store, "put", Interrupt(None, StorageError("disk full"), after=False))
-        with pytest.raises(StorageError, match="disk full"):
-            dnd.observe(prompts[3])
-    again = dnd.observe(prompts[4])
-    assert again.adapted is not None and again.adapted.n_prompts == 5
-    assert again.adapter == again.adapted.adapter is not None
-    assert dnd.observe(prompts[5]).adapted is None
-
-
-def test_observed_prompts_use_adapters_that_exist_already(world: World) -> None:
-    made = world.session().adapt(prompts_of("lower")).adapter
-    dnd = world.session(reuse=0.98)
-    assert dnd.observe("the cat 7 sat on it").adapter == made
-    with pytest.raises(InputError, match="blank"):
-        dnd.observe("  ")

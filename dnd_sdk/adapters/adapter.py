@@ -56,6 +56,8 @@ class Adapter:
     """Of a merged one: the ids it was merged from and their weights."""
     role: str | None = None
     """The role prompt it was made under, which also is its system message; None: none."""
+    refined: str | None = None
+    """When its exemplars were last replaced, ISO 8601, UTC; None: never."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ _FIELDS = {
     "generator": _is_text_or_none,
     "encoder": _is_text_or_none,
     "encoder_fingerprint": _is_text_or_none,
+    "refined": lambda value: value is None or _is_time(value),
     "scores": _is_scores,
     "origin": lambda value: value is None or value in ORIGINS,
     "parents": _is_parents,

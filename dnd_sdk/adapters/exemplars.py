@@ -29,8 +29,14 @@ def check_exemplars(exemplars: Tensor) -> Tensor:
 
 def write_exemplars(folder: Path, exemplars: Tensor, encoder: str | None, fingerprint: str | None) -> None:
     """Write checked exemplars with the encoder that made them."""
+    (folder / EXEMPLARS).write_bytes(exemplars_bytes(exemplars, encoder, fingerprint))
+
+
+def exemplars_bytes(exemplars: Tensor, encoder: str | None, fingerprint: str | None) -> bytes:
+    """The content of the file."""
     metadata = {"format": "pt", "encoder": encoder or "", "encoder_fingerprint": fingerprint or ""}
-    (folder / EXEMPLARS).write_bytes(save({"exemplars": exemplars}, metadata))
+    data: bytes = save({"exemplars": exemplars}, metadata)
+    return data
 
 
 def read_exemplars(folder: Path) -> Tensor | None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,7 +51,7 @@ class AdapterFolders:
         return os.path.lexists(self.root / name)
 
     def version(self) -> str:
-        """A token that changes whenever any process adds, removes or renames a folder; costs one listing."""
+        """A token that changes whenever any process adds, removes, renames or alters a folder; costs one listing."""
         try:
             modified = self.root.stat().st_mtime_ns
             with os.scandir(self.root) as entries:
@@ -86,6 +86,22 @@ class AdapterFolders:
             self.root.mkdir(parents=True, exist_ok=True)
             self._sweep()
             return publish(self.root / name, fill)
+
+    def replace_files(self, name: str, files: Mapping[str, bytes]) -> bool:
+        """Replace files of a folder, each at once and in this order, and change the version; False if it is gone.
+
+        Raises `StorageError`; files before the one that failed are then new.
+        """
+        folder = self.root / name
+        with storage_errors("write", folder):
+            try:
+                for file, data in files.items():
+                    _replace(folder / file, data)
+            except FileNotFoundError:
+                return False
+            now = time.time_ns()  # finer than what the system stamps: no two changes share a tick
+            os.utime(self.root, ns=(now, now))
+        return True
 
     def remove(self, name: str) -> bool:
         """Remove a folder; False if another process was faster."""
@@ -125,6 +141,15 @@ def publish(target: Path, fill: Callable[[Path], None]) -> bool:
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return True
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temp = path.with_name(_temporary(_PUTTING))
+    try:
+        temp.write_bytes(data)
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

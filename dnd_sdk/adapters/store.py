@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from dnd_sdk.adapters.adapter import (
     default_name,
     is_name,
     manifest_text,
+    read_layout,
     read_manifest,
 )
 from dnd_sdk.adapters.card import CARD, card_text
 from dnd_sdk.adapters.checks import check_base, check_folder, check_hash
-from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, read_exemplars, write_exemplars
+from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, exemplars_bytes, read_exemplars, write_exemplars
 from dnd_sdk.adapters.folders import AdapterFolders, publish
 from dnd_sdk.adapters.foreign import find_adapter, other_base, read_foreign
 from dnd_sdk.adapters.peft_config import CONFIG, config_text, read_config
@@ -199,6 +201,26 @@ class AdapterStore:
             raise self._not_found(adapter.name)
         return found[0]
 
+    def set_exemplars(self, adapter: Adapter, exemplars: Tensor) -> Adapter:
+        """Replace an adapter's exemplars by others of the same encoder, `(k, C)`; its weights stay as they are.
+
+        Raises `InputError` for unusable exemplars, `AdapterNotFoundError` if it was removed or replaced meanwhile, or
+        `StorageError`.
+        """
+        checked = check_exemplars(exemplars)
+        stored = self.get(adapter.name)
+        if stored.id != adapter.id:
+            raise AdapterNotFoundError(f"adapter {adapter.name!r} was replaced", fix="get it again by its name")
+        refined = replace(stored, refined=datetime.now(UTC).isoformat(timespec="microseconds"))
+        # the manifest last: whoever reads the new one finds the new exemplars
+        files = {
+            EXEMPLARS: exemplars_bytes(checked, stored.encoder, stored.encoder_fingerprint),
+            MANIFEST: manifest_text(refined, read_layout(stored.path)).encode(),
+        }
+        if not self._folders.replace_files(adapter.name, files):
+            raise self._not_found(adapter.name)
+        return refined
+
     def ls(self) -> list[Adapter]:
         """Every sound adapter by name; damaged folders are skipped with a warning, once each."""
         return [adapter for name in self._folders.names() if (adapter := self._try_read(name)) is not None]
@@ -287,7 +309,7 @@ class AdapterStore:
         return out
 
     def version(self) -> str:
-        """A token that changes whenever any process adds, removes or renames an adapter; costs one folder listing."""
+        """A token that changes when any process adds, removes, renames or refines an adapter; costs one listing."""
         return self._folders.version()
 
     def _existing(self, adapter: Adapter) -> Adapter | None:

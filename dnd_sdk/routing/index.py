@@ -71,7 +71,7 @@ class _Entry:
 
     adapter_id: str
     stamp: str
-    """Changes when an adapter of the same weights was removed and stored again."""
+    """Changes when an adapter of the same weights was stored again or got other exemplars."""
     start: int
     count: int
 
@@ -171,9 +171,9 @@ class AdapterIndex:
         with self._write:
             known = {e.adapter_id: e.stamp for e in self._snapshot.entries}
             wanted = {a.id: a for a in reversed(store.ls()) if self._accepts(a)}
-            stale = {i for i, stamp in known.items() if i not in wanted or wanted[i].created != stamp}
+            stale = {i for i, stamp in known.items() if i not in wanted or _stamp(wanted[i]) != stamp}
             fresh = [a for i, a in wanted.items() if i not in known or i in stale]
-            loaded = {a.id: (a.created, v) for a in fresh if (v := self._exemplars(store, a)) is not None}
+            loaded = {a.id: (_stamp(a), v) for a in fresh if (v := self._exemplars(store, a)) is not None}
             self._snapshot = _changed(self._snapshot, add=loaded, remove=stale, version=version)
         return True
 
@@ -229,6 +229,10 @@ class AdapterIndex:
         except DndError as e:
             log.warning("adapter %r is left out of routing: %s", adapter.name, e.message)
             return None
+
+
+def _stamp(adapter: Adapter) -> str:
+    return adapter.created if adapter.refined is None else f"{adapter.created} {adapter.refined}"
 
 
 def _changed(

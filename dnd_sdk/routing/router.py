@@ -45,6 +45,8 @@ class RouteDecision:
     """One sentence for people."""
     support: float | None = None
     """How near the prompts are to the generator's training tasks; None if not asked or not known."""
+    by: str = "scores"
+    """What settled it: `"scores"`, `"exact"` (the same prompt set), `"asked"` (the mode), or what overruled them."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -57,6 +59,22 @@ class RouteDecision:
             "support": self.support,
             "reason": self.reason,
         }
+
+
+def verdict(
+    thresholds: Thresholds, rule: str, mode: str, score: float | None, support: float | None
+) -> Literal["reuse", "generate", "base"]:
+    """The whole rule: from the best score (None: no adapter to compare with) and the support (None: not known).
+
+    `rule` `"single"` is that of one prompt, which never generates; `"set"` is that of several.
+    """
+    if mode == "generate":
+        return "generate"
+    if score is not None and score >= (thresholds.reuse_single if rule == "single" else thresholds.reuse):
+        return "reuse"
+    if rule == "single" or mode == "reuse":
+        return "base"
+    return "base" if support is not None and support < thresholds.support else "generate"
 
 
 class Router:
@@ -97,11 +115,11 @@ class Router:
 
     def exact(self, prompt_hash: str, role: str | None = None) -> RouteDecision | None:
         """Reuse of the newest adapter made for exactly these prompts, None without one; needs no embeddings."""
-        same = [a for a in self._adapters() if (a.prompt_hash, a.role) == (prompt_hash, role)]
+        same = [a for a in self.adapters() if (a.prompt_hash, a.role) == (prompt_hash, role)]
         if not same:
             return None
         found = max(same, key=lambda a: (a.created, a.name))
-        return RouteDecision("reuse", 1.0, found, [(found.name, 1.0)], "exact prompt set")
+        return RouteDecision("reuse", 1.0, found, [(found.name, 1.0)], "exact prompt set", by="exact")
 
     def route(
         self, pooled: Tensor, *, prompt_hash: str | None = None, mode: RouteMode = "auto", role: str | None = None
@@ -123,34 +141,30 @@ class Router:
             return exact
         ranked = self.nearest(pooled, role)
         if mode == "generate":
-            return _decision("generate", ranked, "generation was asked for")
-        if ranked and ranked[0][1] >= self.thresholds.reuse:
-            return _reuse(ranked, self.thresholds.reuse)
-        why_not = _why_not(ranked, self.thresholds.reuse)
+            return _decision("generate", ranked, "generation was asked for", by="asked")
+        # also when an adapter is reused: other thresholds can then be tried on what was logged
+        support = None if self._support is None or mode == "reuse" else self._support.score(pooled)
+        decision = verdict(self.thresholds, "set", mode, ranked[0][1] if ranked else None, support)
+        if decision == "reuse":
+            return _reuse(ranked, self.thresholds.reuse, support)
+        reason = _why_not(ranked, self.thresholds.reuse)
         if mode == "reuse":
-            return _decision("base", ranked, f"{why_not}, and generating was ruled out")
-        return self._generate_or_base(pooled, ranked, why_not)
+            reason = f"{reason}, and generating was ruled out"
+        elif decision == "base":
+            limit = self.thresholds.support
+            reason = f"{reason}, and the prompts are unlike any training task: {support:.2f} is below {limit:.2f}"
+        return _decision(decision, ranked, reason, support)
 
     def route_one(self, pooled: Tensor, role: str | None = None) -> RouteDecision:
         """Decide for a single prompt `(1, C)`: reuse or base, by the stricter rule that one prompt calls for."""
         if len(pooled) != 1:
             raise ConfigError(f"route_one takes one prompt, got {len(pooled)}", fix="use route() for a set")
         ranked = self.nearest(pooled, role)
-        if ranked and ranked[0][1] >= self.thresholds.reuse_single:
+        if verdict(self.thresholds, "single", "auto", ranked[0][1] if ranked else None, None) == "reuse":
             return _reuse(ranked, self.thresholds.reuse_single)
         return _decision("base", ranked, _why_not(ranked, self.thresholds.reuse_single))
 
-    def _generate_or_base(self, pooled: Tensor, ranked: list[tuple[Adapter, float]], why_not: str) -> RouteDecision:
-        if self._support is None:
-            return _decision("generate", ranked, why_not)
-        near = self._support.score(pooled)
-        limit = self.thresholds.support
-        if near < limit:
-            reason = f"{why_not}, and the prompts are unlike any training task: {near:.2f} is below {limit:.2f}"
-            return _decision("base", ranked, reason, near)
-        return _decision("generate", ranked, why_not, near)
-
-    def _adapters(self) -> tuple[Adapter, ...]:
+    def adapters(self) -> tuple[Adapter, ...]:
         """Adapters that may be chosen, read again when the store has changed."""
         version = self._store.version()
         listed = self._listed
@@ -162,7 +176,7 @@ class Router:
     def nearest(self, pooled: Tensor, role: str | None = None) -> list[tuple[Adapter, float]]:
         """Adapters of this role near the prompt set `(n, C)` and their scores, best first."""
         index = self._current_index(pooled.shape[-1])
-        by_id = {a.id: a for a in self._adapters() if a.role == role}
+        by_id = {a.id: a for a in self.adapters() if a.role == role}
         return [(by_id[h.adapter_id], h.score) for h in index.score(pooled) if h.adapter_id in by_id]
 
     def _current_index(self, width: int) -> AdapterIndex:
@@ -184,19 +198,20 @@ class Router:
 
 
 def _decision(
-    decision: Literal["generate", "base"],
+    decision: Literal["reuse", "generate", "base"],
     ranked: list[tuple[Adapter, float]],
     reason: str,
     support: float | None = None,
+    by: str = "scores",
 ) -> RouteDecision:
     score = ranked[0][1] if ranked else None
-    return RouteDecision(decision, score, None, _neighbours(ranked), reason, support)
+    return RouteDecision(decision, score, None, _neighbours(ranked), reason, support, by)
 
 
-def _reuse(ranked: list[tuple[Adapter, float]], threshold: float) -> RouteDecision:
+def _reuse(ranked: list[tuple[Adapter, float]], threshold: float, support: float | None = None) -> RouteDecision:
     adapter, score = ranked[0]
     reason = f"{adapter.name} was made for such prompts: {score:.2f} reaches {threshold:.2f}"
-    return RouteDecision("reuse", score, adapter, _neighbours(ranked), reason)
+    return RouteDecision("reuse", score, adapter, _neighbours(ranked), reason, support)
 
 
 def _neighbours(ranked: list[tuple[Adapter, float]]) -> list[tuple[str, float]]:

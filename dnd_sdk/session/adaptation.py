@@ -22,6 +22,7 @@ from dnd_sdk.adapters.merge import merge
 from dnd_sdk.errors import BankFullError, ConfigError, GeneratorError, StorageError
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash
 from dnd_sdk.routing import RouteDecision, choose_exemplars
+from dnd_sdk.session.logged import log_decision
 from dnd_sdk.session.results import AdaptResult, Mode, Stopwatch
 from dnd_sdk.session.vetting import Limits, complaint
 
@@ -98,6 +99,7 @@ class Adaptation:
         kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
         with self._one_at_a_time:
             route, notes = self._route(Request(kept, mode, name, role, top_k), watch)
+        log_decision(self._dnd, "adapt", kept.prompts, route, rule="set", mode=mode)
         return AdaptResult(
             adapter=route.adapter,
             decision=route.decision,
@@ -141,7 +143,7 @@ class Adaptation:
         reason = f"there is no generator for {self._dnd.base.name}; {route.reason}"
         if mode == "generate":
             raise GeneratorError(reason, fix="pass a generator made for this base")
-        return replace(route, decision="base", reason=reason)
+        return replace(route, decision="base", reason=reason, by="no generator")
 
     def _reuse(self, route: RouteDecision, watch: Stopwatch) -> RouteDecision:
         assert route.adapter is not None
@@ -163,7 +165,8 @@ class Adaptation:
         with watch.step("route"):
             ranked = dnd.router.nearest(pooled, request.role_text)
         near = [(a, score) for a, score in ranked if a.source != "merged" and score > 0.0][: request.top_k]
-        route = RouteDecision("base", None, None, [(a.name, s) for a, s in near], "no stored adapter is near enough")
+        names = [(a.name, s) for a, s in near]
+        route = RouteDecision("base", None, None, names, "no stored adapter is near enough", by="asked")
         if not near:
             return route
         route = replace(route, score=near[0][1])
@@ -189,7 +192,7 @@ class Adaptation:
         with watch.step("validate"):
             problem = complaint(made.flat, made.usual, dnd.base, dnd.layout, request.prompts.prompts, self._limits)
         if problem is not None:
-            return replace(route, decision="base", adapter=None, reason=problem)
+            return replace(route, decision="base", adapter=None, reason=problem, by="vetting")
         with self._no_other_process():
             faster = dnd.router.exact(request.digest, request.role_text) if request.mode == "auto" else None
             if faster is not None:  # another process made it while this one waited

@@ -15,7 +15,7 @@ from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError
 from dnd_sdk.generator import Generator
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, Base, load_base, resolve
-from dnd_sdk.routing import Calibration, Router, Thresholds
+from dnd_sdk.routing import Calibration, Router, Support, Thresholds
 from dnd_sdk.routing.calibration import THRESHOLDS_FILE
 
 log = logging.getLogger(__name__)
@@ -91,18 +91,22 @@ def check_encoder(encoder: Encoder, generator: Generator | None) -> None:
         )
 
 
+def measured(folder: Path | None, encoder: str) -> tuple[Thresholds, Support | None]:
+    """What routing goes by with the generator in `folder` (None: no generator) and the encoder of that name."""
+    if folder is not None and (folder / THRESHOLDS_FILE).exists():
+        calibration = Calibration.load(folder)
+        return calibration.thresholds, calibration.support
+    if folder is None and encoder == DEFAULT_ENCODER and (DEFAULT_GENERATOR / THRESHOLDS_FILE).exists():
+        # reuse thresholds speak of the encoder alone
+        return Thresholds.load(DEFAULT_GENERATOR / THRESHOLDS_FILE), None
+    log.warning("no measured routing thresholds: adapters are reused for identical prompt sets only")
+    return EXACT_ONLY, None
+
+
 def _router(
     folder: Path | None, encoder: Encoder, base: Base, layout: LoraLayout, store: AdapterStore, home: Home
 ) -> Router:
-    thresholds, support = EXACT_ONLY, None
-    if folder is not None and (folder / THRESHOLDS_FILE).exists():
-        calibration = Calibration.load(folder)
-        thresholds, support = calibration.thresholds, calibration.support
-    elif folder is None and encoder.name == DEFAULT_ENCODER and (DEFAULT_GENERATOR / THRESHOLDS_FILE).exists():
-        # reuse thresholds speak of the encoder alone
-        thresholds = Thresholds.load(DEFAULT_GENERATOR / THRESHOLDS_FILE)
-    else:
-        log.warning("no measured routing thresholds: adapters are reused for identical prompt sets only")
+    thresholds, support = measured(folder, encoder.name)
     return Router(
         store,
         encoder.name,

@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from dnd_sdk.adapters import Adapter, AdapterStore
 from dnd_sdk.config import Home, SamplingOptions
+from dnd_sdk.decision_log import DecisionLog
 from dnd_sdk.encoder import Encoder
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import BankFullError, ConfigError, InputError
 from dnd_sdk.generator import Generator
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE, Base
-from dnd_sdk.observe import PromptStream
+from dnd_sdk.observe import PromptStream, StreamSettings
 from dnd_sdk.prompts import PromptSet, clean_prompts
 from dnd_sdk.roles import Role, as_role
 from dnd_sdk.routing import RouteDecision, Router, choose_exemplars
 from dnd_sdk.session.adaptation import Adaptation
 from dnd_sdk.session.loading import load_parts
+from dnd_sdk.session.logged import log_decision
 from dnd_sdk.session.observing import Observer
 from dnd_sdk.session.prompting import Prompt, last_user_text, with_role
 from dnd_sdk.session.results import AdaptResult, Completion, Mode, ObserveResult, completion
@@ -55,13 +57,14 @@ class DnD:
         engine: Engine,
         *,
         limits: Limits | None = None,
-        stream: PromptStream | None = None,
+        stream_settings: StreamSettings | None = None,
     ) -> None:
         """Put parts together that fit each other; `load` makes them. `generator` None: reuse or base only."""
         self.base, self.generator, self.encoder = base, generator, encoder
         self.store, self.router, self.engine = store, router, engine
         self._adaptation = Adaptation(self, limits or Limits())
-        self._observer = Observer(self, stream or PromptStream())
+        self.log = DecisionLog(self.home.logs)
+        self._observer = Observer(self, stream_settings)
 
     @classmethod
     def load(
@@ -100,6 +103,11 @@ class DnD:
     def home(self) -> Home:
         """Where this session keeps its adapters."""
         return Home(self.store.root.parent)
+
+    @property
+    def observed(self) -> PromptStream:
+        """The stream that `observe` has taken in, this session's and what was kept of earlier ones."""
+        return self._observer.stream
 
     @property
     def layout(self) -> LoraLayout:
@@ -199,7 +207,7 @@ class DnD:
         """Take in one prompt of a mixed stream and say which adapter answers it; adapts to tasks that have enough.
 
         The prompt that completes a task waits for its adaptation. Raises what `adapt` raises; the next prompt of that
-        task then tries again.
+        task then tries again. What was seen is kept in the home now and then, and by `close`.
         """
         return self._observer.observe(prompt)
 
@@ -237,7 +245,11 @@ class DnD:
         )
 
     def close(self) -> None:
-        """Evict every idle adapter. The models are freed with the last reference to this session."""
+        """Keep what was observed and evict every idle adapter.
+
+        The models are freed with the last reference to this session.
+        """
+        self._observer.save()
         for adapter_id in self.engine.resident():
             with suppress(BankFullError):  # a running request, or one that is just ending, still has it
                 self.engine.evict(adapter_id)
@@ -254,8 +266,10 @@ class DnD:
         if adapter is None or isinstance(adapter, Adapter):
             return adapter
         if adapter == AUTO:
-            pooled = self._pooled([last_user_text(prompt)], role)
-            return self.router.route_one(pooled, _text_or_none(role)).adapter
+            text = last_user_text(prompt)
+            route = self.router.route_one(self._pooled([text], role), _text_or_none(role))
+            log_decision(self, "auto", [text], route)
+            return route.adapter
         return self.store.get(adapter)
 
     def _pooled(self, prompts: Sequence[str], role: Role | None = None) -> Tensor:
