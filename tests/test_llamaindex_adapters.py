@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from llamaindex_parts import METHODS, ScriptedDnD, ask, call, put_adapter, wait_until
-from test_session import tell_apart
+from test_session_observing import tell_apart
 from tiny_world import World, prompts_of
 
 from dnd_sdk.errors import StorageError
 from dnd_sdk.integrations.llamaindex import DnDLLM
-from dnd_sdk.observe import PromptStream, StreamSettings
+from dnd_sdk.observe import StreamSettings
 from dnd_sdk.session import DnD
 
 SHORT = {"max_tokens": 4}
@@ -23,7 +23,7 @@ SHORT = {"max_tokens": 4}
 @pytest.fixture
 def observed(world: World, monkeypatch: pytest.MonkeyPatch) -> DnD:
     """A session that adapts to a task after four of its prompts."""
-    return tell_apart(world.session(stream=PromptStream(StreamSettings(min_prompts=4))), monkeypatch)
+    return tell_apart(world.session(stream=StreamSettings(min_prompts=4)), monkeypatch)
 
 
 @pytest.mark.parametrize("method", METHODS)

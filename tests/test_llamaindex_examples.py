@@ -10,11 +10,11 @@ import pytest
 from llama_index.core import Settings
 from llamaindex_parts import roomy
 from test_examples import EXAMPLES, load
-from test_session import tell_apart
+from test_session_observing import tell_apart
 from tiny_world import World
 
 from dnd_sdk.config import Home
-from dnd_sdk.observe import PromptStream, StreamSettings
+from dnd_sdk.observe import StreamSettings
 from dnd_sdk.session import DnD
 
 SMALL = ["--prompts", "6", "--questions", "1"]
@@ -30,7 +30,7 @@ def own_settings() -> Iterator[None]:
 @pytest.fixture
 def tiny(world: World, monkeypatch: pytest.MonkeyPatch) -> DnD:
     """What `DnD.load` gives to the examples: a session that adapts after four prompts of a task."""
-    dnd = roomy(world.session(stream=PromptStream(StreamSettings(min_prompts=4))))
+    dnd = roomy(world.session(stream=StreamSettings(min_prompts=4)))
     monkeypatch.setattr(DnD, "load", lambda *a, **k: dnd)
     return dnd
 
