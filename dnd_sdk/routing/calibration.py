@@ -112,7 +112,7 @@ def fit_thresholds(
     max_false_single: float = 0.02,
     support_margin: float = 0.05,
     centres_per_task: int = 4,
-    n_draws: int = 4,
+    n_draws: int = 12,
     seed: int = 0,
     fitted_on: Mapping[str, Any] | None = None,
 ) -> tuple[Calibration, dict[str, Any]]:
