@@ -119,6 +119,7 @@ class Observer:
             except AdapterNotFoundError:
                 return None
             result = self._dnd.adapt(prompts)
+            assert result.decision != "merge"  # only on request
             adapter_id = None if result.adapter is None else result.adapter.id
             self.stream.choose(seen.cluster_id, Choice(result.decision, adapter_id))
             return result
