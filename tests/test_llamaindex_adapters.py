@@ -114,14 +114,13 @@ def test_an_adaptation_that_fails_does_not_fail_the_answer(
     assert ask(llm, method, prompts[6], **SHORT).raw["dnd"]["adapter"] is not None
 
 
-def test_an_adapter_that_went_away_does_not_fail_the_answer(observed: DnD, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_adapter_that_went_away_is_made_again(observed: DnD) -> None:
     llm = DnDLLM(observed, observe=True)
     prompts = prompts_of("upper", 6)
     name = [ask(llm, "complete", p, **SHORT) for p in prompts[:5]][-1].raw["dnd"]["adapter"]
     observed.engine.evict(observed.store.get(name).id)
     observed.store.rm(name)
-    assert ask(llm, "complete", prompts[5], **SHORT).raw["dnd"]["adapter"] is None
-    assert "the base answers" in caplog.text
+    assert ask(llm, "complete", prompts[5], **SHORT).raw["dnd"]["adapter"] in {a.name for a in observed.store.ls()}
 
 
 def test_while_one_request_adapts_the_loop_runs_and_others_are_answered(
@@ -181,5 +180,6 @@ def test_an_adaptation_outlives_the_request_that_set_it_off(observed: DnD, monke
         go_on.set()
 
     asyncio.run(run())
-    wait_until(lambda: bool(observed._observer._adapters), "the adaptation was lost")
+    stream = observed._observer.stream
+    wait_until(lambda: any(stream.choice(c) for c in stream.sizes()), "the adaptation was lost")
     assert llm.complete(prompts[4], **SHORT).raw["dnd"]["adapter"] is not None
