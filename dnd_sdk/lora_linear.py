@@ -1,6 +1,6 @@
 """Per-row LoRA on a resident model, chosen by the caller's context and never by global state.
 
-* `attach_lora` hooks the layout's Linears; the model's modules, names and weights stay untouched.
+* `attach_lora` wraps the forward of the layout's Linears; the model's modules, names and weights stay untouched.
 * `use_lora(tables, rows)` sets, for this thread (or task) only, which adapter each batch row uses: no "active adapter"
   that two requests could race for.
 * One adapter for all rows: two GEMMs. Several: gather + bmm, whose cost does not depend on how many adapters there are.
@@ -31,7 +31,7 @@ class LoraRows:
     rows: Tensor | int
     """An int: all rows use that adapter. A long tensor `(B,)`: one adapter per row."""
     uniform: Tables | None
-    """For an int: module name -> (A `(in, r)`, B `(r, out)`), cut out once per block instead of once per forward."""
+    """For an int: module name -> (A `(r, in)`, B `(r, out)`), cut out once per block instead of once per forward."""
 
 
 _active: ContextVar[LoraRows | None] = ContextVar("dnd_lora_rows", default=None)
@@ -40,7 +40,7 @@ _active: ContextVar[LoraRows | None] = ContextVar("dnd_lora_rows", default=None)
 @contextmanager
 def use_lora(tables: Tables, rows: Tensor | int) -> Iterator[None]:
     """Apply adapters to every forward of an attached model inside this block, in this context only."""
-    uniform = {n: (A[rows].T, B[rows].T) for n, (A, B) in tables.items()} if isinstance(rows, int) else None
+    uniform = {n: (A[rows], B[rows].T) for n, (A, B) in tables.items()} if isinstance(rows, int) else None
     token = _active.set(LoraRows(tables, rows, uniform))
     try:
         yield
@@ -54,38 +54,37 @@ def tables_from_flat(layout: LoraLayout, flat: Tensor) -> dict[str, tuple[Tensor
     return {a.module: (A, B * layout.scaling) for (a, A), (_, B) in zip(views[::2], views[1::2], strict=True)}
 
 
-def attach_lora(model: nn.Module, layout: LoraLayout) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hook every Linear of `layout`; without `use_lora` the model computes exactly what it did before.
+def attach_lora(model: nn.Module, layout: LoraLayout) -> None:
+    """Wrap every Linear of `layout`; without `use_lora` the model computes exactly what it did before.
 
-    A Linear that is hooked already is left alone: hooked twice it would add its LoRA twice.
+    A Linear that is wrapped already is left alone: wrapped twice it would add its LoRA twice.
     """
     modules = dict(model.named_modules())
-    fresh = [m.name for m in layout.modules if not _is_attached(modules[m.name])]
-    return [modules[name].register_forward_hook(_make_hook(name)) for name in fresh]
+    for m in layout.modules:
+        module = modules[m.name]
+        if not hasattr(module.forward, "dnd_lora"):
+            # not a forward hook: hooks send every call of the module through a slower path, which decoding feels
+            module.forward = _with_lora(module.forward, m.name)  # type: ignore[assignment]
 
 
-def _is_attached(module: nn.Module) -> bool:
-    return any(getattr(hook, "is_dnd_lora", False) for hook in module._forward_hooks.values())
-
-
-def _make_hook(name: str) -> Callable[..., Tensor | None]:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+def _with_lora(plain: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        out = plain(x)
         active = _active.get()
         if active is None or name not in active.tables:
-            return None
+            return out
         if active.uniform is not None:
-            A, B = active.uniform[name]
-            return _uniform(out, args[0], A, B)
+            return _uniform(out, x, *active.uniform[name])
         A, B = active.tables[name]
-        return _gathered(out, args[0], A[active.rows], B[active.rows])
+        return _gathered(out, x, A[active.rows], B[active.rows])
 
-    hook.is_dnd_lora = True  # type: ignore[attr-defined]
-    return hook
+    forward.dnd_lora = True  # type: ignore[attr-defined]
+    return forward
 
 
 def _uniform(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    # A (in, r), B (r, out); a Linear's result is its own, so inference adds in place: no copy of `out` per token
-    low = torch.mm(x.reshape(-1, x.shape[-1]), A)
+    # A (r, in), B (r, out); a Linear's result is its own, so inference adds in place: no copy of `out` per token
+    low = nn.functional.linear(x, A).view(-1, A.shape[0])
     if torch.is_grad_enabled() or not out.is_contiguous():
         return torch.addmm(out.flatten(0, -2), low, B).view_as(out)
     out.view(-1, out.shape[-1]).addmm_(low, B)

@@ -100,15 +100,6 @@ def test_an_error_inside_the_block_does_not_leave_the_adapter_on() -> None:
     assert torch.equal(model(some_tokens()).logits, plain)
 
 
-def test_removed_hooks_leave_the_plain_model() -> None:
-    model = tiny_model()
-    layout = LoraLayout.from_model(model, r=RANK)
-    for handle in attach_lora(model, layout):
-        handle.remove()
-    with use_lora(tables_from_flat(layout, bank(layout)), 1):
-        assert torch.equal(model(some_tokens()).logits, tiny_model()(some_tokens()).logits)
-
-
 def test_tables_fold_the_scaling_into_b_only() -> None:
     layout = LoraLayout.from_model(tiny_model(), r=4, lora_alpha=12)
     flats = bank(layout)
