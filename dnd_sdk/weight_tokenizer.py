@@ -39,6 +39,7 @@ class WeightTokenizer:
         self.cells = torch.cat([self._cells(s.start, s.shape, s.part) for s in segments])  # (T, r, chunk)
         self.used = self.cells >= 0
         self._source = self.cells[self.used]
+        self._filled = self.used.flatten().nonzero()[:, 0]
 
     def _cells(self, start: int, shape: tuple[int, int], part: str) -> Tensor:
         at = torch.arange(shape[0] * shape[1]).view(shape) + start
@@ -73,8 +74,8 @@ class WeightTokenizer:
         std = (torch.exp(log_std - 1.6) - 0.1) / 0.9
         body = tokens[..., :-BORDER, :-BORDER] * (std + _EPS) + mean
         flat = torch.zeros((*tokens.shape[:-3], self.layout.n_parameters), device=tokens.device, dtype=tokens.dtype)
-        where = self._source.to(tokens.device)
-        return flat.index_copy(-1, where, body[..., self.used.to(tokens.device)])
+        values = body.flatten(-3).index_select(-1, self._filled.to(tokens.device))
+        return flat.index_copy(-1, self._source.to(tokens.device), values)
 
 
 def max_side(shape: tuple[int, int], part: str) -> int:
