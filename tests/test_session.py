@@ -24,7 +24,7 @@ from dnd_sdk.errors import (
 )
 from dnd_sdk.session import DnD, Limits
 from dnd_sdk.session.results import STEPS
-from dnd_sdk.session.vetting import complaint, probe_kl
+from dnd_sdk.session.vetting import PROBE, PROBE_TOKENS, Vetting
 
 MESSAGES = [[{"role": "user", "content": "hello there"}]]
 
@@ -210,23 +210,25 @@ def test_unusable_generated_weights_fall_back_to_the_base(
 
 def test_weights_that_derail_the_base_are_refused(dnd: DnD) -> None:
     flat, mean = random_flat(dnd.layout, seed=1), random_flat(dnd.layout, seed=2)
-    ask = (dnd.base, dnd.layout, ["hello", "a longer prompt"])
-    assert complaint(flat, mean, *ask, Limits()) is None
-    assert "KL" in str(complaint(flat, mean, *ask, Limits(max_kl=1e-6)))
-    assert "times the usual norm" in str(complaint(flat * 100, mean, *ask, Limits()))
+    vetting, strict = (Vetting(dnd.base, dnd.layout, lim) for lim in (Limits(), Limits(max_kl=1e-6)))
+    assert vetting.complaint(flat, mean) is None
+    assert "KL" in str(strict.complaint(flat, mean))
+    assert "times the usual norm" in str(vetting.complaint(flat * 100, mean))
 
 
 def test_the_probe_is_the_divergence_of_two_plain_forwards(dnd: DnD) -> None:
     flat = random_flat(dnd.layout, seed=1)
     dnd.engine.load("probe", flat)
-    ids = torch.tensor([dnd.base.tokenizer("hello there")["input_ids"]])
+    ids = torch.tensor([dnd.base.tokenizer(PROBE)["input_ids"][:PROBE_TOKENS]])
     with dnd.engine.running([None]):
-        base = dnd.base.model(input_ids=ids).logits[0, -1].log_softmax(-1)
+        base = dnd.base.model(input_ids=ids).logits[0].log_softmax(-1)
     with dnd.engine.running(["probe"]):
-        adapted = dnd.base.model(input_ids=ids).logits[0, -1].log_softmax(-1)
-    expected = torch.nn.functional.kl_div(base, adapted, reduction="sum", log_target=True).item()
-    assert probe_kl(flat, dnd.base, dnd.layout, ["hello there"], 32) == pytest.approx(expected, rel=1e-4)
-    assert probe_kl(torch.zeros_like(flat), dnd.base, dnd.layout, ["hello", "a longer one"], 32) == 0.0
+        adapted = dnd.base.model(input_ids=ids).logits[0].log_softmax(-1)
+    expected = torch.nn.functional.kl_div(base, adapted, reduction="batchmean", log_target=True).item()
+    vetting = Vetting(dnd.base, dnd.layout, Limits())
+    assert vetting.probe_kl(flat) == pytest.approx(expected, rel=1e-4) and expected > 0.0
+    assert vetting.probe_kl(torch.zeros_like(flat)) == 0.0
+    assert vetting.probe_kl(flat) == pytest.approx(expected, rel=1e-4)  # the base's side was computed without adapter
 
 
 def test_completions_name_their_adapter(dnd: DnD) -> None:

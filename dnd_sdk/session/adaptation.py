@@ -24,7 +24,7 @@ from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash
 from dnd_sdk.routing import RouteDecision, choose_exemplars
 from dnd_sdk.session.logged import log_decision
 from dnd_sdk.session.results import AdaptResult, Mode, Stopwatch
-from dnd_sdk.session.vetting import Limits, complaint
+from dnd_sdk.session.vetting import Limits, Vetting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ class Adaptation:
     """How one session adapts."""
 
     def __init__(self, dnd: DnD, limits: Limits) -> None:
-        self._dnd, self._limits = dnd, limits
+        self._dnd, self._vetting = dnd, Vetting(dnd.base, dnd.layout, limits)
         self._one_at_a_time = threading.Lock()
 
     def run(
@@ -190,7 +190,7 @@ class Adaptation:
         """Vet and keep new weights, unless another process was faster."""
         dnd = self._dnd
         with watch.step("validate"):
-            problem = complaint(made.flat, made.usual, dnd.base, dnd.layout, request.prompts.prompts, self._limits)
+            problem = self._vetting.complaint(made.flat, made.usual)
         if problem is not None:
             return replace(route, decision="base", adapter=None, reason=problem, by="vetting")
         with self._no_other_process():
