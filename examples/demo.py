@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run every step; 1 if a decision was not the promised one."""
     parser = argparse.ArgumentParser(description="The whole path on the default weights.")
     parser.add_argument("--home", type=Path, default=ROOT / ".dnd", help="folder for weights and adapters")
-    parser.add_argument("--questions", type=int, default=6, help="questions per task, 1 to 20")
+    parser.add_argument("--questions", type=int, default=5, help="questions per task, 1 to 20")
     args = parser.parse_args(argv)
     os.environ["DND_HOME"] = str(args.home.absolute())
     try:
@@ -171,8 +172,10 @@ def run(n_questions: int) -> None:
     heading("The default weights")
     fetch_weights(home)
     remove_adapters(home)
-    adapt_by_command(FIRST, "generate")
-    with DnD.load() as dnd:
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(DnD.load)  # beside the command: either is mostly imports, which keep one core busy
+        adapt_by_command(FIRST, "generate")
+    with loading.result() as dnd:
         adapt_by_library(dnd, FIRST, "reuse", "The same prompts again")
         side_by_side(dnd, FIRST, n_questions)
         adapt_by_library(dnd, SECOND, "generate", "Adapt to the prompts")
