@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.environment import cpu_name
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 from dnd_sdk.models import resolve
 
@@ -130,7 +131,7 @@ def machine(dnd: DnD) -> dict[str, Any]:
     """What was measured on what."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": cores,
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -140,14 +141,6 @@ def machine(dnd: DnD) -> dict[str, Any]:
         "dtype": str(dnd.base.model.dtype).removeprefix("torch."),
         "base": dnd.base.name,
     }
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _time_adapting(dnd: DnD, prompts: list[str], repeats: int, clock: Callable[[], float]) -> dict[str, Any]:

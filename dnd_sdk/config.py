@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dnd_sdk.errors import ConfigError
@@ -79,3 +79,7 @@ class SamplingOptions:
             raise ConfigError(f"top_k must be 0 or more, got {self.top_k}")
         if any(not s for s in self.stop):
             raise ConfigError("stop strings must not be empty")
+
+
+SAMPLING = tuple(f.name for f in fields(SamplingOptions))
+"""The names of the sampling options."""

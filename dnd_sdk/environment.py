@@ -40,7 +40,7 @@ def describe(home: Home) -> dict[str, str]:
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         **{name: version_of(name) or "not installed" for name in PACKAGES},
-        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "gpu": _gpus(),
         "home": tilde(home.root),
         "settings files": ", ".join(tilde(f) for f in settings_files() if f.is_file()) or "none",
@@ -70,7 +70,8 @@ def tilde(path: Path) -> str:
         return str(path)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as far as the platform tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

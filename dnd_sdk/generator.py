@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dnd_sdk.disk import replacing, write_atomic
 from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError
 from dnd_sdk.hyperconv import HyperConvDecoder, Shape
 from dnd_sdk.lora_layout import LoraLayout
@@ -167,18 +167,16 @@ class Generator(nn.Module):
         """Write `config.json` and `model.safetensors` into `folder` (made if missing), weights first."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        tmp = root / "model.safetensors.tmp"
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, tmp, {"format": "pt"})
-        os.replace(tmp, root / "model.safetensors")
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        with replacing(root / "model.safetensors") as temporary:
+            save_file(weights, temporary, {"format": "pt"})
         data = {
             "format_version": FORMAT_VERSION,
             "generator": asdict(self.config),
             "layout": self.layout.to_dict(),
             "layout_digest": self.layout.digest,
         }
-        tmp = root / "config.json.tmp"
-        tmp.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(tmp, root / "config.json")
+        write_atomic(root / "config.json", json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: PathLike, layout: LoraLayout | None = None) -> Generator:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dnd_sdk.disk import write_atomic
 from dnd_sdk.errors import GeneratorError
 
 _HEAD = """---
@@ -38,7 +39,7 @@ def write_card(folder: Path) -> None:
     if evaluation.exists():
         parts.append(_figures(json.loads(evaluation.read_text())))
     parts.append(_tasks(training["tasks"]))
-    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+    write_atomic(folder / "README.md", "\n".join(parts))
 
 
 def record_evaluation(folder: Path, report: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ def record_evaluation(folder: Path, report: dict[str, Any]) -> None:
     """
     if not (folder / "training.json").is_file():
         raise GeneratorError(f"{folder} has no training.json to make a card from", fix="pass a folder of dnd train")
-    (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_atomic(folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
     write_card(folder)
 
 

@@ -127,6 +127,11 @@ class Role:
         return f"{self.brief}\n{prompt}"
 
 
+def role_text(role: Role | None) -> str | None:
+    """The role's own text, as router and store know it; None without a role."""
+    return None if role is None else str(role)
+
+
 def as_role(role: Role | str | None) -> Role | None:
     """A role from what a caller may pass."""
     return role if role is None or isinstance(role, Role) else Role.parse(role)

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from dnd_sdk.config import SamplingOptions
+from dnd_sdk.config import SAMPLING, SamplingOptions
 from dnd_sdk.embedded import DEFAULT_BASE
 from dnd_sdk.errors import ConfigError
 
@@ -29,7 +28,6 @@ PROJECT_FILE = Path("dnd.toml")
 OTHER_VARIABLES = frozenset({"DND_DEBUG", "DND_TEST_HOME"})
 """Variables with our prefix that are no settings."""
 MAX_FILE_BYTES = 1 << 20
-SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingOptions))
 _LIKE_A_SETTING = 0.75
 """Variables at least this similar to a setting's are taken for misspelt ones."""
 

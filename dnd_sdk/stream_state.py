@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor  # noqa: TID253
 
-from dnd_sdk.adapters.safe_files import open_safetensors, read_json, storage_errors
+from dnd_sdk.adapters.safe_files import open_safetensors, read_json
+from dnd_sdk.disk import storage_errors, write_atomic
 from dnd_sdk.errors import DndError, StorageError
 from dnd_sdk.observe import Choice, Cluster, PromptStream, StreamSettings
-from dnd_sdk.routing.files import write_atomic
 from dnd_sdk.routing.similarity import check_vectors
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def save_stream(stream: PromptStream, folder: Path, *, encoder: str) -> None:
         text = json.dumps(state)
     with _locked(folder), storage_errors("write", folder):
         write_atomic(folder / TENSORS.format(digest[:16]), data)
-        write_atomic(folder / STATE_FILE, text.encode())
+        write_atomic(folder / STATE_FILE, text)
         for old in folder.glob(TENSORS.format("*")):
             if old.name != TENSORS.format(digest[:16]):
                 old.unlink(missing_ok=True)

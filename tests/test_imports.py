@@ -22,6 +22,7 @@ ROWS = {
         (
             "config",
             "decision_log",
+            "disk",
             "embedded",
             "lora_layout",
             "models",

@@ -223,7 +223,7 @@ def test_an_interrupted_save_never_mixes_two_states(tmp_path: Path, monkeypatch:
             raise OSError(28, "No space left on device")
         real(source, target)
 
-    monkeypatch.setattr("dnd_sdk.routing.files.os.replace", stop_at_manifest)
+    monkeypatch.setattr("dnd_sdk.disk.os.replace", stop_at_manifest)
     with pytest.raises(StorageError, match="No space left"):
         index.save(tmp_path)
     assert AdapterIndex.load(tmp_path, KEY) is None  # the new index beside the old manifest counts for nothing

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from dnd_sdk.adapters.safe_files import storage_errors
+from dnd_sdk.disk import replacing, storage_errors
 from dnd_sdk.errors import DndError
 
 T = TypeVar("T")
@@ -96,7 +96,8 @@ class AdapterFolders:
         with storage_errors("write", folder):
             try:
                 for file, data in files.items():
-                    _replace(folder / file, data)
+                    with replacing(folder / file) as temporary:
+                        temporary.write_bytes(data)
             except FileNotFoundError:
                 return False
             now = time.time_ns()  # finer than what the system stamps: no two changes share a tick
@@ -141,15 +142,6 @@ def publish(target: Path, fill: Callable[[Path], None]) -> bool:
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return True
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temp = path.with_name(_temporary(_PUTTING))
-    try:
-        temp.write_bytes(data)
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

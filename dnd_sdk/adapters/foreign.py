@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dnd_sdk.adapters.peft_config import CONFIG, read_config
 from dnd_sdk.adapters.peft_folder import read_weights
-from dnd_sdk.adapters.safe_files import storage_errors
+from dnd_sdk.disk import storage_errors
 from dnd_sdk.errors import AdapterCorruptError, InputError, LayoutMismatchError
 from dnd_sdk.lora_layout import LoraLayout
 

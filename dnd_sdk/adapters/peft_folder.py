@@ -26,9 +26,9 @@ from dnd_sdk.adapters.safe_files import (
     SafetensorsReader,
     TensorInfo,
     open_safetensors,
-    storage_errors,
 )
 from dnd_sdk.adapters.torch_file import TorchReader, open_torch
+from dnd_sdk.disk import storage_errors
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
 from dnd_sdk.lora_layout import MAX_RANK, LoraLayout, Segment
 

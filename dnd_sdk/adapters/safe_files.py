@@ -1,4 +1,4 @@
-"""Reading files that may be damaged or hostile, and telling disk trouble apart from bad content.
+"""Reading files that may be damaged or hostile.
 
 * Every size is bounded before memory is taken; links that leave the folder, pipes and devices are refused.
 * A safetensors header is checked here, entry by entry, so shapes can be judged before the tensors are read.
@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -19,7 +18,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from dnd_sdk.errors import AdapterCorruptError, DndError, StorageError
+from dnd_sdk.disk import storage_errors
+from dnd_sdk.errors import AdapterCorruptError
 
 MAX_HEADER_BYTES = 8 * 2**20
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -29,25 +29,6 @@ _ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
-_FIXES = {
-    errno.ENOSPC: "free some disk space, then try again; nothing half-written was left",
-    errno.EDQUOT: "free some of your disk quota, then try again; nothing half-written was left",
-    errno.EROFS: "the disk is read-only: choose a writable home with --home or DND_HOME",
-    errno.EACCES: "no permission: choose a writable home with --home or DND_HOME",
-    errno.EPERM: "no permission: choose a writable home with --home or DND_HOME",
-}
-
-
-@contextmanager
-def storage_errors(doing: str, path: Path) -> Iterator[None]:
-    """Turn any `OSError` inside the block into a `StorageError` saying what was being done, where, and what helps."""
-    try:
-        yield
-    except DndError:
-        raise
-    except OSError as e:
-        fix = _FIXES.get(e.errno or 0, "check the disk and the folder's permissions")
-        raise StorageError(f"cannot {doing} {path}: {e.strerror or e}", fix=fix) from e
 
 
 @contextmanager

@@ -42,8 +42,8 @@ from dnd_sdk.adapters.peft_folder import (
     read_weights,
     write_weights,
 )
-from dnd_sdk.adapters.safe_files import storage_errors
 from dnd_sdk.config import Home
+from dnd_sdk.disk import storage_errors
 from dnd_sdk.errors import (
     AdapterCorruptError,
     AdapterNotFoundError,

@@ -21,8 +21,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dnd_sdk.adapters.safe_files import is_finite_number
+from dnd_sdk.disk import write_atomic
 from dnd_sdk.errors import ConfigError, DndError, GeneratorError
-from dnd_sdk.routing.files import write_atomic
 from dnd_sdk.routing.similarity import MAX_EXEMPLARS, check_vectors, coherence, kernel
 from dnd_sdk.routing.support import NOISE_CENTRES, Support, centres_of
 
@@ -59,7 +59,7 @@ class Thresholds:
     def save(self, path: Path) -> None:
         """Write as JSON; raises `StorageError`."""
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2, allow_nan=False)
-        write_atomic(path, (text + "\n").encode())
+        write_atomic(path, text + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Thresholds:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.adapters import Adapter
+from dnd_sdk.disk import write_atomic
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, DndError
-from dnd_sdk.routing.files import write_atomic
 from dnd_sdk.routing.similarity import check_vectors, choose_exemplars, coherence, similarity
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class AdapterIndex:
             "sha256": hashlib.sha256(data).hexdigest(),
         }
         write_atomic(folder / INDEX_FILE, data)
-        write_atomic(folder / MANIFEST_FILE, json.dumps(manifest).encode())
+        write_atomic(folder / MANIFEST_FILE, json.dumps(manifest))
 
     @classmethod
     def load(cls, folder: Path, key: Key) -> AdapterIndex | None:

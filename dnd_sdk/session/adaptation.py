@@ -21,6 +21,7 @@ from dnd_sdk.adapters.adapter import check_name
 from dnd_sdk.adapters.merge import merge
 from dnd_sdk.errors import BankFullError, ConfigError, GeneratorError, StorageError
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash
+from dnd_sdk.roles import role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars
 from dnd_sdk.session.logged import log_decision
 from dnd_sdk.session.results import AdaptResult, Mode, Stopwatch
@@ -52,7 +53,7 @@ class Request:
     @cached_property
     def role_text(self) -> str | None:
         """The role as the router and the store know it."""
-        return None if self.role is None else str(self.role)
+        return role_text(self.role)
 
     @cached_property
     def digest(self) -> str:

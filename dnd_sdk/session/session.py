@@ -24,7 +24,7 @@ from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE, Base
 from dnd_sdk.observe import PromptStream, StreamSettings
 from dnd_sdk.prompts import PromptSet, clean_prompts
-from dnd_sdk.roles import Role, as_role
+from dnd_sdk.roles import Role, as_role, role_text
 from dnd_sdk.routing import RouteDecision, Router, choose_exemplars
 from dnd_sdk.session.adaptation import Adaptation
 from dnd_sdk.session.loading import load_parts
@@ -143,7 +143,7 @@ class DnD:
         """What `adapt` would decide for several prompts, or what `"auto"` does for a single one; changes nothing."""
         kept = clean_prompts([prompts] if isinstance(prompts, str) else prompts)
         under = as_role(role)
-        pooled, text = self._pooled(kept.prompts, under), _text_or_none(under)
+        pooled, text = self._pooled(kept.prompts, under), role_text(under)
         return self.router.route_one(pooled, text) if len(pooled) == 1 else self.router.route(pooled, role=text)
 
     def complete(
@@ -267,7 +267,7 @@ class DnD:
             return adapter
         if adapter == AUTO:
             text = last_user_text(prompt)
-            route = self.router.route_one(self._pooled([text], role), _text_or_none(role))
+            route = self.router.route_one(self._pooled([text], role), role_text(role))
             log_decision(self, "auto", [text], route)
             return route.adapter
         return self.store.get(adapter)
@@ -287,7 +287,3 @@ def _options(sampling: dict[str, Any]) -> SamplingOptions:
 
 def _own_role(adapter: Adapter | None) -> str | None:
     return None if adapter is None else adapter.role
-
-
-def _text_or_none(role: Role | None) -> str | None:
-    return None if role is None else str(role)

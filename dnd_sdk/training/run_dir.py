@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dnd_sdk.disk import replacing, write_atomic
 from dnd_sdk.errors import ConfigError, StorageError
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -35,6 +35,8 @@ class RunDir:
         self._last_save = time.monotonic()
         try:
             path.mkdir(parents=True, exist_ok=True)
+            for torn in path.glob(".*"):  # what was being written when a run was killed; a run has one writer
+                torn.unlink()
         except OSError as e:
             raise StorageError(f"cannot create run folder {path}: {e}", fix="choose another --out folder") from e
         self._check_manifest(manifest)
@@ -92,25 +94,18 @@ class RunDir:
 
     def _cut_losses(self, step: int) -> None:
         kept = [line for line in self.read_losses(self.path) if line["step"] < step]
-        tmp = self.path / "losses.jsonl.tmp"
-        tmp.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(tmp, self.path / "losses.jsonl")
+        write_atomic(self.path / "losses.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write safetensors atomically and durably; `metadata` goes into the header."""
-    tmp = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata)
-    with tmp.open("rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    with replacing(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON atomically."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
-    os.replace(tmp, path)
+    write_atomic(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

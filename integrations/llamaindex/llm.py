@@ -23,6 +23,7 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
 from dnd_sdk.adapters import Adapter
+from dnd_sdk.config import SAMPLING
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.integrations.llamaindex.calls import Call, Lazy, aends_with_its_reader, ends_with_its_reader
 from dnd_sdk.integrations.llamaindex.messages import (
@@ -35,7 +36,7 @@ from dnd_sdk.integrations.llamaindex.messages import (
     to_chat,
     user_message,
 )
-from dnd_sdk.integrations.llamaindex.options import ALIASES, SAMPLING, call_options, check_known, renamed
+from dnd_sdk.integrations.llamaindex.options import ALIASES, call_options, check_known, renamed
 from dnd_sdk.models import DEFAULT_BASE
 from dnd_sdk.session import CompletionStream, DnD
 from dnd_sdk.session.session import AUTO, AdapterChoice

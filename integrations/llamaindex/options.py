@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
-from dnd_sdk.config import SamplingOptions
+from dnd_sdk.config import SAMPLING, SamplingOptions
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.session.session import AdapterChoice
 
-SAMPLING = tuple(f.name for f in fields(SamplingOptions))
 ALIASES = {"max_tokens": "max_new_tokens"}
 CALL_OPTIONS = (*SAMPLING, *ALIASES, "adapter")
 """What one call may set."""
