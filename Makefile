@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: install
-	DND_TEST_HOME='$(TEST_HOME)' $(BIN)/pytest
+	DND_TEST_HOME='$(TEST_HOME)' $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
