@@ -64,3 +64,14 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> World:
 def world(tiny_folders: World, home: Home) -> World:
     """The tiny installation with a home of this test's own."""
     return tiny_folders._replace(home=home)
+
+
+@pytest.fixture
+def adapted(world: World) -> World:
+    """A world with two adapters, `upper` and `lower`."""
+    from tiny_world import prompts_of
+
+    session = world.session()
+    session.adapt(prompts_of("upper"), name="upper")
+    session.adapt(prompts_of("lower"), name="lower")
+    return world

@@ -11,14 +11,6 @@ from tiny_world import World, prompts_of
 from dnd_sdk.config import Home
 
 
-@pytest.fixture
-def adapted(world: World) -> World:
-    session = world.session()
-    session.adapt(prompts_of("upper"), name="upper")
-    session.adapt(prompts_of("lower"), name="lower")
-    return world
-
-
 def test_ls_and_show(adapted: World) -> None:
     home = ("--home", adapted.home.root)
     listed = dnd_json("adapters", "ls", *home)["adapters"]

@@ -21,14 +21,6 @@ from dnd_sdk.doctor import TESTED, Check, _numbers, examine
 from dnd_sdk.embedded import EMBEDDED, SOURCE_FILE
 
 
-@pytest.fixture
-def adapted(world: World) -> World:
-    session = world.session()
-    session.adapt(prompts_of("upper"), name="upper")
-    session.adapt(prompts_of("lower"), name="lower")
-    return world
-
-
 def looked(home: Home, **which: Any) -> dict[str, Check]:
     """The checks by name; each that is not ok says what to do."""
     checks = examine(home, **which)

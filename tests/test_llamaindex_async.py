@@ -115,34 +115,36 @@ def test_many_calls_at_once_leave_the_loops_own_threads_alone(llm: DnDLLM, pace:
     assert asyncio.run(run()) == MAX_THREADS + 8
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["", "events-kept"])
-@pytest.mark.parametrize("method", SYNC_STREAMS)
-def test_closing_a_stream_stops_within_a_token(
-    llm: DnDLLM, pace: Pace, request: pytest.FixtureRequest, method: str, kept: bool
-) -> None:
-    """Also when a tracing tool keeps the events, whose exceptions keep LlamaIndex's own generator alive."""
+@pytest.fixture(params=[False, True], ids=["", "events-kept"])
+def check_events(llm: DnDLLM, request: pytest.FixtureRequest) -> Callable[[], None]:
+    """Also where a tracing tool keeps the events, whose exceptions keep LlamaIndex's own generator alive."""
     debug = LlamaDebugHandler(print_trace_on_end=False)
-    if kept:
+    if request.param:
         request.getfixturevalue("events")
         llm.callback_manager = CallbackManager([debug])
+
+    def check() -> None:
+        assert [len(pair) for pair in debug.get_event_pairs(CBEventType.LLM)] == [2] * request.param
+
+    return check
+
+
+@pytest.mark.parametrize("method", SYNC_STREAMS)
+def test_closing_a_stream_stops_within_a_token(
+    llm: DnDLLM, pace: Pace, check_events: Callable[[], None], method: str
+) -> None:
     pace.allow(3)
     stream = call(llm, method, "hello")
     next(stream)
     stream.close()
     stopped_after(pace, 4)
-    assert [len(pair) for pair in debug.get_event_pairs(CBEventType.LLM)] == [2] * kept
+    check_events()
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["", "events-kept"])
 @pytest.mark.parametrize("method", ASYNC_STREAMS)
 def test_aclosing_a_stream_stops_within_a_token(
-    llm: DnDLLM, pace: Pace, request: pytest.FixtureRequest, method: str, kept: bool
+    llm: DnDLLM, pace: Pace, check_events: Callable[[], None], method: str
 ) -> None:
-    debug = LlamaDebugHandler(print_trace_on_end=False)
-    if kept:
-        request.getfixturevalue("events")
-        llm.callback_manager = CallbackManager([debug])
-
     async def run() -> None:
         pace.allow(3)
         stream = await call(llm, method, "hello")
@@ -151,7 +153,7 @@ def test_aclosing_a_stream_stops_within_a_token(
         await asyncio.to_thread(stopped_after, pace, 4)  # while the loop still runs, whose end would stop it too
 
     asyncio.run(run())
-    assert [len(pair) for pair in debug.get_event_pairs(CBEventType.LLM)] == [2] * kept
+    check_events()
 
 
 @pytest.mark.parametrize("method", SYNC_STREAMS)
