@@ -24,6 +24,7 @@ PACKAGES = (
     "llama-index-core",
     "huggingface_hub",
     "pydantic",
+    "pydantic-settings",
     "typer",
 )
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

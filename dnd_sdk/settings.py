@@ -3,6 +3,7 @@
 * One name everywhere: `n_slots` in a file is `DND_N_SLOTS` in the environment and `--n-slots` on the command line.
 * A name that does not exist is refused, with the nearest one that does; of variables only those close to a setting,
   since the prefix is not ours alone.
+* pydantic-settings merges the sources; asking each of them which names it has tells where a value stands.
 * The library reads no settings file: `DnD.load` takes arguments, and `Settings.load_arguments` are these.
 """
 
@@ -12,11 +13,12 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, NoDecode, SettingsConfigDict
+from pydantic_settings import PydanticBaseSettingsSource as Source
 
 from dnd_sdk.config import SAMPLING, SamplingOptions
 from dnd_sdk.embedded import DEFAULT_BASE
@@ -34,10 +36,12 @@ _LIKE_A_SETTING = 0.75
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Settings(BaseModel):
-    """Every setting with its default."""
+class Settings(BaseSettings, title="dnd.toml"):
+    """Every setting in force; the arguments are the flags that were given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, title="dnd.toml")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
     home: Text | None = Field(None, examples=["~/dnd"])
     """Folder for adapters and weights; the platform's user data folder unless set."""
@@ -63,8 +67,16 @@ class Settings(BaseModel):
     """Most likely tokens to choose from when temperature > 0; 0 keeps every one."""
     seed: int | None = Field(SamplingOptions.seed, examples=[0])
     """Makes sampling repeatable; fresh randomness unless set."""
-    stop: tuple[str, ...] = Field(SamplingOptions.stop, examples=[["\n\n"]])
+    stop: Annotated[tuple[str, ...], NoDecode] = Field(SamplingOptions.stop, examples=[["\n\n"]])
     """Answers are cut before the first of these."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: Source, env_settings: Source, *_: Source, **__: Source
+    ) -> tuple[Source, ...]:
+        """The strongest first."""
+        files = (InitSettingsSource(settings_cls, _read_file(path)) for path in settings_files())
+        return init_settings, env_settings, *files
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -91,17 +103,20 @@ def load_settings(**flags: object) -> Settings:
 
     Raises `ConfigError` for an unreadable file, a name that does not exist or a bad value, saying where it stands.
     """
-    found = _find(flags)
+    _refuse_misspelt_variables()
     try:
-        return Settings(**{name: value for name, (value, _) in found.items()})
+        return Settings(**_given(flags))
     except ValidationError as e:
-        raise _bad_values(e, found) from e
+        raise _refusal(e, origins(**flags)) from e
 
 
 def origins(**flags: object) -> dict[str, str]:
-    """Where each setting comes from: a flag, a variable, a file or `default`; raises like `load_settings`."""
-    found = _find(flags)
-    return {name: found[name][1] if name in found else "default" for name in Settings.model_fields}
+    """Where each setting, and each unknown name, comes from: a flag, a variable, a file or `default`."""
+    places = dict.fromkeys(Settings.model_fields, "default")
+    for path in reversed(settings_files()):
+        places |= dict.fromkeys(_read_file(path), str(path))
+    places |= {name: PREFIX + name.upper() for name in EnvSettingsSource(Settings)()}
+    return places | {name: "--" + name.replace("_", "-") for name in _given(flags)}
 
 
 def settings_files() -> tuple[Path, Path]:
@@ -112,9 +127,9 @@ def settings_files() -> tuple[Path, Path]:
 
 
 def unknown_variables() -> list[str]:
-    """Variables with our prefix that nothing reads and no setting resembles."""
+    """Variables with our prefix that nothing reads; empty ones count as not set."""
     known = OTHER_VARIABLES | {PREFIX + name.upper() for name in Settings.model_fields}
-    return sorted(v for v in os.environ if v.startswith(PREFIX) and v not in known)
+    return sorted(v for v, text in os.environ.items() if text and v.startswith(PREFIX) and v.upper() not in known)
 
 
 def template() -> str:
@@ -126,40 +141,23 @@ def template() -> str:
     return "\n".join(lines) + "\n"
 
 
-_Found = dict[str, tuple[Any, str]]
-"""Per setting its value and where it stands."""
+def _given(flags: dict[str, object]) -> dict[str, Any]:
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    return {name: value for name, value in values.items() if value is not None and value != []}
 
 
-def _find(flags: Mapping[str, object]) -> _Found:
-    found: _Found = {}
-    for path in reversed(settings_files()):
-        found |= {name: (value, str(path)) for name, value in _read_file(path).items()}
-    found |= _from_environment()
-    given = {name: value for name, value in flags.items() if value is not None and value != []}
-    return found | {
-        name: (str(value) if isinstance(value, Path) else value, "--" + name.replace("_", "-"))
-        for name, value in given.items()
-    }
-
-
-def _from_environment() -> _Found:
-    found: _Found = {}
-    for variable, text in os.environ.items():
+def _refuse_misspelt_variables() -> None:
+    for variable in unknown_variables():
         name = variable.removeprefix(PREFIX).lower()
-        if not text or not variable.startswith(PREFIX) or variable in OTHER_VARIABLES:
-            continue
-        if name in Settings.model_fields:
-            found[name] = (text, variable)
-        elif near := difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=_LIKE_A_SETTING):
+        if near := difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=_LIKE_A_SETTING):
             raise ConfigError(f"{variable} is not a setting", fix=f"did you mean {PREFIX}{near[0].upper()}?")
-    return found
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     """What a settings file says; nothing when it does not exist."""
     raw = _read_bytes(path)
     try:
-        found = tomllib.loads(raw.decode("utf-8"))
+        return tomllib.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as e:
         line = raw.count(b"\n", 0, e.start) + 1
         raise ConfigError(f"{path}, line {line}, is not UTF-8 text", fix="save the file as UTF-8") from e
@@ -168,12 +166,6 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is not valid TOML: {why}", fix="correct that line; `dnd config init --force` writes a sound file"
         ) from e
-    for name in found:
-        if name not in Settings.model_fields:
-            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
-            fix = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(Settings.model_fields)}"
-            raise ConfigError(f"{path}: {name!r} is not a setting", fix=fix)
-    return found
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -191,14 +183,18 @@ def _read_bytes(path: Path) -> bytes:
     return raw
 
 
-def _bad_values(error: ValidationError, found: _Found) -> ConfigError:
+def _refusal(error: ValidationError, places: dict[str, str]) -> ConfigError:
     def told(problem: Any) -> str:
         name = str(problem["loc"][0])
-        value, where = found[name]
         own = problem.get("ctx", {}).get("error")  # raised by SamplingOptions: names the setting and the value itself
+        if name not in Settings.model_fields:
+            return f"{places[name]}: {name!r} is not a setting"
         if isinstance(own, ConfigError):
-            return f"{where}: {own.message}"
-        return f"{where}: {name}: {problem['msg']}, got {str(value)[:80]!r}"
+            return f"{places[name]}: {own.message}"
+        return f"{places[name]}: {name}: {problem['msg']}, got {str(problem['input'])[:80]!r}"
 
-    what = "; ".join(told(problem) for problem in error.errors())
-    return ConfigError(what, fix="correct it there; `dnd config schema` lists what is allowed")
+    fix = "correct it there; `dnd config schema` lists what is allowed"
+    if unknown := [name for name in places if name not in Settings.model_fields]:
+        near = difflib.get_close_matches(unknown[0], Settings.model_fields, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(Settings.model_fields)}"
+    return ConfigError("; ".join(told(problem) for problem in error.errors()), fix=fix)

@@ -14,7 +14,7 @@ import pytest
 import dnd_sdk
 
 ROOT = Path(dnd_sdk.__file__).parents[1]
-HEAVY = ("torch", "transformers", "peft", "faiss", "sentence_transformers", "llama_index", "numpy")
+HEAVY = ("torch", "transformers", "peft", "faiss", "sentence_transformers", "llama_index", "numpy", "pydantic_settings")
 
 ROWS = {
     **dict.fromkeys(("errors", "protocols"), 0),

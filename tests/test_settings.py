@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import dnd_sdk
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.settings import (
@@ -22,6 +23,9 @@ from dnd_sdk.settings import (
     template,
     unknown_variables,
 )
+
+DEFAULTS = Settings.model_construct()
+"""Without looking at any file or variable, which `Settings()` does."""
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def fails(**flags: object) -> ConfigError:
 
 def test_each_place_wins_over_the_next(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     project, user = files
-    assert load_settings() == Settings() and set(origins().values()) == {"default"}
+    assert load_settings() == DEFAULTS and set(origins().values()) == {"default"}
     steps = [("file", user, 2), ("file", project, 3), ("variable", "DND_N_SLOTS", 4), ("flag", "--n-slots", 5)]
     flags = {}
     for kind, where, n_slots in steps:
@@ -70,8 +74,8 @@ def test_different_settings_from_different_places_come_together(
     monkeypatch.setenv("DND_TOP_K", "5")
     settings = load_settings(home=Path("/h"), seed=None, stop=[])
     wanted = {"home": "/h", "base": "./b", "device": "cpu"}
-    assert settings.load_arguments() == {**Settings().load_arguments(), **wanted}
-    assert settings.sampling() == {**Settings().sampling(), "temperature": 1.0, "top_k": 5, "stop": ("###", "END")}
+    assert settings.load_arguments() == {**DEFAULTS.load_arguments(), **wanted}
+    assert settings.sampling() == {**DEFAULTS.sampling(), "temperature": 1.0, "top_k": 5, "stop": ("###", "END")}
     assert SamplingOptions(**settings.sampling()).stop == ("###", "END")
 
 
@@ -79,9 +83,9 @@ def test_settings_are_what_the_library_takes() -> None:
     from dnd_sdk.session import DnD
 
     taken = inspect.signature(DnD.load).parameters
-    assert Settings().load_arguments().keys() == taken.keys() - {"progress"}
-    assert all(taken[name].default == value for name, value in Settings().load_arguments().items())
-    assert SamplingOptions(**Settings().sampling()) == SamplingOptions()
+    assert DEFAULTS.load_arguments().keys() == taken.keys() - {"progress"}
+    assert all(taken[name].default == value for name, value in DEFAULTS.load_arguments().items())
+    assert SamplingOptions(**DEFAULTS.sampling()) == SamplingOptions()
 
 
 def test_every_setting_has_a_flag_of_its_name() -> None:
@@ -101,9 +105,14 @@ def test_one_stop_string_needs_no_list(files: tuple[Path, Path], monkeypatch: py
     assert load_settings().stop == ("###",)
 
 
+def test_a_stop_variable_is_taken_as_it_is(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DND_STOP", '["END"]')
+    assert load_settings().stop == ('["END"]',)
+
+
 def test_empty_variables_are_not_set(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DND_N_SLOTS", "")
-    assert load_settings() == Settings()
+    assert load_settings() == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -126,7 +135,7 @@ def test_a_misspelt_variable(files: tuple[Path, Path], monkeypatch: pytest.Monke
 def test_variables_of_others_are_left_alone(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("DND_DEBUG", "DND_TEST_HOME", "DND_PLAYERS"):
         monkeypatch.setenv(variable, "1")
-    assert load_settings() == Settings() and unknown_variables() == ["DND_PLAYERS"]
+    assert load_settings() == DEFAULTS and unknown_variables() == ["DND_PLAYERS"]
 
 
 BAD_VALUES = {
@@ -156,6 +165,14 @@ def test_a_bad_variable_and_a_bad_flag_name_themselves(
     assert fails(temperature=-1).message.startswith("--temperature: ")
     monkeypatch.setenv("DND_N_SLOTS", "many")
     assert fails().message.startswith("DND_N_SLOTS: n_slots")
+
+
+def test_an_unknown_name_and_a_bad_value_are_told_together(files: tuple[Path, Path]) -> None:
+    files[0].write_text("n_slots = 0")
+    files[1].write_text("tempreature = 1")
+    error = fails()
+    assert f"{files[1]}: 'tempreature' is not a setting" in error.message and "dnd.toml: n_slots" in error.message
+    assert error.fix == "did you mean 'temperature'?"
 
 
 BAD_FILES = {
@@ -193,12 +210,12 @@ def test_an_unreadable_file(files: tuple[Path, Path], monkeypatch: pytest.Monkey
 
 def test_the_template_changes_nothing_until_uncommented(files: tuple[Path, Path]) -> None:
     files[0].write_text(template())
-    assert load_settings() == Settings() and set(origins().values()) == {"default"}
+    assert load_settings() == DEFAULTS and set(origins().values()) == {"default"}
     uncommented = re.sub(r"^# (\w+ = )", r"\1", template(), flags=re.MULTILINE)
     assert list(tomllib.loads(uncommented)) == list(Settings.model_fields)
     files[0].write_text(uncommented)
     settings = load_settings()
-    assert settings.home == "~/dnd" and settings.stop == ("\n\n",) and settings.n_slots == Settings().n_slots
+    assert settings.home == "~/dnd" and settings.stop == ("\n\n",) and settings.n_slots == DEFAULTS.n_slots
 
 
 def test_every_setting_is_described() -> None:
@@ -211,3 +228,10 @@ def test_every_setting_is_described() -> None:
 def test_files_are_the_projects_and_the_users() -> None:
     project, user = settings_files()
     assert project == Path("dnd.toml") and user.name == "config.toml" and user.parent.name == "dnd"
+
+
+def test_only_the_command_line_and_its_reports_read_settings() -> None:
+    package = Path(dnd_sdk.__file__).parent
+    sources = [*package.rglob("*.py"), *(package.parent / "integrations").rglob("*.py")]
+    readers = {p.stem for p in sources if "cli" not in p.parts and "dnd_sdk.settings import" in p.read_text("utf-8")}
+    assert len(sources) > 50 and readers == {"doctor", "environment"}
