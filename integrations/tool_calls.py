@@ -66,8 +66,8 @@ def _tagged_calls(text: str) -> Reading:
     said, kept = [""], 0  # texts between the calls; up to where `text` is dealt with
     at = text.find(_OPEN)
     while at >= 0:
-        made, end = _json_at(text, at + len(_OPEN))
-        call, end = _as_call(made), _closed(text, end)
+        made, stop = _json_at(text, at + len(_OPEN))
+        call, end = _as_call(made), _closed(text, stop)
         if call is not None and end is not None:
             calls.append(call)
             said[-1] += text[kept:at]
