@@ -36,7 +36,7 @@ MAX_NEW_TOKENS = 1024
 """Unless the constructor or the call says otherwise; what smolagents' own local models take."""
 
 
-class DnDModel(Model):  # type: ignore[misc]
+class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so its `Model` is Any
     """A resident `DnD` for `CodeAgent` and `ToolCallingAgent`; safe to share between agents and threads.
 
     Options of the constructor win over those of a call, as in every smolagents model. Tools go through the base's chat

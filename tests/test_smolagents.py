@@ -96,9 +96,9 @@ def test_a_stream_is_the_same_answer_and_stops_when_closed(dnd: DnD) -> None:
     stream = DnDModel(dnd, None, max_new_tokens=5_000).generate_stream([says("hello")])
     next(stream)
     stream.close()
-    pace.allow(2)
+    pace.allow()
     wait_until(lambda: not generating(), "the stream still works")
-    assert pace.tokens <= 5
+    assert pace.tokens <= 6
 
 
 def test_messages_become_the_chat_a_base_knows(dnd: DnD, script: list[str]) -> None:
