@@ -1,31 +1,69 @@
-"""Messages to token ids: the base's chat template applied exactly once, everything checked before the model runs."""
+"""Messages to token ids: the base's chat template applied exactly once, everything checked before the model runs.
+
+Tools, calls and their results go through that template too. One that leaves any of them out would do so silently, so a
+probe finds out first.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dnd_sdk.errors import InputError
+from dnd_sdk.errors import ConfigError, InputError
 
-Messages = str | Sequence[Mapping[str, str]]
-"""A chat, oldest message first; a plain string is one user message."""
+Messages = str | Sequence[Mapping[str, Any]]
+"""A chat, oldest message first, of `role` and `content` (strings); a plain string is one user message.
+
+An assistant's message may have `tool_calls`, each `{"type": "function", "id", "function": {"name", "arguments"}}` with
+the arguments as an object or its JSON, and may then do without `content`; a tool's may have `tool_call_id` and `name`.
+"""
+
+Tools = Sequence[Mapping[str, Any]]
+"""What the model may call; each `{"type": "function", "function": {"name", "description", "parameters"}}`."""
+
+_EXTRAS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+
+_PROBE = [
+    {"role": "user", "content": "probe question"},
+    {
+        "role": "assistant",
+        "content": "",
+        # some templates insist on ids of nine characters
+        "tool_calls": [{"type": "function", "id": "probe0000", "function": {"name": "probe_called", "arguments": {}}}],
+    },
+    {"role": "tool", "tool_call_id": "probe0000", "name": "probe_called", "content": "probe result"},
+]
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_offered",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
+_PROBE_WORDS = ("probe_offered", "probe_called", "probe result")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None = None) -> list[int]:
     """Token ids of the chat up to where the answer begins.
 
     A tokenizer without a chat template gets the bare contents and its own special tokens.
-    Raises `InputError` for messages that are malformed, empty or refused by the template.
+    Raises `InputError` for messages or tools that are malformed, empty or refused by the template, `ConfigError` for
+    tools or calls that the template would not show the model.
     """
     chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else _checked(messages)
+    offered = _checked_tools(tools or ())
+    if offered or any("tool_calls" in m for m in chat):
+        check_renders_tools(tokenizer)
     if tokenizer.chat_template is None:
         ids = _tokenise(tokenizer, "\n\n".join(m["content"] for m in chat), add_special_tokens=True)
     else:
         # the template writes the special tokens itself
-        ids = _tokenise(tokenizer, _render(tokenizer, chat), add_special_tokens=False)
+        ids = _tokenise(tokenizer, _render(tokenizer, chat, offered), add_special_tokens=False)
     if not ids:
         raise InputError("the prompt has no tokens", fix="pass some text")
     return ids
@@ -37,18 +75,83 @@ def option_ids(tokenizer: PreTrainedTokenizerBase, option: str) -> list[int]:
     return ids if tokenizer.eos_token_id is None else [*ids, int(tokenizer.eos_token_id)]
 
 
-def _checked(messages: Any) -> list[dict[str, str]]:
+def renders_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows the model the tools on offer, the calls made before and their results."""
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        text = str(tokenizer.apply_chat_template(_PROBE, tools=[_PROBE_TOOL], tokenize=False))
+    except (TemplateError, TypeError):  # a template made for other roles may also add what is not there
+        return False
+    return all(word in text for word in _PROBE_WORDS)
+
+
+def check_renders_tools(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ConfigError` unless `renders_tools`."""
+    if not renders_tools(tokenizer):
+        raise ConfigError(
+            "the base's chat template does not render tools, so the model would never see them",
+            fix="use DnDLLM with ReActAgent, or a base whose template renders tools, such as Qwen2.5",
+        )
+
+
+def _checked(messages: Any) -> list[dict[str, Any]]:
     if not messages:
         raise InputError("no messages", fix="pass a string or a list of {'role', 'content'}")
-    for i, m in enumerate(messages):
-        if not isinstance(m, Mapping) or not all(isinstance(m.get(k), str) for k in ("role", "content")):
-            raise InputError(f"message {i} is not a {{'role', 'content'}} of two strings: {str(m)[:80]!r}")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [_checked_message(m, i) for i, m in enumerate(messages)]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> str:
+def _checked_message(message: Any, row: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise _bad_message(message, row)
+    role, content = message.get("role"), message.get("content")
+    extras = {k: message[k] for k in _EXTRAS.get(str(role), ()) if message.get(k)}
+    if "tool_calls" in extras:
+        content = "" if content is None else content
+        if not isinstance(extras["tool_calls"], Sequence):
+            raise InputError(f"message {row} has tool_calls that are not a list: {str(extras['tool_calls'])[:80]!r}")
+        extras["tool_calls"] = [_checked_call(call, row) for call in extras["tool_calls"]]
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise _bad_message(message, row)
+    return {"role": role, "content": content, **extras}
+
+
+def _checked_call(call: Any, row: int) -> dict[str, Any]:
+    """The call with its arguments as an object, which is what templates write out as JSON."""
+    if _name_in(call) is None:
+        raise InputError(f"message {row} has a tool call without a function's name: {str(call)[:80]!r}")
+    arguments = call["function"].get("arguments") or {}
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError as e:
+        raise InputError(f"message {row} has a tool call whose arguments are not JSON: {arguments[:80]!r}") from e
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _bad_message(message: Any, row: int) -> InputError:
+    return InputError(f"message {row} is not a {{'role', 'content'}} of two strings: {str(message)[:80]!r}")
+
+
+def _checked_tools(tools: Tools) -> list[dict[str, Any]]:
+    for i, tool in enumerate(tools):
+        if _name_in(tool) is None:
+            raise InputError(
+                f"tool {i} is not a {{'type': 'function', 'function': {{'name', ...}}}}: {str(tool)[:80]!r}",
+                fix="describe it by its JSON schema, as for OpenAI",
+            )
+    return [dict(tool) for tool in tools]
+
+
+def _name_in(tool: Any) -> str | None:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) and name else None
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+    try:
+        # a template asks whether there are tools at all: None is what it knows as "no"
+        return str(tokenizer.apply_chat_template(chat, tools=tools or None, tokenize=False, add_generation_prompt=True))
     except TemplateError as e:
         raise InputError(f"the base's chat template refuses these messages: {e}") from e
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine.bank import Loader, SlotBank
 from dnd_sdk.engine.batching import grouped
-from dnd_sdk.engine.chat import Messages, prompt_ids
+from dnd_sdk.engine.chat import Messages, Tools, prompt_ids
 from dnd_sdk.engine.decoding import Decoder
 from dnd_sdk.engine.scoring import option_logprobs
 from dnd_sdk.engine.stream import Emit, TextStream
@@ -89,16 +89,18 @@ class Engine:
         adapter_ids: Sequence[str | None],
         options: SamplingOptions | None = None,
         *,
+        tools: Tools | None = None,
         cancel: threading.Event | None = None,
     ) -> list[Generation]:
         """Complete many chats, each with its own adapter (None: the base), in the given order.
 
+        `tools` are offered to all of them; see `chat.prompt_ids`.
         Raises `InputError` when a prompt does not fit the base's context together with `max_new_tokens`, and what
         `SlotBank.lease` raises; before anything is generated for prompts, during the work for leases.
         """
         options = options or SamplingOptions()
         check_paired(messages_list, adapter_ids)
-        prompts = [self.prompt_ids(m, options.max_new_tokens) for m in messages_list]
+        prompts = [self.prompt_ids(m, options.max_new_tokens, tools) for m in messages_list]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         done: dict[int, Generation] = {}
         for rows in grouped(order, lambda some: self._fits(some, prompts, adapter_ids)):
@@ -115,6 +117,8 @@ class Engine:
         adapter_id: str | None = None,
         options: SamplingOptions | None = None,
         cancel: threading.Event | None = None,
+        *,
+        tools: Tools | None = None,
     ) -> TextStream:
         """Complete one chat piece by piece.
 
@@ -122,7 +126,7 @@ class Engine:
         dropping the stream ends the work within a token; the adapter stays leased until then.
         """
         options = options or SamplingOptions()
-        prompt = self.prompt_ids(messages, options.max_new_tokens)
+        prompt = self.prompt_ids(messages, options.max_new_tokens, tools)
         with ExitStack() as stack:
             rows = stack.enter_context(self.bank.lease([adapter_id]))
             held = stack.pop_all()
@@ -149,9 +153,9 @@ class Engine:
         scores = option_logprobs(self, messages_list, [options] * len(messages_list), adapter_ids)
         return torch.tensor(scores.logprobs)
 
-    def prompt_ids(self, messages: Messages, n_new: int) -> list[int]:
+    def prompt_ids(self, messages: Messages, n_new: int, tools: Tools | None = None) -> list[int]:
         """Token ids of the templated chat; `InputError` unless `n_new` more tokens fit the base's context."""
-        ids = prompt_ids(self.base.tokenizer, messages)
+        ids = prompt_ids(self.base.tokenizer, messages, tools)
         if len(ids) + n_new > self.max_tokens:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, at most {self.max_tokens - n_new} fit "

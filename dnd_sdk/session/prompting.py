@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dnd_sdk.errors import InputError
 from dnd_sdk.roles import Role
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""One user message, or chat messages, oldest first."""
+Prompt = str | Sequence[Mapping[str, Any]]
+"""One user message, or chat messages, oldest first; see `engine.chat.Messages`."""
 
 
 def with_role(prompt: Prompt, role: Role | None, own: str | None) -> Prompt:

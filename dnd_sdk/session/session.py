@@ -17,7 +17,7 @@ from dnd_sdk.adapters import Adapter, AdapterStore
 from dnd_sdk.config import Home, SamplingOptions
 from dnd_sdk.decision_log import DecisionLog
 from dnd_sdk.encoder import Encoder
-from dnd_sdk.engine import Engine
+from dnd_sdk.engine import Engine, Tools
 from dnd_sdk.errors import BankFullError, ConfigError, InputError
 from dnd_sdk.generator import Generator
 from dnd_sdk.lora_layout import LoraLayout
@@ -147,7 +147,13 @@ class DnD:
         return self.router.route_one(pooled, text) if len(pooled) == 1 else self.router.route(pooled, role=text)
 
     def complete(
-        self, prompt: Prompt, adapter: AdapterChoice = None, *, role: Role | str | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        adapter: AdapterChoice = None,
+        *,
+        role: Role | str | None = None,
+        tools: Tools | None = None,
+        **sampling: Any,
     ) -> Completion:
         """Answer one prompt.
 
@@ -155,9 +161,11 @@ class DnD:
             prompt: Text or chat messages.
             adapter: An adapter or its name, `"auto"`, or None for the base.
             role: The system message; None is the adapter's own, if it has one and the messages have no other.
+            tools: JSON schemas of what the model may call, which the base's chat template shows it; calls come back as
+                text, the way the base writes them. None: none. `ConfigError` if that template shows no tools.
             sampling: Fields of `SamplingOptions`.
         """
-        return self.complete_batch([prompt], [adapter], role=role, **sampling)[0]
+        return self.complete_batch([prompt], [adapter], role=role, tools=tools, **sampling)[0]
 
     def complete_batch(
         self,
@@ -165,9 +173,13 @@ class DnD:
         adapters: Sequence[AdapterChoice] | None = None,
         *,
         role: Role | str | None = None,
+        tools: Tools | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """Answer several prompts together, each with its own adapter; None: all by the base. `role` is for all."""
+        """Answer several prompts together, each with its own adapter; None: all by the base.
+
+        `role` and `tools` are for all.
+        """
         options, under = _options(sampling), as_role(role)
         if isinstance(prompts, str):
             raise InputError("prompts must be a list", fix="use complete() for a single prompt")
@@ -178,7 +190,8 @@ class DnD:
         asked = [with_role(p, under, _own_role(a)) for p, a in zip(prompts, chosen, strict=True)]
         for adapter in {a.id: a for a in chosen if a is not None}.values():
             self.make_resident(adapter)
-        answers = self.engine.complete_batch(asked, [None if a is None else a.id for a in chosen], options)
+        ids = [None if a is None else a.id for a in chosen]
+        answers = self.engine.complete_batch(asked, ids, options, tools=tools)
         return [completion(g, a) for g, a in zip(answers, chosen, strict=True)]
 
     def stream(
@@ -187,10 +200,11 @@ class DnD:
         adapter: AdapterChoice = None,
         *,
         role: Role | str | None = None,
+        tools: Tools | None = None,
         cancel: threading.Event | None = None,
         **sampling: Any,
     ) -> CompletionStream:
-        """Answer one prompt piece by piece: iterate for text, then read `.result`.
+        """Answer one prompt piece by piece: iterate for text, then read `.result`; arguments as for `complete`.
 
         Setting `cancel`, from any thread and at any time, ends the answer within a token.
         """
@@ -200,7 +214,7 @@ class DnD:
         if chosen is not None:
             self.make_resident(chosen)
         cancel = cancel or threading.Event()
-        pieces = self.engine.stream(asked, None if chosen is None else chosen.id, options, cancel)
+        pieces = self.engine.stream(asked, None if chosen is None else chosen.id, options, cancel, tools=tools)
         return CompletionStream(pieces, cancel, chosen)
 
     def observe(self, prompt: str) -> ObserveResult:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from dnd_sdk.integrations.tool_calls import ToolCall
 from dnd_sdk.session import Completion, CompletionStream
 
 MAX_THREADS = 32
@@ -28,7 +29,7 @@ _ended: ContextVar[threading.Event | None] = ContextVar("dnd_call_ended", defaul
 
 
 class Part(NamedTuple):
-    """What a stream hands on: a new piece of the answer, or at the end the whole of it."""
+    """What a call hands on: a new piece of the answer, or at the end the whole of it."""
 
     text: str
     """The answer so far."""
@@ -36,6 +37,8 @@ class Part(NamedTuple):
     """Its new piece; empty at the end."""
     completion: Completion | None = None
     """Only at the end."""
+    calls: tuple[ToolCall, ...] = ()
+    """The tools it wants called; only at the end, and only where some were offered."""
 
 
 class Call:
@@ -46,10 +49,10 @@ class Call:
         self._start = start
         self._end = _ended.get() or threading.Event()
 
-    def answer(self) -> Completion:
+    def answer(self) -> Part:
         """The whole answer."""
         with self._start(self._end) as stream:
-            return stream.result
+            return Part(stream.result.text, "", stream.result)
 
     def parts(self) -> Iterator[Part]:
         """The answer piece by piece, then once more whole with its usage."""
@@ -60,7 +63,7 @@ class Call:
                 yield Part(text, delta)
             yield Part(text, "", stream.result)
 
-    async def aanswer(self) -> Completion:
+    async def aanswer(self) -> Part:
         """`answer` in another thread; cancelling ends it."""
         try:
             return await in_thread(self.answer)

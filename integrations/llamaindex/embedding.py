@@ -10,7 +10,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from dnd_sdk.config import Home
 from dnd_sdk.encoder import Encoder
 from dnd_sdk.integrations.llamaindex.calls import Lazy, in_thread
-from dnd_sdk.integrations.llamaindex.options import check_known
+from dnd_sdk.integrations.options import check_known
 from dnd_sdk.models import DEFAULT_ENCODER
 from dnd_sdk.session import DnD
 

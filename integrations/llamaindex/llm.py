@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -36,7 +36,7 @@ from dnd_sdk.integrations.llamaindex.messages import (
     to_chat,
     user_message,
 )
-from dnd_sdk.integrations.llamaindex.options import ALIASES, call_options, check_known, renamed
+from dnd_sdk.integrations.options import ALIASES, call_options, check_known, renamed
 from dnd_sdk.models import DEFAULT_BASE
 from dnd_sdk.session import CompletionStream, DnD
 from dnd_sdk.session.session import AUTO, AdapterChoice
@@ -88,8 +88,8 @@ class DnDLLM(CustomLLM):
         if dnd is not None:
             settings |= {"base": dnd.base.name, "encoder": dnd.encoder.name, "home": str(dnd.home.root)}
         super().__init__(**settings)
-        call_options(self._defaults(), {})
-        self._dnd = Lazy(self._load if dnd is None else lambda: dnd)
+        call_options(self._defaults(), {}, self.class_name())
+        self._dnd = Lazy(lambda: self._checked(self._load() if dnd is None else dnd))
         if dnd is not None:
             self._dnd.get()
 
@@ -128,7 +128,7 @@ class DnDLLM(CustomLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a chat. Raises `InputError` for content that is not text."""
-        return chat_response(self._call(to_chat(messages), kwargs).answer())
+        return chat_response(self._chat_call(messages, kwargs).answer())
 
     @ends_with_its_reader
     @llm_completion_callback()
@@ -141,7 +141,7 @@ class DnDLLM(CustomLLM):
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat` piece by piece; the last item has no delta but `raw`."""
-        call = self._call(to_chat(messages), kwargs)
+        call = self._chat_call(messages, kwargs)
         return (chat_part(p) for p in call.parts())
 
     @llm_completion_callback()
@@ -152,7 +152,7 @@ class DnDLLM(CustomLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` in another thread."""
-        return chat_response(await self._call(to_chat(messages), kwargs).aanswer())
+        return chat_response(await self._chat_call(messages, kwargs).aanswer())
 
     @aends_with_its_reader
     @llm_completion_callback()
@@ -165,13 +165,17 @@ class DnDLLM(CustomLLM):
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat` in another thread."""
-        call = self._call(to_chat(messages), kwargs)
+        call = self._chat_call(messages, kwargs)
         return (chat_part(p) async for p in call.aparts())
 
     def _load(self) -> DnD:
         return DnD.load(
             self.base, self.generator, encoder=self.encoder, home=self.home, device=self.device, dtype=self.dtype
         )
+
+    def _checked(self, dnd: DnD) -> DnD:
+        """The session, if it can do what this class promises; raises `ConfigError`."""
+        return dnd
 
     def _defaults(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*SAMPLING, "adapter")}
@@ -180,13 +184,18 @@ class DnDLLM(CustomLLM):
         assert self.completion_to_prompt is not None  # LlamaIndex puts the identity there
         return user_message(prompt if formatted else self.completion_to_prompt(prompt))
 
+    def _chat_call(self, messages: Sequence[ChatMessage], given: dict[str, Any]) -> Call:
+        return self._call(to_chat(messages), given)
+
     def _call(self, chat: Chat, given: dict[str, Any]) -> Call:
-        adapter, sampling = call_options(self._defaults(), given)
+        return Call(self._start(chat, given))
 
-        def start(end: threading.Event) -> CompletionStream:
-            return self.dnd.stream(chat, self._choose(chat, adapter), cancel=end, **sampling)
-
-        return Call(start)
+    def _start(
+        self, chat: Chat, given: dict[str, Any], **offered: Any
+    ) -> Callable[[threading.Event], CompletionStream]:
+        """How a call begins, its options checked already; `offered` goes to `DnD.stream` as it is."""
+        adapter, sampling = call_options(self._defaults(), given, self.class_name())
+        return lambda end: self.dnd.stream(chat, self._choose(chat, adapter), cancel=end, **offered, **sampling)
 
     def _choose(self, chat: Chat, adapter: AdapterChoice) -> AdapterChoice:
         if adapter != AUTO:
@@ -194,7 +203,8 @@ class DnDLLM(CustomLLM):
         text = last_user_text(chat)
         if not text.strip():  # nothing to route by
             return None
-        return self._observed(text) if self.observe else AUTO
+        # with a tool's result it is the request that was observed before
+        return self._observed(text) if self.observe and chat[-1]["role"] != "tool" else AUTO
 
     def _observed(self, text: str) -> Adapter | None:
         """The adapter of the request's task. It may be made here, in the thread that answers this request alone."""

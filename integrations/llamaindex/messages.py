@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,16 @@ from llama_index.core.base.llms.types import (
     CompletionResponse,
     MessageRole,
     TextBlock,
+    ToolCallBlock,
 )
 
 from dnd_sdk.errors import InputError
 from dnd_sdk.integrations.llamaindex.calls import Part
+from dnd_sdk.integrations.tool_calls import ToolCall
 from dnd_sdk.session import Completion
 
-Chat = list[dict[str, str]]
-"""Messages of `role` and `content`, oldest first."""
+Chat = list[dict[str, Any]]
+"""Messages of `role` and `content`, oldest first; see `engine.chat.Messages`."""
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -34,6 +37,19 @@ def to_chat(messages: Sequence[ChatMessage]) -> Chat:
     return [{"role": _ROLES.get(m.role, m.role.value), "content": _text(m, i)} for i, m in enumerate(messages)]
 
 
+def to_tool_chat(messages: Sequence[ChatMessage]) -> Chat:
+    """`to_chat` that keeps the calls of tools, and which call and tool a result belongs to."""
+    chat: Chat = []
+    names: dict[str, str] = {}
+    for message, plain in zip(messages, to_chat([_without_calls(m) for m in messages]), strict=True):
+        calls = [_wire_call(b) for b in message.blocks if isinstance(b, ToolCallBlock)]
+        names |= {c["id"]: c["function"]["name"] for c in calls}
+        answered = message.additional_kwargs.get("tool_call_id")
+        result = {"tool_call_id": answered, "name": names.get(answered)} if plain["role"] == "tool" else {}
+        chat.append(plain | result | ({"tool_calls": calls} if calls else {}))
+    return chat
+
+
 def user_message(text: str) -> Chat:
     """A chat of one user message."""
     return [{"role": "user", "content": text}]
@@ -44,14 +60,14 @@ def last_user_text(chat: Chat) -> str:
     return next((m["content"] for m in reversed(chat) if m["role"] == "user"), "")
 
 
-def completion_response(answer: Completion) -> CompletionResponse:
+def completion_response(whole: Part) -> CompletionResponse:
     """A whole completion."""
-    return CompletionResponse(text=answer.text, raw=_raw(answer))
+    return CompletionResponse(text=whole.text, raw=_raw(whole.completion))
 
 
-def chat_response(answer: Completion) -> ChatResponse:
+def chat_response(whole: Part) -> ChatResponse:
     """A whole chat answer."""
-    return ChatResponse(message=_assistant(answer.text), raw=_raw(answer))
+    return ChatResponse(message=_assistant(whole), raw=_raw(whole.completion))
 
 
 def completion_part(part: Part) -> CompletionResponse:
@@ -61,7 +77,7 @@ def completion_part(part: Part) -> CompletionResponse:
 
 def chat_part(part: Part) -> ChatResponse:
     """A piece of a streamed chat answer."""
-    return ChatResponse(message=_assistant(part.text), delta=part.delta, raw=_raw(part.completion))
+    return ChatResponse(message=_assistant(part), delta=part.delta, raw=_raw(part.completion))
 
 
 def _text(message: ChatMessage, row: int) -> str:
@@ -74,8 +90,29 @@ def _text(message: ChatMessage, row: int) -> str:
     return message.content or ""
 
 
-def _assistant(text: str) -> ChatMessage:
-    return ChatMessage(role=MessageRole.ASSISTANT, content=text)
+def _without_calls(message: ChatMessage) -> ChatMessage:
+    return message.model_copy(update={"blocks": [b for b in message.blocks if not isinstance(b, ToolCallBlock)]})
+
+
+def _wire_call(block: ToolCallBlock) -> dict[str, Any]:
+    return {
+        "type": "function",
+        "id": block.tool_call_id or _call_id(),
+        "function": {"name": block.tool_name, "arguments": block.tool_kwargs},
+    }
+
+
+def _assistant(part: Part) -> ChatMessage:
+    said = [TextBlock(text=part.text)] if part.text or not part.calls else []
+    return ChatMessage(role=MessageRole.ASSISTANT, blocks=[*said, *(_block(c) for c in part.calls)])
+
+
+def _block(call: ToolCall) -> ToolCallBlock:
+    return ToolCallBlock(tool_call_id=_call_id(), tool_name=call.name, tool_kwargs=call.arguments)
+
+
+def _call_id() -> str:
+    return uuid.uuid4().hex[:9]  # Mistral's templates insist on nine characters
 
 
 def _raw(answer: Completion | None) -> dict[str, Any] | None:

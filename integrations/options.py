@@ -35,12 +35,14 @@ def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
     return {ALIASES.get(name, name): value for name, value in given.items()}
 
 
-def call_options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[AdapterChoice, dict[str, Any]]:
-    """The adapter and the sampling of one call: what is given wins over `defaults`.
+def call_options(
+    defaults: Mapping[str, Any], given: Mapping[str, Any], owner: str
+) -> tuple[AdapterChoice, dict[str, Any]]:
+    """The adapter and the sampling of one call of `owner`: what is given wins over `defaults`.
 
     None counts as not given, except for `adapter`, where it is the base. Raises `ConfigError`.
     """
-    check_known(given, CALL_OPTIONS, "a call of DnDLLM")
+    check_known(given, CALL_OPTIONS, f"a call of {owner}")
     own = {k: v for k, v in renamed(given).items() if v is not None or k == "adapter"}
     merged = {**defaults, **own}
     return merged["adapter"], asdict(_sampling({k: merged[k] for k in SAMPLING}))

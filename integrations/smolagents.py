@@ -1,0 +1,171 @@
+"""`DnDModel`: a smolagents model whose answers come from a resident `DnD` and its adapters.
+
+Importing this module needs the extra `smolagents`; nothing else in the SDK imports it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine import renders_tools
+from dnd_sdk.errors import ConfigError, InputError, MissingExtraError
+from dnd_sdk.integrations.options import call_options
+from dnd_sdk.integrations.tool_calls import ToolCall, read_answer
+from dnd_sdk.session import DnD
+from dnd_sdk.session.session import AUTO, AdapterChoice
+
+try:
+    from smolagents.models import (
+        ChatMessage,
+        ChatMessageStreamDelta,
+        ChatMessageToolCall,
+        ChatMessageToolCallFunction,
+        MessageRole,
+        Model,
+    )
+    from smolagents.monitoring import TokenUsage
+    from smolagents.tools import Tool
+except ImportError as e:
+    raise MissingExtraError("smolagents is not installed", fix='pip install "dnd-sdk[smolagents]"') from e
+
+MAX_NEW_TOKENS = 1024
+"""Unless the constructor or the call says otherwise; what smolagents' own local models take."""
+
+
+class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so its `Model` is Any
+    """A resident `DnD` for `CodeAgent` and `ToolCallingAgent`; safe to share between agents and threads.
+
+    Options of the constructor win over those of a call, as in every smolagents model. Tools go through the base's chat
+    template if it renders them; if not, they are what the agent's own system prompt says of them. `raw` holds which
+    adapter answered and why.
+    """
+
+    def __init__(
+        self, dnd: DnD, adapter: AdapterChoice = AUTO, *, text_is_final: bool = False, **sampling: Any
+    ) -> None:
+        """Answer with an adapter, its name, `"auto"` (routed by the agent's task) or None (the base).
+
+        `text_is_final`: an answer of `ToolCallingAgent` without any JSON in it is its final answer. Small bases cannot
+        write smolagents' calls; without this they would be asked again until the agent gives up.
+        `sampling`: fields of `SamplingOptions`. Raises `ConfigError` for options that are unknown or out of range.
+        """
+        super().__init__(model_id=dnd.base.name, **sampling)
+        self.dnd, self.adapter, self.text_is_final = dnd, adapter, text_is_final
+        self._options(sampling)
+
+    @property
+    def supports_stop_parameter(self) -> bool:
+        """Always, whatever the base is called."""
+        return True
+
+    def generate(
+        self,
+        messages: list[ChatMessage | dict[str, Any]],
+        stop_sequences: list[str] | None = None,
+        response_format: dict[str, str] | None = None,
+        tools_to_call_from: list[Tool] | None = None,
+        **kwargs: Any,
+    ) -> ChatMessage:
+        """Answer a chat; the text ends before the first of `stop_sequences`.
+
+        Raises `ConfigError` for a `response_format` and unknown options, `InputError` for content that is not text.
+        """
+        chat, how = self._request(messages, stop_sequences, response_format, tools_to_call_from, kwargs)
+        answer = self.dnd.complete(chat, **how)
+        return ChatMessage(
+            role=MessageRole.ASSISTANT,
+            content=answer.text,
+            raw={"adapter": answer.adapter, "decision": answer.decision},
+            token_usage=_usage(answer.usage),
+        )
+
+    def generate_stream(
+        self,
+        messages: list[ChatMessage | dict[str, Any]],
+        stop_sequences: list[str] | None = None,
+        response_format: dict[str, str] | None = None,
+        tools_to_call_from: list[Tool] | None = None,
+        **kwargs: Any,
+    ) -> Generator[ChatMessageStreamDelta, None, None]:
+        """`generate` piece by piece, then the usage; closing it ends the work within a token."""
+        chat, how = self._request(messages, stop_sequences, response_format, tools_to_call_from, kwargs)
+        with self.dnd.stream(chat, **how) as stream:
+            for piece in stream:
+                yield ChatMessageStreamDelta(content=piece)
+            yield ChatMessageStreamDelta(content="", token_usage=_usage(stream.result.usage))
+
+    def parse_tool_calls(self, message: ChatMessage) -> ChatMessage:
+        """The answer with its calls, in any form `tool_calls` knows; raises as smolagents does when there is none."""
+        text = message.content or ""
+        if not message.tool_calls:
+            calls = read_answer(text, None).calls
+            if not calls and self.text_is_final and "{" not in text:
+                calls = (ToolCall("final_answer", {"answer": text}),)
+            message.tool_calls = [_tool_call(c) for c in calls] or None
+        return super().parse_tool_calls(message)
+
+    def _request(
+        self,
+        messages: Sequence[ChatMessage | dict[str, Any]],
+        stop_sequences: list[str] | None,
+        response_format: dict[str, str] | None,
+        tools: list[Tool] | None,
+        given: dict[str, Any],
+    ) -> tuple[list[dict[str, str]], dict[str, Any]]:
+        """The chat, and how to answer it."""
+        if response_format is not None:
+            raise ConfigError("structured output is not supported", fix="leave out response_format")
+        asked = self._prepare_completion_kwargs(
+            [_in_parts(m, i) for i, m in enumerate(messages)],
+            stop_sequences,
+            tools_to_call_from=tools,
+            tool_choice=None,
+            **given,
+        )
+        chat = [_joined(m) for m in asked.pop("messages")]
+        # a blank system message says nothing, but would displace the one the base's template has of its own
+        chat = [m for m in chat if m["role"] != "system" or m["content"].strip()]
+        schemas = asked.pop("tools", None)
+        how = self._options(asked)
+        if how["adapter"] == AUTO:
+            how["adapter"] = self._routed(chat)
+        return chat, how | {"tools": schemas if renders_tools(self.dnd.base.tokenizer) else None}
+
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        defaults = asdict(SamplingOptions(max_new_tokens=MAX_NEW_TOKENS)) | {"adapter": self.adapter}
+        adapter, sampling = call_options(defaults, given, "DnDModel")
+        return {"adapter": adapter, **sampling}
+
+    def _routed(self, chat: list[dict[str, str]]) -> AdapterChoice:
+        """By the task, the first user message: the later ones are what the agent's tools returned."""
+        task = next((m["content"] for m in chat if m["role"] == "user"), "")
+        return self.dnd.route(task).adapter if task.strip() else None
+
+
+def _in_parts(message: ChatMessage | dict[str, Any], row: int) -> ChatMessage:
+    """The message with its content as a list of texts, the form that smolagents can join."""
+    whole = ChatMessage.from_dict(message) if isinstance(message, dict) else message
+    content = whole.content or ""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    other = [p["type"] for p in parts if p["type"] != "text"]
+    if other:
+        raise InputError(f"message {row} has a part of type {other[0]!r}, the base reads text only", fix="leave it out")
+    return replace(whole, content=parts)
+
+
+def _joined(message: dict[str, Any]) -> dict[str, str]:
+    text = "\n".join(part["text"] for part in message["content"])
+    return {"role": MessageRole(message["role"]).value, "content": text}
+
+
+def _tool_call(call: ToolCall) -> ChatMessageToolCall:
+    function = ChatMessageToolCallFunction(name=call.name, arguments=call.arguments)
+    return ChatMessageToolCall(id=str(uuid.uuid4()), type="function", function=function)
+
+
+def _usage(usage: dict[str, int]) -> TokenUsage:
+    return TokenUsage(input_tokens=usage["prompt_tokens"], output_tokens=usage["completion_tokens"])
