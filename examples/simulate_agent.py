@@ -61,6 +61,12 @@ class Seen(NamedTuple):
     jobs: list[str]
 
 
+def progress(text: str, *, done: bool) -> None:
+    """One line that is written over until `done`, for somebody who watches."""
+    if sys.stderr.isatty():
+        print(f"\r{text}", end="\n" if done else "", file=sys.stderr, flush=True)
+
+
 class ReadAhead(Encoder):
     """An encoder that has the embeddings of known prompts ready; anything else goes to the real one."""
 
@@ -70,8 +76,7 @@ class ReadAhead(Encoder):
         for at in range(0, len(prompts), ENCODE_BATCH):
             batch = prompts[at : at + ENCODE_BATCH]
             self._known.update(zip(batch, encoder.encode(batch, with_states=False).pooled, strict=True))
-            print(f"\rencoded {len(self._known)}/{len(prompts)} prompts", end="", file=sys.stderr)
-        print(file=sys.stderr)
+            progress(f"encoded {len(self._known)}/{len(prompts)} prompts", done=len(self._known) == len(prompts))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
@@ -165,8 +170,7 @@ def feed(dnd: DnD, turns: Sequence[Turn]) -> dict[str, Any]:
             jobs = Counter(job_of[p] for p in stream.prompts(seen.cluster))
             score.owner[seen.adapter.name] = jobs.most_common(1)[0][0]
         score.note(turn, None if seen.adapter is None else seen.adapter.name)
-        print(f"\robserved {i + 1}/{len(turns)}, {score.generations} generations", end="", file=sys.stderr)
-    print(file=sys.stderr)
+        progress(f"observed {i + 1}/{len(turns)}, {score.generations} generations", done=i + 1 == len(turns))
     clusters = [Seen(size, [job_of[p] for p in stream.prompts(c)]) for c, size in stream.sizes().items()]
     return score.figures(clusters, stream.settings.min_prompts)
 

@@ -10,7 +10,7 @@ from tiny_world import World, prompts_of
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.adapters.merge import merge
 from dnd_sdk.errors import ConfigError, StorageError
-from dnd_sdk.session import DnD
+from dnd_sdk.session import DnD, Limits
 
 MIXED = prompts_of("upper", 6) + prompts_of("lower", 6) + prompts_of("digits", 2)
 
@@ -82,7 +82,8 @@ def test_a_failed_merge_leaves_nothing(dnd: DnD, parents: dict[str, Adapter], mo
     assert [a.name for a in dnd.store.ls()] == before
 
 
-def test_weights_that_derail_the_base_are_not_kept(dnd: DnD) -> None:
+def test_weights_that_derail_the_base_are_not_kept(world: World) -> None:
+    dnd = world.session(vetting=Limits(max_kl=0.0))
     for i, task in enumerate(("upper", "lower")):
         dnd.store.put(
             random_flat(dnd.layout, seed=i, std=3.0),
@@ -94,7 +95,6 @@ def test_weights_that_derail_the_base_are_not_kept(dnd: DnD) -> None:
             encoder=dnd.encoder.name,
             encoder_fingerprint=dnd.encoder.fingerprint,
         )
-    dnd._adaptation._limits = type(dnd._adaptation._limits)(max_kl=0.0)
     found = dnd.adapt(MIXED, mode="merge")
     assert found.decision == "base" and "derail" in found.reason and len(dnd.store.ls()) == 2
 

@@ -18,7 +18,7 @@ from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.models import Base, load_base
 from dnd_sdk.observe import StreamSettings
 from dnd_sdk.routing import Router, Thresholds
-from dnd_sdk.session import DnD
+from dnd_sdk.session import DnD, Limits
 
 ENCODER_WIDTH = 32
 
@@ -87,7 +87,13 @@ class World(NamedTuple):
     home: Home
 
     def session(
-        self, *, reuse: float = 0.999, generator: bool = True, n_slots: int = 4, stream: StreamSettings | None = None
+        self,
+        *,
+        reuse: float = 0.999,
+        generator: bool = True,
+        n_slots: int = 4,
+        stream: StreamSettings | None = None,
+        vetting: Limits | None = None,
     ) -> DnD:
         """A session over these parts; `reuse` is the router's threshold."""
         base, encoder = load_base(str(self.base), self.home), Encoder.load(str(self.encoder), self.home)
@@ -96,7 +102,8 @@ class World(NamedTuple):
         limits = Thresholds(reuse=reuse, reuse_single=reuse, support=-1.0)
         router = Router(store, encoder.name, encoder.fingerprint, base.fingerprint, limits, folder=self.home.index)
         made = Generator.from_pretrained(self.generator) if generator else None
-        return DnD(base, made, encoder, store, router, Engine(base, layout, n_slots=n_slots), stream_settings=stream)
+        engine = Engine(base, layout, n_slots=n_slots)
+        return DnD(base, made, encoder, store, router, engine, stream_settings=stream, limits=vetting)
 
     @property
     def options(self) -> list[str]:
