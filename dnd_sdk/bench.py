@@ -1,6 +1,7 @@
 """How fast adapting, reusing and decoding are here, as ratios taken in one run, so that figures of machines compare.
 
-* Everything is warmed first; rivals are timed in turn (a, b, a, b, ...) and medians reported: other load slows both.
+* Everything is warmed first; rivals are timed in turn (a, b, a, b, ...). Times are medians, a ratio is the median of
+  the rounds' own ratios: load that comes and goes slows both sides of a round.
 * Encoding alone is sentence-transformers' own `encode` with the same weights, not this package's encoder.
 * Decoding is compared on an adapter scaled to next to nothing: it costs what any adapter costs and writes the base's
   tokens, so both sides do the same work: a short prompt and a long answer, nearly all of it decoding.
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 WARM_UPS = 2
-DECODE_TOKENS = 64
-"""Length of the answer that decoding is timed with."""
+DECODE_TOKENS, DECODE_ROUNDS = 32, 3
+"""Length of the answer that decoding is timed with, and rounds per repeat: many short ones share the load fairly."""
 NEXT_TO_NOTHING = 1e-4
 """Scale of the adapter that decoding is timed with."""
 
@@ -159,11 +160,11 @@ def _time_adapting(dnd: DnD, prompts: list[str], repeats: int, clock: Callable[[
     finally:
         own.remove()
     return {
-        "encode_s": encode_s,
-        "adapt_s": adapt_s,
+        "encode_s": statistics.median(encode_s),
+        "adapt_s": statistics.median(adapt_s),
         "adapt_steps_s": {k: statistics.median(s[k] for s in steps[WARM_UPS:]) for k in steps[0]},
-        "adapt_over_encode": adapt_s / encode_s,
-        "reuse_ms": 1e3 * reuse_s,
+        "adapt_over_encode": _ratio(adapt_s, encode_s),
+        "reuse_ms": 1e3 * statistics.median(reuse_s),
     }
 
 
@@ -209,23 +210,22 @@ def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[s
         base_s, adapter_s = _in_turn(
             (lambda: complete(None), lambda: None),
             (lambda: complete(adapter_id), lambda: None),
-            repeats=repeats,
+            repeats=DECODE_ROUNDS * repeats,
             clock=clock,
         )
     finally:
         dnd.engine.evict(adapter_id)
-    base_rate, adapter_rate = n_tokens[None] / base_s, n_tokens[adapter_id] / adapter_s
     return {
-        "decode_base_tokens_s": base_rate,
-        "decode_adapter_tokens_s": adapter_rate,
-        "decode_over_base": base_rate / adapter_rate,
+        "decode_base_tokens_s": n_tokens[None] / statistics.median(base_s),
+        "decode_adapter_tokens_s": n_tokens[adapter_id] / statistics.median(adapter_s),
+        "decode_over_base": _ratio(adapter_s, base_s) * n_tokens[None] / n_tokens[adapter_id],
     }
 
 
 def _in_turn(
     *calls: tuple[Callable[[], Any], Callable[[], Any]], repeats: int, clock: Callable[[], float]
-) -> list[float]:
-    """Median seconds of each (timed, untimed clean-up) pair, taken in turn after `WARM_UPS` rounds."""
+) -> list[list[float]]:
+    """Seconds of each (timed, untimed clean-up) pair by round, taken in turn after `WARM_UPS` rounds."""
     seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(WARM_UPS + repeats):
         for own, (timed, clean_up) in zip(seconds, calls, strict=True):
@@ -235,7 +235,11 @@ def _in_turn(
             clean_up()
             if turn >= WARM_UPS:
                 own.append(took)
-    return [statistics.median(s) for s in seconds]
+    return seconds
+
+
+def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def _sentence_encoder(dnd: DnD) -> SentenceTransformer:

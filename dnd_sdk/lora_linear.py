@@ -31,7 +31,7 @@ class LoraRows:
     rows: Tensor | int
     """An int: all rows use that adapter. A long tensor `(B,)`: one adapter per row."""
     uniform: Tables | None
-    """For an int: module name -> (A `(r, in)`, B `(r, out)`), cut out once per block instead of once per forward."""
+    """For an int: module name -> (A `(in, r)`, B `(r, out)`), cut out once per block instead of once per forward."""
 
 
 _active: ContextVar[LoraRows | None] = ContextVar("dnd_lora_rows", default=None)
@@ -40,7 +40,7 @@ _active: ContextVar[LoraRows | None] = ContextVar("dnd_lora_rows", default=None)
 @contextmanager
 def use_lora(tables: Tables, rows: Tensor | int) -> Iterator[None]:
     """Apply adapters to every forward of an attached model inside this block, in this context only."""
-    uniform = {n: (A[rows], B[rows].T) for n, (A, B) in tables.items()} if isinstance(rows, int) else None
+    uniform = {n: (A[rows].T, B[rows].T) for n, (A, B) in tables.items()} if isinstance(rows, int) else None
     token = _active.set(LoraRows(tables, rows, uniform))
     try:
         yield
@@ -83,8 +83,9 @@ def _with_lora(plain: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor
 
 
 def _uniform(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    # A (r, in), B (r, out); a Linear's result is its own, so inference adds in place: no copy of `out` per token
-    low = nn.functional.linear(x, A).view(-1, A.shape[0])
+    # A (in, r), B (r, out); a Linear's result is its own, so inference adds in place: no copy of `out` per token.
+    # mm, since the linear of torch transposes and reshapes anew on every call
+    low = torch.mm(x.reshape(-1, x.shape[-1]), A)
     if torch.is_grad_enabled() or not out.is_contiguous():
         return torch.addmm(out.flatten(0, -2), low, B).view_as(out)
     out.view(-1, out.shape[-1]).addmm_(low, B)
