@@ -27,7 +27,7 @@ Tools = Sequence[Mapping[str, Any]]
 
 _EXTRAS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 
-_PROBE = [
+_PROBE: list[Any] = [
     {"role": "user", "content": "probe question"},
     {
         "role": "assistant",
@@ -148,7 +148,7 @@ def _name_in(tool: Any) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], tools: list[Any]) -> str:
     try:
         # a template asks whether there are tools at all: None is what it knows as "no"
         return str(tokenizer.apply_chat_template(chat, tools=tools or None, tokenize=False, add_generation_prompt=True))

@@ -41,7 +41,9 @@ class DnDFunctionCallingLLM(DnDLLM, FunctionCallingLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """Facts of the base, which this loads when it is not here yet."""
-        return super().metadata.model_copy(update={"is_function_calling_model": True})
+        return super().metadata.model_copy(  # type: ignore[safe-super] # DnDLLM's, which mypy cannot see here
+            update={"is_function_calling_model": True}
+        )
 
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any

@@ -40,7 +40,7 @@ def to_chat(messages: Sequence[ChatMessage]) -> Chat:
 def to_tool_chat(messages: Sequence[ChatMessage]) -> Chat:
     """`to_chat` that keeps the calls of tools, and which call and tool a result belongs to."""
     chat: Chat = []
-    names: dict[str, str] = {}
+    names: dict[Any, str] = {}
     for message, plain in zip(messages, to_chat([_without_calls(m) for m in messages]), strict=True):
         calls = [_wire_call(b) for b in message.blocks if isinstance(b, ToolCallBlock)]
         names |= {c["id"]: c["function"]["name"] for c in calls}
