@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ _FIXES = {
     errno.EACCES: "no permission: choose a writable home with --home or DND_HOME",
     errno.EPERM: "no permission: choose a writable home with --home or DND_HOME",
 }
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
+"""The names that `replacing` writes to."""
 
 
 @contextmanager
@@ -56,3 +59,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `replacing` left in a folder when its process was killed; only for a folder with one writer."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()

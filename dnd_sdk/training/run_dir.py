@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dnd_sdk.disk import replacing, write_atomic
+from dnd_sdk.disk import replacing, sweep, write_atomic
 from dnd_sdk.errors import ConfigError, StorageError
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -35,8 +35,7 @@ class RunDir:
         self._last_save = time.monotonic()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for torn in path.glob(".*"):  # what was being written when a run was killed; a run has one writer
-                torn.unlink()
+            sweep(path)
         except OSError as e:
             raise StorageError(f"cannot create run folder {path}: {e}", fix="choose another --out folder") from e
         self._check_manifest(manifest)
