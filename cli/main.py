@@ -125,6 +125,9 @@ app.command("eval", epilog=_examples(
 ))(command(evaluate.evaluate))  # fmt: skip
 app.command("plot", epilog=_examples("dnd plot eval.json --out plots"))(command(plot.plot))
 bench_app = _group("Measure speed and memory on this machine.")
+bench_app.command("train", epilog=_examples("dnd bench train TASKS --config examples/train_cpu.toml"))(
+    command(train.bench_train)
+)
 bench_app.command("adapt", epilog=_examples("dnd bench adapt", "dnd bench adapt --json"))(command(evaluate.bench_adapt))
 app.add_typer(bench_app, name="bench")
 

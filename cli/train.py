@@ -48,6 +48,23 @@ def generator(
     )
 
 
+def bench_train(
+    out: Output,
+    tasks: Tasks,
+    config: Config = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed rounds after one that warms up.")] = 3,
+) -> None:
+    """Time one training step and one generation of a recipe: any base, any sizes; nothing is kept."""
+    _check_config(config)
+    from dnd_sdk.training.bench import bench_train as measure
+    from dnd_sdk.training.bench import render
+    from dnd_sdk.training.settings import read_settings
+
+    with out.progress("preparing") as report:
+        result = measure(tasks, read_settings(config), out.find_home(), _with_eta(report), repeats=repeats)
+    out.emit(result, lambda: render(result))
+
+
 def _check_config(config: Path | None) -> None:
     if config is not None and not config.is_file():
         raise InputError(f"config file {config} does not exist", fix="pass an existing TOML file to --config")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.environment import cpu_name
+from dnd_sdk.environment import cpu_name, peak_rss_mb
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 from dnd_sdk.models import resolve
 
@@ -118,14 +117,6 @@ def render(report: dict[str, Any]) -> str:
             f"threads, {on['device']} {on['dtype']}, base {on['base']}",
         )
     )
-
-
-def peak_rss_mb() -> float:
-    """The largest resident size this process has had, in MB (10^6 bytes)."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # macOS counts bytes, Linux KiB
 
 
 def machine(dnd: DnD) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SAME_MATHS, random_flat, tiny_model
-from tiny_world import save_base, save_encoder
+from training_parts import config_file, make_world
 
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
@@ -38,66 +37,10 @@ from dnd_sdk.training.workbench import prepare
 from dnd_sdk.training.zoo import initial_adapter, read_zoo
 from dnd_sdk.weight_tokenizer import WeightTokenizer
 
-MAKE_TASKS = Path(__file__).parents[1] / "examples" / "tiny_tasks" / "make.py"
-
-
-def _config(root: Path, **changes: str) -> Path:
-    values = {"seed": "0", "every": "0", "shared_steps": "6", "stages": "4", "start": "", "width": "8"} | changes
-    path = root / "train.toml"
-    path.write_text(
-        f"""
-base = "{root / "base"}"
-encoder = "{root / "encoder"}"
-{values["start"]}
-[lora]
-r = 4
-[data]
-max_tokens = 200
-max_rows = 40
-[shared]
-steps = {values["shared_steps"]}
-rows = 4
-lr = 1e-2
-[per_task]
-steps = 3
-tasks = 2
-rows = 2
-checkpoints = 2
-[generator]
-n_prompts = 4
-state_tokens = 8
-width = {values["width"]}
-pool = 24
-[[stages]]
-objective = "reconstruction"
-steps = {values["stages"]}
-tasks = 2
-[[stages]]
-objective = "end-to-end"
-steps = {values["stages"]}
-tasks = 2
-rows = 2
-train_shared = true
-[run]
-seed = {values["seed"]}
-checkpoint_every_s = {values["every"]}
-"""
-    )
-    return path
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("training")
-    save_base(root / "base")
-    save_encoder(root / "encoder")
-    spec = importlib.util.spec_from_file_location("make_tasks", MAKE_TASKS)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(["--out", str(root / "tasks"), "--rows", "60"])
-    _config(root)
-    return root
+    return make_world(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +142,7 @@ def test_training_goes_on_from_a_finished_generator(trained: Path, tmp_path: Pat
         (tmp_path / part).symlink_to(trained / part)
     start = Generator.from_pretrained(trained / "run" / "generator")
     line = f'start = "{trained / "run" / "generator"}"'
-    more = read_settings(_config(tmp_path, shared_steps="0", start=line))
+    more = read_settings(config_file(tmp_path, shared_steps="0", start=line))
     home, silent = Home(trained / "home"), lambda *_: None
     run_zoo(trained / "tasks", tmp_path / "train.toml", tmp_path / "zoo", home=home, progress=silent)
     assert torch.equal(read_zoo(tmp_path / "zoo")[0], start.mean())
@@ -209,7 +152,7 @@ def test_training_goes_on_from_a_finished_generator(trained: Path, tmp_path: Pat
     encoder = Encoder.load(more.encoder, home)
     going_on, fresh = new_generator(more, bench, encoder), new_generator(more, replace(bench, start=None), encoder)
     assert going_on.id == start.id != fresh.id
-    wider = read_settings(_config(tmp_path, start=line, width="16"))
+    wider = read_settings(config_file(tmp_path, start=line, width="16"))
     with pytest.raises(ConfigError, match=r"width \(8, here 16\)"):
         new_generator(wider, bench, encoder)
 

@@ -58,7 +58,8 @@ def train_generator(
     )
     store_zoo(bench, encoder, pools, snapshots, out)
     write_tensors(out / "shared.safetensors", {"shared": shared})  # the zoo's, before the generator moves its own
-    train_stages(generator, Lesson(bench, pools, snapshots, read_importance(zoo)), settings.stages, out)
+    lesson = Lesson(bench, pools, snapshots, read_importance(zoo), settings.check)
+    train_stages(generator, lesson, settings.stages, out)
     return finish(generator, bench, encoder, pools, settings, zoo, out)
 
 

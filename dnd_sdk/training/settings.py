@@ -34,6 +34,11 @@ class DataSettings(_Section):
     """Longest row, chat template and answer included."""
     max_rows: int = 400
     """Rows kept per task."""
+    balance: Literal["task", "family"] = "task"
+    """What a pass over the data shows once: every task, or one task of every family (so that large families do not
+    drown small ones)."""
+    held_out: int = Field(0, ge=0)
+    """Tasks kept out of all training, each of another family where there are enough: `[check]` judges by them."""
 
 
 class SharedSettings(_Section):
@@ -88,6 +93,17 @@ class Stage(_Section):
     """Whether the shared B moves too (end-to-end)."""
 
 
+class CheckSettings(_Section):
+    """How end-to-end training is judged on the tasks held out (`data.held_out`); without such tasks it is not."""
+
+    every: int = Field(25, ge=1)
+    """Steps between two checks."""
+    rows: int = Field(8, ge=1)
+    """Rows per held-out task."""
+    patience: int | None = Field(None, ge=1)
+    """Checks without a better loss after which a stage ends; null: never. The best generator is kept either way."""
+
+
 class RunSettings(_Section):
     """How training runs."""
 
@@ -116,6 +132,7 @@ class TrainSettings(_Section):
         Stage(objective="reconstruction", steps=100),
         Stage(objective="end-to-end", steps=200, train_shared=True),
     )
+    check: CheckSettings = CheckSettings()
     run: RunSettings = RunSettings()
 
 

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dnd_sdk.generator import Generator
-from dnd_sdk.training.batches import TokenRow, sample_rows, sample_tasks
+from dnd_sdk.training.batches import TokenRow, sample_rows
+from dnd_sdk.training.check import Check
 from dnd_sdk.training.conditions import Pools
 from dnd_sdk.training.run_dir import RunDir, optimizer_tensors, restore_optimizer
-from dnd_sdk.training.settings import Stage
+from dnd_sdk.training.settings import CheckSettings, Stage
 from dnd_sdk.training.workbench import Workbench
 from dnd_sdk.training.zoo import part_mask, schedule
 from dnd_sdk.weight_tokenizer import WeightTokenizer
@@ -38,6 +39,7 @@ class Lesson:
     """Per task its snapshots (k, P)."""
     importance: Tensor
     """(P,) std over tasks of every weight."""
+    check: CheckSettings
 
     @property
     def names(self) -> list[str]:
@@ -55,17 +57,20 @@ def train_stages(generator: Generator, lesson: Lesson, stages: tuple[Stage, ...]
 
 def _train_stage(generator: Generator, lesson: Lesson, stage: Stage, number: int, path: Path) -> None:
     bench = lesson.bench
-    manifest = {**bench.manifest, "stage": stage.model_dump(), "number": number}
+    manifest = {**bench.manifest, "stage": stage.model_dump(), "number": number, "check": lesson.check.model_dump()}
     run = RunDir(path, manifest, checkpoint_every_s=bench.run.checkpoint_every_s)
     optimizer = torch.optim.AdamW(_trainable(generator, stage), lr=stage.lr, weight_decay=0.0)
     start, saved = run.load()
     if saved:
         generator.load_state_dict({k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")})
         restore_optimizer(optimizer, saved)
+    check = Check(bench, lesson.pools, lesson.check, run)
     generator.train()
     step_loss = _STEPS[stage.objective](generator, lesson, stage)
     mask = part_mask(bench.layout, generator.config.parts).to(generator.shared.device)
     for step in range(start, stage.steps):
+        if check.over:
+            break
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * schedule(step, stage.steps)
         optimizer.zero_grad()
@@ -75,11 +80,13 @@ def _train_stage(generator: Generator, lesson: Lesson, stage: Stage, number: int
             generator.shared.grad *= mask  # what is not generated stays as it is: every adapter of the zoo shares it
         torch.nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
         optimizer.step()
-        run.log(step, loss=round(loss, 6), gain=round(generator.gain.detach().abs().mean().item(), 6))
+        held = check.after(step, generator) if stage.objective == "end-to-end" else {}
+        run.log(step, loss=round(loss, 6), gain=round(generator.gain.detach().abs().mean().item(), 6), **held)
         bench.progress(stage.objective, step + 1, stage.steps, loss)
-        if run.due() or step + 1 == stage.steps:
+        if run.due() or check.over or step + 1 == stage.steps:
             state = {f"model.{k}": v for k, v in generator.state_dict().items()}
             run.save(step + 1, {**state, **optimizer_tensors(optimizer)})
+    check.restore_best(generator)
     generator.eval()
 
 
@@ -101,11 +108,12 @@ def _conditions(generator: Generator, lesson: Lesson, stage: Stage, step: int, n
     return _noisy(x.to(generator.shared.device), stage.condition_noise)
 
 
-def _end_to_end(generator: Generator, lesson: Lesson, stage: Stage) -> Callable[[int], float]:
+def end_to_end(generator: Generator, lesson: Lesson, stage: Stage) -> Callable[[int], float]:
+    """The step of an end-to-end stage: adds up the gradient of the step of that number, returns its loss."""
     bench = lesson.bench
 
     def step_loss(step: int) -> float:
-        names = sample_tasks(lesson.names, stage.tasks, step, bench.run.seed)
+        names = bench.sample_tasks(lesson.names, stage.tasks, step)
         adapters = generator(_conditions(generator, lesson, stage, step, names))
         rows: list[tuple[TokenRow, int]] = []
         for i, name in enumerate(names):
@@ -121,7 +129,7 @@ def _reconstruction(generator: Generator, lesson: Lesson, stage: Stage) -> Calla
     shared = generator.shared.detach()
 
     def step_loss(step: int) -> float:
-        names = sample_tasks(lesson.names, stage.tasks, step, seed)
+        names = lesson.bench.sample_tasks(lesson.names, stage.tasks, step)
         picks = [random.Random(f"{seed}/snapshot/{n}/{step}").choice(lesson.zoo[n]) for n in names]
         residuals = torch.stack([*(p.to(shared.device) - shared for p in picks), torch.zeros_like(shared)])
         target = tokenizer.tokenise(residuals)
@@ -150,7 +158,7 @@ def masked_mse(tokens: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     return error.sum() / used.sum()
 
 
-_STEPS = {"end-to-end": _end_to_end, "reconstruction": _reconstruction}
+_STEPS = {"end-to-end": end_to_end, "reconstruction": _reconstruction}
 
 
 def read_importance(zoo_dir: Path) -> Tensor:

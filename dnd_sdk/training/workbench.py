@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dnd_sdk.config import Home
+from dnd_sdk.errors import ConfigError
 from dnd_sdk.generator import Generator
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import load_base
 from dnd_sdk.protocols import Progress
 from dnd_sdk.tasks import Task, data_hash, read_tasks
-from dnd_sdk.training.batches import TokenRow, TokenTask, answer_loss, micro_batches, tokenise_task
+from dnd_sdk.training.batches import (
+    TokenRow,
+    TokenTask,
+    answer_loss,
+    held_out,
+    micro_batches,
+    sample_tasks,
+    tokenise_task,
+)
 from dnd_sdk.training.int8_base import quantize_frozen_linears
 from dnd_sdk.training.settings import RunSettings, TrainSettings
 
@@ -40,11 +50,19 @@ class Workbench:
     progress: Progress
     start: Generator | None = None
     """The generator that training goes on from; None starts from the base alone."""
+    held: dict[str, TokenTask] = field(default_factory=dict)
+    """Tasks kept out of training."""
+    families: dict[str, str] | None = None
+    """Family of every task where a pass goes over families; None where it goes over tasks."""
 
     @property
     def device(self) -> torch.device:
         """Where the base lives."""
         return next(self.model.parameters()).device
+
+    def sample_tasks(self, names: Sequence[str], n: int, step: int) -> list[str]:
+        """At most `n` of `names` for a step, balanced as the settings say."""
+        return sample_tasks(names, n, step, self.run.seed, self.families)
 
     def backward(self, adapters: Tensor, rows: list[tuple[TokenRow, int]]) -> float:
         """Add the gradient of one step's answer loss to what made `adapters` (S, P); return the loss.
@@ -53,15 +71,23 @@ class Workbench:
         """
         leaf = adapters.detach().requires_grad_()
         total = 0.0
-        for batch in micro_batches(rows, max_padded=self.run.micro_tokens, pad=self.pad):
-            one = adapters.shape[0] == 1
-            tables = tables_from_flat(self.layout, leaf.to(self.model.dtype))  # of a base in bfloat16, too
-            with use_lora(tables, 0 if one else batch.owner.to(self.device)):
-                loss = answer_loss(self.model, batch)
+        for loss in self._losses(leaf, rows):
             loss.backward()
             total += loss.item()
         adapters.backward(leaf.grad)
         return total
+
+    @torch.no_grad()
+    def loss(self, adapters: Tensor, rows: list[tuple[TokenRow, int]]) -> float:
+        """The mean answer loss of `rows`, each under its adapter of `adapters` (S, P); no gradient."""
+        return sum(loss.item() for loss in self._losses(adapters, rows))
+
+    def _losses(self, adapters: Tensor, rows: list[tuple[TokenRow, int]]) -> Iterator[Tensor]:
+        for batch in micro_batches(rows, max_padded=self.run.micro_tokens, pad=self.pad):
+            one = adapters.shape[0] == 1
+            tables = tables_from_flat(self.layout, adapters.to(self.model.dtype))  # of a base in bfloat16, too
+            with use_lora(tables, 0 if one else batch.owner.to(self.device)):
+                yield answer_loss(self.model, batch)
 
 
 def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Progress) -> Workbench:
@@ -75,6 +101,8 @@ def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Prog
     attach_lora(base.model, layout)
     limits = {"max_tokens": settings.data.max_tokens, "max_rows": settings.data.max_rows, "seed": settings.run.seed}
     tokens = {n: tokenise_task(t, base.tokenizer, **limits) for n, t in sources.items()}
+    families = {n: t.family for n, t in sources.items()}
+    held = _held_out(families, settings)
     pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else base.tokenizer.eos_token_id
     return Workbench(
         model=base.model,
@@ -82,13 +110,24 @@ def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Prog
         base_name=settings.base,
         base_fingerprint=base.fingerprint,
         sources=sources,
-        tasks=tokens,
+        tasks={n: t for n, t in tokens.items() if n not in held},
         run=settings.run,
         pad=pad,
         manifest=_manifest(settings, sources, base.fingerprint, layout, start),
         progress=progress,
         start=start,
+        held={n: tokens[n] for n in held},
+        families=families if settings.data.balance == "family" else None,
     )
+
+
+def _held_out(families: dict[str, str], settings: TrainSettings) -> list[str]:
+    n = settings.data.held_out
+    if n >= len(families):
+        raise ConfigError(
+            f"data.held_out is {n}, and there are only {len(families)} tasks", fix="hold out fewer, or bring more tasks"
+        )
+    return held_out(families, n, settings.run.seed)
 
 
 def _manifest(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dnd_sdk.errors import InputError
 from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.training.batches import TokenRow, sample_rows, sample_tasks
+from dnd_sdk.training.batches import TokenRow, sample_rows
 from dnd_sdk.training.run_dir import RunDir, optimizer_tensors, restore_optimizer, write_tensors
 from dnd_sdk.training.settings import PerTaskSettings, SharedSettings
 from dnd_sdk.training.workbench import Workbench
@@ -66,7 +66,7 @@ def train_shared(bench: Workbench, settings: SharedSettings, out: Path) -> Tenso
     flat = first.to(bench.device).requires_grad_()
 
     def rows(step: int) -> list[tuple[TokenRow, int]]:
-        names = sample_tasks(list(bench.tasks), settings.rows, step, bench.run.seed)
+        names = bench.sample_tasks(list(bench.tasks), settings.rows, step)
         return [(sample_rows(bench.tasks[n], 1, step, bench.run.seed)[0], 0) for n in names]
 
     run = _open(bench, out / "shared", settings.model_dump(), checkpoint_every_s=bench.run.checkpoint_every_s)
