@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,36 +100,6 @@ def test_the_multi_task_adapter_is_kept_beside_the_zoo(trained: Path) -> None:
     torch.testing.assert_close(zoo.multitask(), read_zoo(trained / "zoo")[0], rtol=0, atol=0)
     assert zoo.training_settings()["per_task"]["steps"] == 3
     assert zoo.mean().shape == zoo.multitask().shape
-
-
-@pytest.mark.parametrize("stage", ["zoo", "generator"])
-def test_kill_9_and_the_same_command_gives_the_same_curve(trained: Path, tmp_path: Path, stage: str) -> None:
-    script = (
-        "import sys,time; from pathlib import Path; from dnd_sdk.config import Home\n"
-        "from dnd_sdk.training import run_zoo, run_generator\n"
-        "w, out = Path(sys.argv[1]), Path(sys.argv[2])\n"
-        "slow = lambda *a: time.sleep(0.3)\n"
-        "kw = dict(home=Home(w / 'home'), progress=slow)\n"
-        "run_zoo(w / 'tasks', w / 'train.toml', out, **kw) if sys.argv[3] == 'zoo' else "
-        "run_generator(w / 'tasks', w / 'train.toml', out, zoo=w / 'zoo', **kw)\n"
-    )
-    watched = "shared" if stage == "zoo" else "stage-1"
-    command = [sys.executable, "-c", script, str(trained), str(tmp_path / "out"), stage]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env)
-    deadline = time.monotonic() + 600
-    while len(RunDir.read_losses(tmp_path / "out" / watched)) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(RunDir.read_losses(tmp_path / "out" / watched)) < (6 if stage == "zoo" else 4)
-    subprocess.run(command, env=env, check=True)
-    subprocess.run([*command[:4], str(tmp_path / "straight"), stage], env=env, check=True)
-    curves = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("losses.jsonl"))
-    assert len(curves) >= 2
-    for curve in curves:
-        assert (tmp_path / "out" / curve).read_text() == (tmp_path / "straight" / curve).read_text(), curve
 
 
 def test_training_goes_on_from_a_finished_generator(trained: Path, tmp_path: Path) -> None:
