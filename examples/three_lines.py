@@ -1,6 +1,7 @@
 """A LlamaIndex script, and the three lines (marked +) that let it answer with an adapter made for its job.
 
 Without them it would use whatever LLM the settings name; nothing else in it changes.
+Run `python examples/three_lines.py`.
 """
 
 from __future__ import annotations

@@ -108,6 +108,17 @@ class Pace:
         self._permits.release(n)
 
 
+async def cancel_after(tokens: int, work: Coroutine[Any, Any, Any], pace: Pace) -> None:
+    """Cancel an answer when it has so many tokens; whoever waits for it must be told."""
+    task = asyncio.create_task(work)
+    pace.allow(tokens)
+    while pace.tokens < tokens and not task.done():
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 def roomy(dnd: DnD) -> DnD:
     """Give a tiny base context enough for LlamaIndex's prompts, which its tokenizer cuts into bytes."""
     dnd.base.model.config.max_position_embeddings = 16_384

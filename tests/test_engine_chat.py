@@ -76,6 +76,25 @@ def test_both_forms_are_known_to_render_tools() -> None:
         assert renders_tools(tokenizer) is renders
 
 
+def test_a_template_is_probed_once_and_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, other, probed = tiny_tokenizer(), tiny_tokenizer(), []
+    real = type(tokenizer).apply_chat_template
+
+    def counted(self: Any, *args: Any, **how: Any) -> Any:
+        probed.append(self)
+        return real(self, *args, **how)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+    both = {"default": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE}
+    for template, renders in ((HERMES_TEMPLATE, True), (CHAT_TEMPLATE, False), (None, False), (both, False)):
+        tokenizer.chat_template = template
+        before = len(probed)
+        assert [renders_tools(tokenizer) for _ in range(3)] == [renders] * 3
+        assert len(probed) == before + (template is not None)
+    both["tool_use"] = HERMES_TEMPLATE
+    assert renders_tools(tokenizer) and not renders_tools(other), "changed in place; each tokenizer has its own answer"
+
+
 @pytest.mark.parametrize(
     ("messages", "tools", "match"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
-from llamaindex_parts import Pace, aread, call, endless, events, generating, wait_until  # noqa: F401
+from llamaindex_parts import Pace, aread, call, cancel_after, endless, events, generating, wait_until  # noqa: F401
 from tiny_world import World
 
 from dnd_sdk.integrations.llamaindex import DnDEmbedding, DnDLLM
@@ -182,13 +182,7 @@ def test_cancelling_the_task_stops_within_a_token(llm: DnDLLM, pace: Pace, metho
     llm.callback_manager = CallbackManager([debug])
 
     async def run() -> None:
-        task = asyncio.create_task(aread(call(llm, method, "hello")))
-        pace.allow(3)
-        while pace.tokens < 3:
-            await asyncio.sleep(0.001)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await cancel_after(3, aread(call(llm, method, "hello")), pace)
         await asyncio.to_thread(stopped_after, pace, 4)
 
     asyncio.run(run())

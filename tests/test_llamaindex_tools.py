@@ -20,6 +20,7 @@ from llamaindex_parts import (  # noqa: F401 - events is a fixture
     Recorder,
     ask,
     call,
+    cancel_after,
     endless,
     events,
     generating,
@@ -29,7 +30,7 @@ from llamaindex_parts import (  # noqa: F401 - events is a fixture
 )
 from pydantic import BaseModel
 from tiny_world import World
-from tool_parts import ADD, HERMES_TEMPLATE, LLAMA_TEMPLATE, hermes_call, scripted
+from tool_parts import ADD, CALLED, HERMES_TEMPLATE, LLAMA_TEMPLATE, QWEN_TEMPLATE, hermes_call, scripted
 
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.integrations.llamaindex import DnDFunctionCallingLLM, DnDLLM
@@ -163,7 +164,7 @@ def test_a_base_that_renders_no_tools_is_refused_at_once_or_when_it_loads(world:
         _ = late.metadata
 
 
-@pytest.mark.parametrize("template", [HERMES_TEMPLATE, LLAMA_TEMPLATE], ids=["hermes", "llama"])
+@pytest.mark.parametrize("template", [HERMES_TEMPLATE, LLAMA_TEMPLATE, QWEN_TEMPLATE], ids=["hermes", "llama", "qwen"])
 def test_history_with_calls_and_results_is_rendered(template: str) -> None:
     dnd = scripted("Five.", template=template)
     block = ToolCallBlock(tool_call_id="c1", tool_name="add", tool_kwargs={"a": 2, "b": 3})
@@ -173,7 +174,7 @@ def test_history_with_calls_and_results_is_rendered(template: str) -> None:
     chat, _, how = dnd.chats[0]
     assert chat[2] == {"role": "tool", "content": "5", "tool_call_id": "c1", "name": "add"}
     text = dnd.base.tokenizer.apply_chat_template(chat, tools=how["tools"], tokenize=False)
-    key = "arguments" if template == HERMES_TEMPLATE else "parameters"
+    key = "parameters" if template == LLAMA_TEMPLATE else "arguments"
     assert f'{{"name": "add", "{key}": {{"a": 2, "b": 3}}}}' in text and json.dumps(ADD) in text
     with pytest.raises(InputError, match="has a ToolCallBlock, the base reads text only"):
         DnDLLM(dnd).chat([said])
@@ -181,7 +182,9 @@ def test_history_with_calls_and_results_is_rendered(template: str) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    ("first", "template"), [(f"I add.\n{CALL}", HERMES_TEMPLATE), (LLAMA_CALL, LLAMA_TEMPLATE)], ids=["hermes", "llama"]
+    ("first", "template"),
+    [(f"I add.\n{CALL}", HERMES_TEMPLATE), (LLAMA_CALL, LLAMA_TEMPLATE), (CALL, QWEN_TEMPLATE)],
+    ids=["hermes", "llama", "qwen"],
 )
 def test_function_agent_uses_a_tool(first: str, template: str, streaming: bool) -> None:
     dnd = scripted(first, "It is 5.", template=template)
@@ -220,6 +223,19 @@ def test_function_agent_on_a_real_tiny_base(dnd: DnD) -> None:
 
     schema = TOOL.metadata.to_openai_tool()
     assert asyncio.run(run()) == dnd.complete("What is 2 + 3?", tools=[schema], max_new_tokens=8).text != ""
+
+
+def test_qwens_own_template_shows_the_tools_and_what_it_writes_is_read_back(dnd: DnD) -> None:
+    tokenizer, question = dnd.base.tokenizer, {"role": "user", "content": "2 + 3?"}
+    tokenizer.chat_template = QWEN_TEMPLATE
+    read = tokenizer.apply_chat_template([question], tools=[ADD], tokenize=False, add_generation_prompt=True)
+    assert f"<tools>\n{json.dumps(ADD)}\n</tools>" in read
+    got = ask(DnDFunctionCallingLLM(dnd, adapter=None, max_new_tokens=2), "chat", "2 + 3?", tools=[ADD])
+    assert got.raw["usage"]["prompt_tokens"] == len(tokenizer(read)["input_ids"])
+    wrote = tokenizer.apply_chat_template([question, CALLED], tokenize=False).rpartition("<|im_start|>assistant\n")[2]
+    assert wrote.startswith("<tool_call>\n") and wrote.endswith("\n</tool_call><|im_end|>\n")
+    llm = DnDFunctionCallingLLM(scripted(wrote.removesuffix("<|im_end|>\n"), template=QWEN_TEMPLATE))
+    assert calls_in(llm, ask(llm, "chat", "2 + 3?", tools=[ADD]).items[-1]) == [("add", {"a": 2, "b": 3})]
 
 
 class Colour(BaseModel):
@@ -269,17 +285,7 @@ def test_closing_a_stream_stops_the_work(slow: tuple[DnDFunctionCallingLLM, Pace
 
 def test_cancelling_a_call_stops_the_work(slow: tuple[DnDFunctionCallingLLM, Pace]) -> None:
     llm, pace = slow
-
-    async def cancelled() -> None:
-        job = asyncio.create_task(call(llm, "achat", "hello", tools=[ADD]))
-        pace.allow(2)
-        while pace.tokens < 2:
-            await asyncio.sleep(0.01)
-        job.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await job
-
-    asyncio.run(cancelled())
+    asyncio.run(cancel_after(2, call(llm, "achat", "hello", tools=[ADD]), pace))
     pace.allow()
     wait_until(lambda: not generating(), "the call still works")
     assert pace.tokens <= 5

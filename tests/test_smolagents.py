@@ -15,9 +15,10 @@ from smolagents.models import ChatMessage, MessageRole
 from test_examples import load
 from test_llamaindex_examples import shown
 from tiny_world import World, prompts_of
-from tool_parts import HERMES_TEMPLATE, hermes_call
+from tool_parts import HERMES_TEMPLATE, QWEN_TEMPLATE, hermes_call
 
 from dnd_sdk.config import Home
+from dnd_sdk.engine.chat import prompt_ids
 from dnd_sdk.errors import ConfigError, InputError, MissingExtraError
 from dnd_sdk.integrations.smolagents import DnDModel
 from dnd_sdk.session import Completion, DnD
@@ -165,6 +166,17 @@ def test_a_tool_calling_agent_uses_a_tool(dnd: DnD, script: list[str], said: str
     chat, _, how = dnd.asked[1]
     assert "Observation:\n5" in chat[-1]["content"] and set(how["stop"]) >= {"Observation:", "Calling tools:"}
     assert agent.monitor.get_total_token_counts().input_tokens == 14
+
+
+def test_an_agent_on_qwens_own_template_reads_its_tools_and_their_results(dnd: DnD, script: list[str]) -> None:
+    tokenizer = dnd.base.tokenizer
+    tokenizer.chat_template = QWEN_TEMPLATE
+    script += [hermes_call(a=2, b=3), hermes_call("final_answer", answer="It is 5.")]
+    assert ToolCallingAgent([add], DnDModel(dnd, None), verbosity_level=QUIET).run("What is 2 + 3?") == "It is 5."
+    chat, _, how = dnd.asked[1]
+    read = tokenizer.decode(prompt_ids(tokenizer, chat, how["tools"]))
+    assert re.search(r'<tools>\n.*"name": "add".*\n.*"name": "final_answer".*\n</tools>', read)
+    assert read.endswith("Observation:\n5<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_code_agent_runs_its_code(dnd: DnD, script: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from helpers import tiny_tokenizer
@@ -29,6 +30,9 @@ LLAMA_TEMPLATE = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """Renders them as Llama 3.x does: calls as bare JSON, one a message."""
+
+QWEN_TEMPLATE = Path(__file__).with_name("qwen25_chat_template.jinja").read_text("utf-8")
+"""Qwen2.5-Instruct's own in full, not in fewer words: a default system message, results as a user's turn."""
 
 ADD: dict[str, Any] = {
     "type": "function",

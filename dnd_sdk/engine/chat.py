@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,8 @@ _PROBE_TOOL = {
     },
 }
 _PROBE_WORDS = ("probe_offered", "probe_called", "probe result")
+_PROBED: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, bool]] = WeakKeyDictionary()
+"""Per tokenizer the chat template that was probed last, and the answer: it is asked for with every request."""
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None = None) -> list[int]:
@@ -77,8 +81,17 @@ def option_ids(tokenizer: PreTrainedTokenizerBase, option: str) -> list[int]:
 
 def renders_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template shows the model the tools on offer, the calls made before and their results."""
-    if tokenizer.chat_template is None:
+    template = tokenizer.chat_template
+    if template is None:
         return False
+    probed, answer = _PROBED.get(tokenizer, (None, False))
+    if template != probed:
+        answer = _shows_probe(tokenizer)
+        _PROBED[tokenizer] = copy(template), answer  # a copy: several templates are a dict, which may be changed
+    return answer
+
+
+def _shows_probe(tokenizer: PreTrainedTokenizerBase) -> bool:
     try:
         text = str(tokenizer.apply_chat_template(_PROBE, tools=[_PROBE_TOOL], tokenize=False))
     except (TemplateError, TypeError):  # a template made for other roles may also add what is not there

