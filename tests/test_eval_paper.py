@@ -356,10 +356,12 @@ def test_bad_input_is_told_in_one_line_with_a_fix(root: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_prints_one_object_or_tables(root: Path, done: dict[str, Any]) -> None:
+def test_the_command_prints_one_object_or_tables(root: Path, done: dict[str, Any], tmp_path: Path) -> None:
     options = ["--run-dir", root / "run", "--config", root / "recipe.toml", "--home", root / "home", "--limit", 4]
     report = dnd_json("eval", "paper", root / "tasks", "--held-out", "piqa", *options)
     assert set(report["methods"]["base"]["tasks"]) == {"piqa"} and report["time_s"]["generated"]["mean"] > 0
+    (tmp_path / "paper.json").write_text(json.dumps(report))
+    assert dnd("plot", tmp_path / "paper.json", "--out", tmp_path / "plots").exit_code == 0
     shown = dnd("eval", "paper", root / "tasks", "--held-out", "piqa", *options)
     assert shown.exit_code == 0 and "| generated |" in shown.stdout and "piqa base" in shown.stderr
 
