@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import typer
 
 
@@ -22,3 +25,14 @@ def adapter_choices(ctx: typer.Context, incomplete: str) -> list[str]:
     """What `-a` takes: a stored adapter, `auto` or `base`."""
     fixed = [word for word in ("auto", "base") if word.startswith(incomplete)]
     return fixed + adapter_names(ctx, incomplete)
+
+
+def task_folders(incomplete: str) -> list[str]:
+    """What follows `dnd eval`: a folder, or the word `paper`, which is a command of its own."""
+    head, tail = os.path.split(incomplete)
+    try:
+        found = sorted(p.name for p in Path(head).expanduser().iterdir() if p.is_dir() and p.name.startswith(tail))
+    except OSError:
+        found = []
+    words = [word for word in ("paper",) if word.startswith(incomplete)]
+    return words + [folder for name in found if (folder := os.path.join(head, name)) not in words]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dnd_sdk.cli.options import ModelOptions
+from dnd_sdk.cli.completion import task_folders
+from dnd_sdk.cli.options import ModelOptions, quiet_libraries
 from dnd_sdk.cli.output import EXIT_FAILURE, Output
+from dnd_sdk.cli.train import check_config, with_eta
 from dnd_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +23,10 @@ ROLES = ("train", "validation", "all")
 def evaluate(
     out: Output,
     models: ModelOptions,
-    tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).")],
+    tasks: Annotated[
+        Path,
+        typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).", autocompletion=task_folders),
+    ],
     methods: Annotated[
         str,
         typer.Option(
@@ -68,6 +73,45 @@ def evaluate(
     if card is not None:
         record_evaluation(card, result)
     out.emit(result, lambda: render(result))
+    _fail_on_failures(out, result)
+
+
+def paper(
+    out: Output,
+    tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="Folder of task files with the paper's sets.")],
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Keeps all parts and results; run again to go on.")],
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file with every setting of training.")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="Test rows per set.")] = 30,
+    seeds: Annotated[int, typer.Option("--seeds", help="Seeds per method whose prompts are drawn.")] = 1,
+    held_out: Annotated[
+        list[str] | None, typer.Option("--held-out", help="Leave out only this set; repeatable. All without it.")
+    ] = None,
+) -> None:
+    """Run the comparisons of the paper (arXiv 2506.16406): leave one data set out, train on the others, score on it.
+
+    A tasks folder that is itself called paper is evaluated as dnd eval ./paper.
+    """
+    check_config(config)
+    from dnd_sdk.evaluation import EvalSettings
+    from dnd_sdk.evaluation.paper import compare, render_paper
+    from dnd_sdk.evaluation.paper_training import PaperTrainer
+    from dnd_sdk.training.settings import read_settings
+
+    settings = EvalSettings(limit=limit, seeds=seeds, run_dir=run_dir)
+    quiet_libraries(out)
+    with out.progress("paper") as report:
+        trainer = PaperTrainer(read_settings(config), out.find_home(), with_eta(report))
+
+        def tell(p: Progress) -> None:
+            report(p.done, p.total, f"{p.task} {p.method}", p.eta_s)
+
+        result = compare(tasks, trainer, settings, held_out or None, tell)
+    out.emit(result, lambda: render_paper(result))
+    _fail_on_failures(out, result)
+
+
+def _fail_on_failures(out: Output, result: dict[str, Any]) -> None:
+    """Name what failed, and exit with it."""
     for failure in result["failures"]:
         out.note(f"failed: {failure['task']} {failure['method']} seed {failure['seed']}: {failure['error']}")
     if result["failures"]:

@@ -19,7 +19,19 @@ from dnd_sdk.cli.output import error_exit
 
 
 class DndGroup(TyperGroup):
-    """The top command: any exception becomes two lines on stderr (or JSON) and an exit code."""
+    """The top command: any exception becomes two lines on stderr (or JSON) and an exit code.
+
+    A command named by two words (`eval paper`) stands beside the one of the first word, which has arguments itself.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Two words first, so that `dnd eval paper` is never a folder called paper (which is `./paper`)."""
+        name = " ".join(args[:2])
+        return (name, self.commands[name], args[2:]) if name in self.commands else super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Single words: the shell would quote two."""
+        return [item for item in super().shell_complete(ctx, incomplete) if " " not in item.value]
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
         """Run one command line and exit."""
@@ -122,7 +134,12 @@ app.command("eval", epilog=_examples(
     "dnd eval tasks --methods base,generated,shuffled --limit 30",
     "dnd eval tasks --role validation --run-dir runs/eval --json",
     "dnd eval tasks --methods base,icl-3,generated,multitask,oracle --zoo runs/generator --against multitask",
+    "dnd eval paper tasks --run-dir runs/paper",
 ))(command(evaluate.evaluate))  # fmt: skip
+app.command("eval paper", epilog=_examples(
+    "dnd eval paper tasks --run-dir runs/paper --config examples/paper_cpu.toml",
+    "dnd eval paper tasks --run-dir runs/paper --held-out arc_c --held-out obqa --limit 100 --json",
+))(command(evaluate.paper))  # fmt: skip
 app.command("plot", epilog=_examples("dnd plot eval.json --out plots"))(command(plot.plot))
 bench_app = _group("Measure speed and memory on this machine.")
 bench_app.command("train", epilog=_examples("dnd bench train TASKS --config examples/train_cpu.toml"))(

@@ -19,11 +19,11 @@ RunDir = Annotated[Path, typer.Option("--out", help="Run folder; run again with 
 
 def zoo(out: Output, tasks: Tasks, run_dir: RunDir = Path("runs/zoo"), config: Config = None) -> None:
     """Train one LoRA per task, several tasks at once on one resident base."""
-    _check_config(config)
+    check_config(config)
     from dnd_sdk.training import run_zoo
 
     with out.progress("training the zoo") as report:
-        run_zoo(tasks, config, run_dir, home=out.find_home(), progress=_with_eta(report))
+        run_zoo(tasks, config, run_dir, home=out.find_home(), progress=with_eta(report))
     out.emit({"run_dir": str(run_dir)}, str(run_dir) if out.quiet else f"done: {run_dir}")
 
 
@@ -35,13 +35,13 @@ def generator(
     config: Config = None,
 ) -> None:
     """Train a generator on a zoo: by reconstruction, end to end through the frozen base, or both in sequence."""
-    _check_config(config)
+    check_config(config)
     if not zoo.is_dir():
         raise InputError(f"zoo folder {zoo} does not exist", fix="make one with dnd train zoo, then pass it as --zoo")
     from dnd_sdk.training import run_generator
 
     with out.progress("training the generator") as report:
-        made = run_generator(tasks, config, run_dir, zoo=zoo, home=out.find_home(), progress=_with_eta(report))
+        made = run_generator(tasks, config, run_dir, zoo=zoo, home=out.find_home(), progress=with_eta(report))
     out.emit(
         {"run_dir": str(run_dir), "generator": str(made)},
         str(made) if out.quiet else f"done: {made}\nuse it with: dnd adapt PROMPTS --generator {made}",
@@ -55,7 +55,7 @@ def bench_train(
     repeats: Annotated[int, typer.Option("--repeats", help="Timed rounds after one that warms up.")] = 3,
 ) -> None:
     """Time one training step and one generation of a recipe: any base, any sizes; nothing is kept."""
-    _check_config(config)
+    check_config(config)
     from dnd_sdk.training.bench import bench_train as measure
     from dnd_sdk.training.bench import render
     from dnd_sdk.training.settings import read_settings
@@ -65,12 +65,14 @@ def bench_train(
     out.emit(result, lambda: render(result))
 
 
-def _check_config(config: Path | None) -> None:
+def check_config(config: Path | None) -> None:
+    """Raise `InputError` for a file that is not there, before anything slow is imported."""
     if config is not None and not config.is_file():
         raise InputError(f"config file {config} does not exist", fix="pass an existing TOML file to --config")
 
 
-def _with_eta(report: Report) -> Progress:
+def with_eta(report: Report) -> Progress:
+    """A training's progress, told with the time its stage has left."""
     eta = _Eta()
     return lambda stage, done, total, value: report(done, total, f"{stage} {value:.4f}", eta.left_s(stage, done, total))
 

@@ -69,8 +69,6 @@ def read_tasks(
     task is left.
     """
     root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"tasks folder {root} does not exist", fix="pass a folder that holds NAME.jsonl files")
     entries = _entries(root)
     if unknown := sorted(set(names or ()) - entries.keys()):
         raise InputError(f"{root} has no task named {unknown}", fix="names are the .jsonl files without their ending")
@@ -80,6 +78,11 @@ def read_tasks(
         wanted = "" if role is None else f" with role {role!r}"
         raise InputError(f"no tasks{wanted} in {root}", fix="add NAME.jsonl files or choose another role")
     return tasks
+
+
+def task_names(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of the tasks of `folder`, sorted, without reading their rows; raises `InputError`."""
+    return sorted(_entries(Path(folder)))
 
 
 def data_hash(task: Task) -> str:
@@ -92,6 +95,8 @@ def data_hash(task: Task) -> str:
 
 def _entries(root: Path) -> dict[str, dict[str, Any]]:
     """Index entries by task name, with an empty one for each unlisted .jsonl file."""
+    if not root.is_dir():
+        raise InputError(f"tasks folder {root} does not exist", fix="pass a folder that holds NAME.jsonl files")
     listed: dict[str, dict[str, Any]] = {}
     for entry in _read_index(root / "index.json"):
         if entry["name"] in listed:

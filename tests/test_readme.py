@@ -43,7 +43,9 @@ def complaint(line: str) -> str | None:
     command: Any = get_command(app)
     words = shlex.split(line, comments=True)[1:]
     while words and hasattr(command, "commands"):
-        name = words.pop(0)
+        pair = " ".join(words[:2])  # a command may be named by two words: eval paper
+        name = pair if pair in command.commands else words[0]
+        words = words[len(name.split()) :]
         if name not in command.commands:
             return f"{command.name} has no command {name!r}"
         command = command.commands[name]

@@ -12,6 +12,7 @@ from dnd_sdk.tasks import Task
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dnd_sdk.models import Base
     from dnd_sdk.session import DnD
 
 Messages = list[dict[str, str]]
@@ -112,5 +113,10 @@ class Parts:
             base_fingerprint=base.fingerprint,
             generator=dnd.generator,
             encoder=dnd.encoder,
-            numerics=f"{base.model.device.type}/{str(base.model.dtype).removeprefix('torch.')}",
+            numerics=numerics_of(base),
         )
+
+
+def numerics_of(base: Base) -> str:
+    """Device and dtype of a base, as `Parts.numerics` has them."""
+    return f"{base.model.device.type}/{str(base.model.dtype).removeprefix('torch.')}"

@@ -15,7 +15,7 @@ from dnd_sdk.evaluation.scoring import COMPARED, METRICS
 from dnd_sdk.evaluation.svg import FAINT, INK, PALETTE, Canvas
 
 MAX_BYTES = 256 * 2**20
-_METHOD = re.compile(r"[a-z]+(-[0-9]+)?")
+_METHOD = re.compile(r"[a-z]+(-[a-z]+)?(-[0-9]+)?")
 _WIDTH, _TOP, _ROW = 720, 46, 15
 _NAMES = {"exact_match": "exact match", "option_accuracy": "option accuracy"}
 

@@ -27,6 +27,9 @@ from dnd_sdk.tasks import Task
 
 log = logging.getLogger(__name__)
 
+FAILURES = (DndError, RuntimeError, ValueError)
+"""What a task's rows or adapter may bring about: it fails that unit alone."""
+
 
 @dataclass(frozen=True)
 class EvalSettings:
@@ -98,9 +101,19 @@ def evaluate(
     settings = settings or EvalSettings()
     _check(tasks, methods, settings)
     built = build_methods(methods, parts, tasks, zoo=zoo, trainer=trainer, n_prompts=settings.n_prompts)
+    return build_report(parts, methods, settings, run_methods(parts, tasks, built, settings, progress))
+
+
+def run_methods(
+    parts: Parts,
+    tasks: Sequence[Task],
+    methods: Sequence[Method],
+    settings: EvalSettings,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[Unit]:
+    """What every (task, method, seed) comes to; a unit that fails carries its error."""
     cache = AnswerCache(settings.run_dir / "results.jsonl" if settings.run_dir else None)
-    units = list(_Run(parts, settings, cache, tasks, built, progress).units())
-    return build_report(parts, methods, settings, units)
+    return list(_Run(parts, settings, cache, tasks, methods, progress).units())
 
 
 def _check(tasks: Sequence[Task], methods: Sequence[str], settings: EvalSettings) -> None:
@@ -156,7 +169,7 @@ class _Run:
             scores, cached = self._scores(task, treatment, method.name, seed)
             unrelated, also_cached = self._unrelated(task, treatment, method.name, seed)
             return Unit(task.name, method.name, seed, n, scores, unrelated=unrelated), cached and also_cached
-        except (DndError, RuntimeError, ValueError) as e:  # whatever this task's rows or adapter bring about
+        except FAILURES as e:
             log.warning("task %s, method %s, seed %d failed: %s", task.name, method.name, seed, e)
             return Unit(task.name, method.name, seed, 0, None, f"{type(e).__name__}: {e}"), False
 
@@ -179,7 +192,7 @@ class _Run:
             try:
                 before, known = self._scores(other, Treatment(), "base", 0)
                 after, cached = self._scores(other, Treatment(treatment.flat), f"{method} of {task.name}", seed)
-            except (DndError, RuntimeError, ValueError) as e:  # the other task's trouble is no fault of this one
+            except FAILURES as e:  # the other task's trouble is no fault of this one
                 log.warning("unrelated task %s is left out: %s", other.name, e)
                 continue
             changes.append((before, after))

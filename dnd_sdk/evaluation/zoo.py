@@ -19,7 +19,7 @@ from dnd_sdk.adapters import Adapter, AdapterStore
 from dnd_sdk.adapters.peft_folder import check_flat
 from dnd_sdk.adapters.safe_files import FLOATS, MAX_HEADER_BYTES, open_safetensors, read_json
 from dnd_sdk.config import Home
-from dnd_sdk.errors import AdapterCorruptError, ConfigError
+from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.routing.similarity import check_vectors, similarity
 
@@ -59,7 +59,7 @@ class Zoo:
 
     def nearest(self, pooled: Tensor) -> Tensor:
         """The flat LoRA vector of the best adapter for these prompts."""
-        return self._load(self.rank(pooled)[0][0])
+        return self.load(self.rank(pooled)[0][0])
 
     def merge(self, pooled: Tensor, k: int) -> Tensor:
         """The `k` best adapters (fewer if there are fewer), weighted by similarity; `ConfigError` as for `mean`."""
@@ -95,16 +95,19 @@ class Zoo:
         settings = read_json(folder, "training.json", _MAX_RECORD_BYTES).get("settings")
         return settings if isinstance(settings, dict) else {}
 
-    def _load(self, name: str) -> Tensor:
+    def load(self, name: str) -> Tensor:
+        """The flat LoRA vector of one adapter; raises `AdapterNotFoundError`."""
+        if name not in self._adapters:
+            raise AdapterNotFoundError(f"no adapter {name!r} in {self._store.root} fits this base and encoder")
         adapter: Adapter = self._adapters[name][0]
         return self._store.load(adapter, self._layout, base_fingerprint=self._base)
 
     def _weighted(self, names: list[str], weights: list[float]) -> Tensor:
         """Sum of the adapters' B by these weights, one adapter in memory at a time, with the A they share."""
-        first = self._load(names[0])
+        first = self.load(names[0])
         total = torch.zeros_like(first)
         for name, weight in zip(names, weights, strict=True):
-            flat = self._load(name)
+            flat = self.load(name)
             total += weight * flat
             for (segment, A), (_, own) in zip(self._layout.views(first), self._layout.views(flat), strict=True):
                 # within a rounding: A is a mean over equal snapshots

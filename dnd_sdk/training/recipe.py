@@ -149,7 +149,8 @@ def _training_record(
     curves = {"shared": zoo / "shared", **{s: out / s for s in stages}}
     return {
         **bench.manifest,
-        "settings": json.loads(settings.model_dump_json(exclude={"start"})),  # a path of this machine; its id is kept
+        # without what did not make it, and without a path of this machine (its id is kept)
+        "settings": json.loads(settings.model_dump_json(exclude={"start", "few_shot", "full_shot"})),
         "generator": {**asdict(generator.config), "parameters": sum(p.numel() for p in generator.parameters())},
         "base_parameters": sum(p.numel() for p in bench.model.parameters()),
         "router": router,

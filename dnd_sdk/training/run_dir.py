@@ -37,7 +37,7 @@ class RunDir:
             path.mkdir(parents=True, exist_ok=True)
             sweep(path)
         except OSError as e:
-            raise StorageError(f"cannot create run folder {path}: {e}", fix="choose another --out folder") from e
+            raise StorageError(f"cannot create run folder {path}: {e}", fix="choose another run folder") from e
         self._check_manifest(manifest)
 
     def _check_manifest(self, manifest: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ class RunDir:
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with other {', '.join(changed)}",
-                fix="give a new --out folder, or put the settings and data back as they were",
+                fix="give a new run folder, or put the settings and data back as they were",
             )
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:

@@ -63,6 +63,26 @@ class PerTaskSettings(_Section):
     """Snapshots kept of the last steps of each task."""
 
 
+class FewShotSettings(_Section):
+    """`few-shot` of `dnd eval paper`: one LoRA from scratch on a few labelled rows of the held-out set."""
+
+    examples: int = Field(64, ge=1)
+    """Labelled rows it is trained on."""
+    steps: int = Field(40, ge=1)
+    rows: int = Field(12, ge=1)
+    """Rows per step."""
+    lr: float = 1e-3
+
+
+class FullShotSettings(_Section):
+    """`full-shot` of `dnd eval paper`: the same on the whole train split."""
+
+    steps: int = Field(300, ge=1)
+    rows: int = Field(12, ge=1)
+    """Rows per step."""
+    lr: float = 1e-3
+
+
 class GeneratorSettings(_Section):
     """Size of the hyper-conv decoder; its shapes are derived from the layout."""
 
@@ -127,6 +147,8 @@ class TrainSettings(_Section):
     data: DataSettings = DataSettings()
     shared: SharedSettings = SharedSettings()
     per_task: PerTaskSettings = PerTaskSettings()
+    few_shot: FewShotSettings = FewShotSettings()
+    full_shot: FullShotSettings = FullShotSettings()
     generator: GeneratorSettings = GeneratorSettings()
     stages: tuple[Stage, ...] = (
         Stage(objective="reconstruction", steps=100),

@@ -99,14 +99,15 @@ def _train_group(
         chosen = [(sample_rows(bench.tasks[n], settings.rows, step, bench.run.seed), i) for i, n in enumerate(group)]
         return [(row, i) for task_rows, i in chosen for row in task_rows]
 
-    # short: a killed group starts again (same rows, same curve), so that its snapshots need no checkpoint
-    run = _open(
-        bench, out / "groups" / group[0], {**settings.model_dump(), "group": group}, checkpoint_every_s=math.inf
-    )
+    # several snapshots come from short runs: a killed group starts again (same rows, same curve), so that they need no
+    # checkpoint; one snapshot is the last state, which a checkpoint holds
+    every_s = bench.run.checkpoint_every_s if settings.checkpoints == 1 else math.inf
+    run = _open(bench, out / "groups" / group[0], {**settings.model_dump(), "group": group}, checkpoint_every_s=every_s)
     snapshots = []
     for step in _fit(bench, run, title, flat, rows, settings.steps, settings.lr):
         if step >= settings.steps - settings.checkpoints:
             snapshots.append(flat.detach().cpu().clone())
+    snapshots = snapshots or [flat.detach().cpu().clone()]  # killed after the last step's checkpoint
     for i, name in enumerate(group):
         kept = torch.stack([s[i] for s in snapshots])
         write_tensors(out / "tasks" / f"{name}.safetensors", {"snapshots": kept, "mean": kept.mean(0)})
