@@ -61,7 +61,7 @@ def bench_train(
     from dnd_sdk.training.settings import read_settings
 
     with out.progress("preparing") as report:
-        result = measure(tasks, read_settings(config), out.find_home(), _with_eta(report), repeats=repeats)
+        result = measure(tasks, read_settings(config), out.find_home(), with_eta(report), repeats=repeats)
     out.emit(result, lambda: render(result))
 
 
