@@ -35,6 +35,9 @@ def adapt(
         Mode, typer.Option("--mode", help="reuse: never make one; generate: always; merge: from the nearest stored.")
     ] = Mode.auto,
     top_k: Annotated[int, typer.Option("--top-k", help="How many adapters --mode merge takes at most.")] = 3,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Take a label prior out of a generated adapter: slower, fairer labels.")
+    ] = False,
     role: RoleFile = None,
     column: Annotated[str, typer.Option("--column", help="Column or JSON field that holds the prompt.")] = "prompt",
     out_dir: Annotated[Path | None, typer.Option("--out", help="Also export the adapter as a PEFT folder.")] = None,
@@ -46,7 +49,7 @@ def adapt(
     prompt_set, under = read_prompts(prompts, column=column), read_role_option(role)
     with models.load(out) as dnd:
         with out.step(f"adapting to {len(prompt_set.prompts)} prompts"):
-            result = dnd.adapt(prompt_set, mode=mode.value, name=name, role=under, top_k=top_k)
+            result = dnd.adapt(prompt_set, mode=mode.value, name=name, role=under, top_k=top_k, calibrate=calibrate)
         if out_dir is not None and result.adapter is not None:
             dnd.store.export(result.adapter.name, out_dir)
     for line in result.notes:

@@ -4,6 +4,9 @@
 * Responses are seen by `icl-K` (as example turns) and by the trained ones (`oracle`, `polish-K`, `scratch-K`);
   `instruction` is told the task's label set; everything else sees prompts alone.
 * `shuffled` and `zero` are controls: what survives when the generator is shown another task's prompts, or none.
+* `calibrated` is `generated` with the label prior of the same prompts taken out, as `adapt(calibrate=True)` does;
+  `calibrated-shuffled` and `calibrated-zero` are its controls: all from another task's prompts, and the task's own
+  prompts on the adapter made from none (what calibration does without the generator).
 * `nearest`, `merge-K`, `mean` and `multitask` are what the zoo gives without any generator.
 """
 
@@ -30,10 +33,11 @@ MAX_PROMPTS = 64
 """`generated` sees at most this many prompts of a task."""
 
 _SPELLINGS = (
-    "base, instruction, icl-K, generated, shuffled, zero, nearest, mean, merge-K, multitask, oracle, oracle-STEPS, "
-    "polish-STEPS, scratch-STEPS"
+    "base, instruction, icl-K, generated, shuffled, zero, calibrated, calibrated-shuffled, calibrated-zero, nearest, "
+    "mean, merge-K, multitask, oracle, oracle-STEPS, polish-STEPS, scratch-STEPS"
 )
-_PLAIN = (*METHODS, "nearest", "mean", "multitask", "oracle")
+_CALIBRATED = ("calibrated", "calibrated-shuffled", "calibrated-zero")
+_PLAIN = (*METHODS, *_CALIBRATED, "nearest", "mean", "multitask", "oracle")
 _NUMBERED = re.compile(r"(icl|merge|oracle|polish|scratch)-([1-9][0-9]{0,5})")
 
 
@@ -155,7 +159,7 @@ class _Builder:
 
     def build(self) -> Method:
         kind, number = parse(self.name) or ("", None)
-        make: Callable[..., Method] = getattr(self, f"_{kind}")
+        make: Callable[..., Method] = getattr(self, f"_{kind.replace('-', '_')}")
         return make() if number is None else make(number)
 
     def _base(self) -> Method:
@@ -172,15 +176,23 @@ class _Builder:
         return self._flat(lambda task, seed: generate(self._prompts(task, seed)))
 
     def _shuffled(self) -> Method:
-        generate = self._generator()
-        if len(self.tasks) < 2:
-            raise ConfigError("method 'shuffled' needs at least 2 tasks", fix="evaluate more tasks or drop 'shuffled'")
-        return self._flat(lambda task, seed: generate(self._prompts(donors(self.tasks, seed)[task.name], seed)))
+        generate, other = self._generator(), self._other()
+        return self._flat(lambda task, seed: generate(other(task, seed)))
 
     def _zero(self) -> Method:
-        if self.parts.generator is None:
-            raise self._missing("a generator", "load a session with one, or drop this method")
-        return self._fixed(Treatment(self.parts.generator.mean()))
+        return self._fixed(Treatment(self._unconditioned()))
+
+    def _calibrated(self) -> Method:
+        generate, calibrate = self._generator(), self._calibration()
+        return self._flat(lambda task, seed: calibrate(generate(p := self._prompts(task, seed)), p))
+
+    def _calibrated_shuffled(self) -> Method:
+        generate, calibrate, other = self._generator(), self._calibration(), self._other()
+        return self._flat(lambda task, seed: calibrate(generate(p := other(task, seed)), p))
+
+    def _calibrated_zero(self) -> Method:
+        start, calibrate = self._unconditioned(), self._calibration()
+        return self._flat(lambda task, seed: calibrate(start, self._prompts(task, seed)))
 
     def _nearest(self) -> Method:
         zoo, pooled = self._zoo(), self._encoder()
@@ -229,6 +241,23 @@ class _Builder:
             return generator.generate(states)
 
         return generate
+
+    def _other(self) -> Callable[[Task, int], list[str]]:
+        """Another task's prompts."""
+        if len(self.tasks) < 2:
+            raise self._missing("at least 2 tasks", f"evaluate more tasks or drop {self.name!r}")
+        return lambda task, seed: self._prompts(donors(self.tasks, seed)[task.name], seed)
+
+    def _unconditioned(self) -> Tensor:
+        if self.parts.generator is None:
+            raise self._missing("a generator", "load a session with one, or drop this method")
+        return self.parts.generator.mean()
+
+    def _calibration(self) -> Callable[[Tensor, list[str]], Tensor]:
+        prior = self.parts.label_prior
+        if prior is None:
+            raise self._missing("a base to calibrate on", "load a session")
+        return lambda flat, prompts: prior.take_out(flat, prompts, prompts).flat
 
     def _encoder(self) -> Callable[[Task, int], Tensor]:
         encoder = self.parts.encoder

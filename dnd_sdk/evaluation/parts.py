@@ -66,6 +66,13 @@ class LoraGenerator(Protocol):
         """The flat LoRA vector of a zeroed condition."""
 
 
+class PriorTaker(Protocol):
+    """The calibration of `dnd_sdk.engine.label_prior`."""
+
+    def take_out(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Any]) -> Any:
+        """Flat LoRA vector -> `.flat` without its label prior on these prompts."""
+
+
 class AdapterZoo(Protocol):
     """Trained adapters, and the multi-task LoRA they came from."""
 
@@ -99,12 +106,15 @@ class Parts:
     base_fingerprint: str
     generator: LoraGenerator | None = None
     encoder: PromptEncoder | None = None
+    label_prior: PriorTaker | None = None
     numerics: str = "cpu/float32"
     """Device and dtype of the base: the same weights answer differently in another precision."""
 
     @classmethod
     def of(cls, dnd: DnD) -> Parts:
         """The parts of a session."""
+        from dnd_sdk.engine import LabelPrior
+
         base = dnd.base
         return cls(
             engine=dnd.engine,
@@ -113,6 +123,7 @@ class Parts:
             base_fingerprint=base.fingerprint,
             generator=dnd.generator,
             encoder=dnd.encoder,
+            label_prior=LabelPrior(base, dnd.layout),
             numerics=numerics_of(base),
         )
 

@@ -19,11 +19,13 @@ from filelock import FileLock
 
 from dnd_sdk.adapters.adapter import check_name
 from dnd_sdk.adapters.merge import merge
+from dnd_sdk.engine import LabelPrior
 from dnd_sdk.errors import BankFullError, ConfigError, GeneratorError, StorageError
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash
 from dnd_sdk.roles import role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars
 from dnd_sdk.session.logged import log_decision
+from dnd_sdk.session.prompting import with_role
 from dnd_sdk.session.results import AdaptResult, Mode, Stopwatch
 from dnd_sdk.session.vetting import Limits, Vetting
 
@@ -49,6 +51,7 @@ class Request:
     name: str | None
     role: Role | None
     top_k: int
+    calibrate: bool
 
     @cached_property
     def role_text(self) -> str | None:
@@ -77,6 +80,7 @@ class _Made:
     source: str
     generator: str | None = None
     parents: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 class Adaptation:
@@ -84,10 +88,17 @@ class Adaptation:
 
     def __init__(self, dnd: DnD, limits: Limits) -> None:
         self._dnd, self._vetting = dnd, Vetting(dnd.base, dnd.layout, limits)
+        self._label_prior = LabelPrior(dnd.base, dnd.layout)
         self._one_at_a_time = threading.Lock()
 
     def run(
-        self, prompts: Sequence[str] | PromptSet, mode: Mode, name: str | None, role: Role | None, top_k: int
+        self,
+        prompts: Sequence[str] | PromptSet,
+        mode: Mode,
+        name: str | None,
+        role: Role | None,
+        top_k: int,
+        calibrate: bool,
     ) -> AdaptResult:
         """See `DnD.adapt`."""
         if mode not in get_args(Mode):
@@ -99,7 +110,7 @@ class Adaptation:
         watch = Stopwatch()
         kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
         with self._one_at_a_time:
-            route, notes = self._route(Request(kept, mode, name, role, top_k), watch)
+            route, notes = self._route(Request(kept, mode, name, role, top_k, calibrate), watch)
         log_decision(self._dnd, "adapt", kept.prompts, route, rule="set", mode=mode)
         return AdaptResult(
             adapter=route.adapter,
@@ -126,7 +137,8 @@ class Adaptation:
         with watch.step("route"):
             route = self._decide(encoded.pooled, request)
         if route.decision == "generate":
-            return self._generate(request, encoded, route, watch), notes
+            route, more = self._generate(request, encoded, route, watch)
+            return route, (*notes, *more)
         return (self._reuse(route, watch) if route.adapter is not None else route), notes
 
     def _encode(self, request: Request) -> Encoded:
@@ -152,13 +164,28 @@ class Adaptation:
             self._dnd.make_resident(route.adapter)
         return route
 
-    def _generate(self, request: Request, encoded: Encoded, route: RouteDecision, watch: Stopwatch) -> RouteDecision:
+    def _generate(
+        self, request: Request, encoded: Encoded, route: RouteDecision, watch: Stopwatch
+    ) -> tuple[RouteDecision, tuple[str, ...]]:
         generator = self._dnd.generator
         assert generator is not None and encoded.states is not None
         with watch.step("generate"):
             flat = generator.generate(encoded.states)
         made = _Made(flat, self._mean, "generated", generator.id)
-        return self._finish(made, request, encoded.pooled, route, watch)
+        notes: tuple[str, ...] = ()
+        if request.calibrate:
+            made, notes = self._calibrate(made, request, watch)
+        return self._finish(made, request, encoded.pooled, route, watch), notes
+
+    def _calibrate(self, made: _Made, request: Request, watch: Stopwatch) -> tuple[_Made, tuple[str, ...]]:
+        prompts = request.prompts.prompts
+        with watch.step("calibrate"):
+            done = self._label_prior.take_out(made.flat, prompts, [with_role(p, request.role, None) for p in prompts])
+        if not done.shares:
+            return made, (f"not calibrated: {done.reason}",)
+        told = ", ".join(f"{label} {share:.2f}" for label, share in done.shares.items())
+        scores = {f"label_share.{label}": share for label, share in done.shares.items()}
+        return replace(made, flat=done.flat, scores=scores), (f"calibrated; the labels were said: {told}",)
 
     def _merge(self, request: Request, pooled: Tensor, watch: Stopwatch) -> RouteDecision:
         """The similarity-weighted mean of the nearest adapters; one that was merged itself is no parent again."""
@@ -219,6 +246,7 @@ class Adaptation:
                     encoder=dnd.encoder.name,
                     encoder_fingerprint=dnd.encoder.fingerprint,
                     parents=made.parents,
+                    scores=made.scores,
                     role=request.role_text,
                 )
             with watch.step("swap"):

@@ -122,6 +122,7 @@ class DnD:
         *,
         role: Role | str | None = None,
         top_k: int = 3,
+        calibrate: bool = False,
     ) -> AdaptResult:
         """Decide how to serve the task behind `prompts`, and have its adapter ready.
 
@@ -133,11 +134,13 @@ class DnD:
             role: The system prompt these prompts come under (`Role`, or text of any form): part of the task, kept with
                 the adapter. None: none.
             top_k: How many adapters `"merge"` takes at most.
+            calibrate: Whether a generated adapter also loses its taste for one label of a label task, which up to 16 of
+                the prompts, read once by the base, show (`engine.label_prior`). Slower; adapters made before stay.
 
         Raises `InputError` for unusable prompts or role, `ConfigError` for a bad mode, name or top_k, `StorageError`
         when it cannot be stored, `BankFullError` when no slot is free. Whatever is raised, nothing has changed.
         """
-        return self._adaptation.run(prompts, mode, name, as_role(role), top_k)
+        return self._adaptation.run(prompts, mode, name, as_role(role), top_k, calibrate)
 
     def route(self, prompts: str | Sequence[str], *, role: Role | str | None = None) -> RouteDecision:
         """What `adapt` would decide for several prompts, or what `"auto"` does for a single one; changes nothing."""
