@@ -36,8 +36,11 @@ def adapt(
     ] = Mode.auto,
     top_k: Annotated[int, typer.Option("--top-k", help="How many adapters --mode merge takes at most.")] = 3,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Take a label prior out of a generated adapter: slower, fairer labels.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate", help="Even out how often a generated adapter says which label; slower."
+        ),
+    ] = None,
     role: RoleFile = None,
     column: Annotated[str, typer.Option("--column", help="Column or JSON field that holds the prompt.")] = "prompt",
     out_dir: Annotated[Path | None, typer.Option("--out", help="Also export the adapter as a PEFT folder.")] = None,

@@ -58,8 +58,10 @@ class DnD:
         *,
         limits: Limits | None = None,
         stream_settings: StreamSettings | None = None,
+        calibrate: bool = False,
     ) -> None:
         """Put parts together that fit each other; `load` makes them. `generator` None: reuse or base only."""
+        self.calibrate = calibrate
         self.base, self.generator, self.encoder = base, generator, encoder
         self.store, self.router, self.engine = store, router, engine
         self._adaptation = Adaptation(self, limits or Limits())
@@ -77,6 +79,7 @@ class DnD:
         device: str = "auto",
         dtype: str = "auto",
         n_slots: int = 8,
+        calibrate: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> DnD:
         """Load the models once; everything after shares them.
@@ -89,6 +92,7 @@ class DnD:
             device: `auto`, `cpu`, `cuda`, ...
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
             n_slots: How many adapters stay swapped in.
+            calibrate: What `adapt` and `observe` do unless told otherwise.
             progress: Told in words about fetching and converting.
 
         Raises:
@@ -97,7 +101,8 @@ class DnD:
             LayoutMismatchError: The generator was made for another base.
         """
         where = home if isinstance(home, Home) else Home.find(home)
-        return cls(*load_parts(base, generator, encoder, where, device, dtype, n_slots, progress))
+        parts = load_parts(base, generator, encoder, where, device, dtype, n_slots, progress)
+        return cls(*parts, calibrate=calibrate)
 
     @property
     def home(self) -> Home:
@@ -122,7 +127,7 @@ class DnD:
         *,
         role: Role | str | None = None,
         top_k: int = 3,
-        calibrate: bool = False,
+        calibrate: bool | None = None,
     ) -> AdaptResult:
         """Decide how to serve the task behind `prompts`, and have its adapter ready.
 
@@ -136,11 +141,14 @@ class DnD:
             top_k: How many adapters `"merge"` takes at most.
             calibrate: Whether a generated adapter also loses its taste for one label of a label task, which up to 16 of
                 the prompts, read once by the base, show (`engine.label_prior`). Slower; adapters made before stay.
+                None: as the session was loaded.
 
         Raises `InputError` for unusable prompts or role, `ConfigError` for a bad mode, name or top_k, `StorageError`
         when it cannot be stored, `BankFullError` when no slot is free. Whatever is raised, nothing has changed.
         """
-        return self._adaptation.run(prompts, mode, name, as_role(role), top_k, calibrate)
+        return self._adaptation.run(
+            prompts, mode, name, as_role(role), top_k, self.calibrate if calibrate is None else calibrate
+        )
 
     def route(self, prompts: str | Sequence[str], *, role: Role | str | None = None) -> RouteDecision:
         """What `adapt` would decide for several prompts, or what `"auto"` does for a single one; changes nothing."""
