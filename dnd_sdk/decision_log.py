@@ -142,7 +142,7 @@ def _lines(folder: Path) -> Iterator[bytes]:
 def _parsed(data: dict[str, Any]) -> Decision:
     if data.pop("v") != FORMAT_VERSION:
         raise ValueError("another version")
-    values = {f.name: data.get(f.name) if f.name in _LATER else data[f.name] for f in fields(Decision)}
+    values: dict[str, Any] = {f.name: data.get(f.name) if f.name in _LATER else data[f.name] for f in fields(Decision)}
     values["neighbours"] = tuple((str(name), _number(score)) for name, score in values["neighbours"])
     values["thresholds"] = {name: _number(values["thresholds"][name]) for name in ("reuse", "reuse_single", "support")}
     for name in ("score", "support", *_LATER):

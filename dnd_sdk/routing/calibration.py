@@ -158,9 +158,9 @@ def fit_thresholds(
     nearness = torch.tensor([unseen[name].score(v) for name, v in vectors.items()])
     support = torch.quantile(nearness, 0.01).item() - support_margin
     tasks = torch.cat(list(centres.values()))
-    sets = [torch.cat([getattr(t, which) for t in trials.values()]) for which in ("own", "other")]
+    sets = list(trials.values())
     maps = Probabilities(
-        reuse_map(*sets, len(vectors)),
+        reuse_map(torch.cat([t.own for t in sets]), torch.cat([t.other for t in sets]), len(vectors)),
         reuse_map(alone.own, alone.other, len(vectors)),
         None if noise is None else support_map(vectors, unseen, tasks, noise, sizes, n_draws=n_draws, rng=rng),
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dnd_sdk.adapters.safe_files import is_finite_number
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.routing.support import N_NOISE_KINDS, NOISE_CENTRES, Support, centres_of
+from dnd_sdk.routing.support import NOISE_CENTRES, NOISE_KINDS, Support, centres_of
 
 Link = Literal["identity", "logit"]
 _CLIP = 0.02
@@ -132,7 +132,7 @@ def support_map(
     `centres` are those of all tasks. None when there is but one prompt of noise, or as for `fit_map`.
     """
     tasks = torch.cat([_set_scores(v, unseen[name], sizes, n_draws, rng) for name, v in vectors.items()])
-    kinds = noise.chunk(N_NOISE_KINDS)  # `noise_prompts` lists kind after kind
+    kinds = noise.chunk(len(NOISE_KINDS))  # `noise_prompts` lists kind after kind
     if len(kinds) < 2:
         return None
     foreign = []
