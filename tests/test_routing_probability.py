@@ -112,8 +112,8 @@ def test_support_tells_tasks_from_kinds_of_noise_left_out() -> None:
     near = made(unseen["t0"].score(task_vectors(0, 8, seed=4)))
     far = made(unseen["t0"].score(task_vectors(55, 8, seed=4)))
     assert near > 0.8 and far < 0.2
-    # noise nobody has seen is as far from its centres as from the tasks: it must not count as surely noise
-    assert made(unseen["t0"].score(task_vectors(99, 8))) > far
+    # a kind left out is as far from the other kinds as from the tasks, so its scores lie about 0 and not far below
+    assert -made.offset / made.slope > 0.1
     assert support_map(vectors, unseen, centres, noise[:1], (8,), n_draws=3, rng=rng) is None
 
 
