@@ -17,7 +17,7 @@ from routing_parts import FakeStore, adapter, task_vectors, unit
 from tiny_world import World, prompts_of
 
 from dnd_sdk.errors import InputError
-from dnd_sdk.evaluation.gate import KNOWN, MISSING, OUTCOMES, STORED, UNSEEN, Gate, try_gate
+from dnd_sdk.evaluation.gate import KNOWN, MISSING, OUTCOMES, STORED, UNSEEN, Event, Gate, try_gate
 from dnd_sdk.evaluation.gate_noise import held_out_noise
 from dnd_sdk.evaluation.gate_plot import reliability_plot
 from dnd_sdk.evaluation.gate_report import build_gate_report
@@ -162,6 +162,16 @@ def test_the_report_counts_what_was_decided() -> None:
     json.dumps(report, allow_nan=False)
     plain = build_gate_report(gate(Thresholds(0.9, 0.4, -0.1)), found, {})
     assert plain["sizes"]["8"]["reuse"] is None and plain["sizes"]["8"]["recall"] == block["recall"]
+
+
+def test_rates_of_decisions_made_by_hand() -> None:
+    stored = [Event("a", STORED, 8, o, 0.5, True, 0.0) for o in ("reuse own", "reuse own", "generate", "reuse other")]
+    missing = [Event(t, MISSING, 8, o, 0.1, False, 0.0) for t, o in (("a", "reuse other"), ("b", "base"))]
+    wrong = [Event("b", STORED, 8, "reuse other", 0.5, False, 0.0)]
+    block = build_gate_report(gate(), [*stored, *wrong, *missing], {})["sizes"]["8"]
+    assert block["recall"]["mean"] == 0.25  # a half of task a, none of task b: tasks count alike
+    assert block["false_reuse"]["mean"] == 0.5
+    assert block["decisions"][STORED] == {"reuse own": 0.25, "reuse other": 0.625, "generate": 0.125, "base": 0.0}
 
 
 @pytest.fixture
