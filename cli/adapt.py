@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dnd_sdk.cli.options import ModelOptions, RoleFile, read_role_option
-from dnd_sdk.cli.output import Output
+from dnd_sdk.cli.output import Output, confidence
 
 if TYPE_CHECKING:
     from dnd_sdk.session import AdaptResult
@@ -67,6 +67,8 @@ def _payload(result: AdaptResult, explain: bool) -> dict[str, Any]:
         "reason": result.reason,
         "neighbours": [{"name": n, "score": s} for n, s in result.neighbours],
         "notes": list(result.notes),
+        "probability": result.probability,
+        "in_distribution": result.in_distribution,
     }
     return {**result.to_dict(), **(more if explain else {})}
 
@@ -83,6 +85,8 @@ def _text(result: AdaptResult, explain: bool, out: Output, out_dir: Path | None)
     if explain or result.adapter is None:
         lines.append(f"reason:   {result.reason}")
     if explain:
+        sure = confidence(result.probability, result.in_distribution)
+        lines += [f"sure:     {sure}"] if sure else []
         lines += [f"  near:   {name}  {score:.3f}" for name, score in result.neighbours]
     timings = "  ".join(
         f"{step} {1000 * seconds:.0f} ms" for step, seconds in result.timings_s.items() if seconds >= 0.0005

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from dnd_sdk import __version__
-from dnd_sdk.cli import adapt, adapters, config, doctor, evaluate, logs, models, plot, run, train
+from dnd_sdk.cli import adapt, adapters, config, doctor, evaluate, gate, logs, models, plot, run, train
 from dnd_sdk.cli.options import command
 from dnd_sdk.cli.output import error_exit
 
@@ -140,12 +140,17 @@ app.command("eval paper", epilog=_examples(
     "dnd eval paper tasks --run-dir runs/paper --config examples/paper_cpu.toml",
     "dnd eval paper tasks --run-dir runs/paper --held-out arc_c --held-out obqa --limit 100 --json",
 ))(command(evaluate.paper))  # fmt: skip
-app.command("plot", epilog=_examples("dnd plot eval.json --out plots"))(command(plot.plot))
-bench_app = _group("Measure speed and memory on this machine.")
+app.command("plot", epilog=_examples("dnd plot eval.json --out plots", "dnd plot gate.json --out plots"))(
+    command(plot.plot)
+)
+bench_app = _group("Measure speed and memory on this machine, and the router on your tasks.")
 bench_app.command("train", epilog=_examples("dnd bench train TASKS --config examples/train_cpu.toml"))(
     command(train.bench_train)
 )
 bench_app.command("adapt", epilog=_examples("dnd bench adapt", "dnd bench adapt --json"))(command(evaluate.bench_adapt))
+bench_app.command(
+    "gate", epilog=_examples("dnd bench gate tasks", "dnd bench gate tasks --seeds 5 --json > gate.json")
+)(command(gate.bench_gate))
 app.add_typer(bench_app, name="bench")
 
 models_app = _group("The weights dnd works with.")

@@ -119,6 +119,13 @@ def _left(eta_s: float | None) -> str:
     return "" if eta_s is None else f", {eta_s / 60:.0f} min left" if eta_s >= 120 else f", {eta_s:.0f} s left"
 
 
+def confidence(probability: float | None, in_distribution: float | None) -> str:
+    """The probabilities of a routing decision in words, empty when neither was measured."""
+    parts = [] if probability is None else [f"{probability:.0%} that the nearest adapter is this job's own"]
+    parts += [] if in_distribution is None else [f"{in_distribution:.0%} that the prompts are a job and not noise"]
+    return ", ".join(parts)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table as text, as wide as the terminal, coloured only on one."""
     from rich.box import SIMPLE_HEAD

@@ -9,7 +9,7 @@ import typer
 
 from dnd_sdk.cli.completion import adapter_choices
 from dnd_sdk.cli.options import ModelOptions, RoleFile, SamplingFlags, read_role_option
-from dnd_sdk.cli.output import Output, read_text
+from dnd_sdk.cli.output import Output, confidence, read_text
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, DndError
 
@@ -92,9 +92,13 @@ def route(
         "neighbours": [{"name": n, "score": s} for n, s in decision.neighbours],
         "reason": decision.reason,
     }
+    if explain:
+        payload |= {"probability": decision.probability, "in_distribution": decision.in_distribution}
     lines = [f"{decision.decision} {payload['adapter'] or ''}".strip()]
     if explain and not out.quiet:
-        lines += [f"reason: {decision.reason}", *(f"near:   {n}  {s:.3f}" for n, s in decision.neighbours)]
+        sure = confidence(decision.probability, decision.in_distribution)
+        lines += [f"reason: {decision.reason}", *([f"sure:   {sure}"] if sure else [])]
+        lines += [f"near:   {n}  {s:.3f}" for n, s in decision.neighbours]
     out.emit(payload, "\n".join(lines))
 
 

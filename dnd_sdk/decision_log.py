@@ -27,6 +27,8 @@ LOG_FILE = "decisions.jsonl"
 OLD_FILE = "decisions.1.jsonl"
 MAX_BYTES = 8 * 2**20
 MAX_LINE_BYTES = 2**16
+_LATER = ("probability", "in_distribution")
+"""Fields that lines of earlier releases lack."""
 
 
 def _now() -> str:
@@ -65,6 +67,10 @@ class Decision:
     """Of the observed stream."""
     time: str = field(default_factory=_now)
     """ISO 8601, UTC."""
+    probability: float | None = None
+    """Of `score`: that the nearest adapter is the job's own; None without score or measured map, and in old lines."""
+    in_distribution: float | None = None
+    """Of `support`: that the prompts are a job and not noise; None likewise."""
 
 
 class DecisionLog:
@@ -136,10 +142,10 @@ def _lines(folder: Path) -> Iterator[bytes]:
 def _parsed(data: dict[str, Any]) -> Decision:
     if data.pop("v") != FORMAT_VERSION:
         raise ValueError("another version")
-    values = {f.name: data[f.name] for f in fields(Decision)}
+    values: dict[str, Any] = {f.name: data.get(f.name) if f.name in _LATER else data[f.name] for f in fields(Decision)}
     values["neighbours"] = tuple((str(name), _number(score)) for name, score in values["neighbours"])
     values["thresholds"] = {name: _number(values["thresholds"][name]) for name in ("reuse", "reuse_single", "support")}
-    for name in ("score", "support"):
+    for name in ("score", "support", *_LATER):
         values[name] = None if values[name] is None else _number(values[name])
     texts = ("kind", "prompts", "decision", "rule", "mode", "by", "reason", "time")
     if not all(isinstance(values[name], str) for name in texts) or not isinstance(values["n_prompts"], int):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from cli_runner import dnd, dnd_json
 from tiny_world import World, prompts_of
 
 from dnd_sdk.adapters import AdapterStore
+from dnd_sdk.decision_log import read_decisions
+from dnd_sdk.routing import Calibration, Probabilities, ScoreMap, Support, Thresholds
 from dnd_sdk.session.results import STEPS
 
 
@@ -55,6 +59,7 @@ def test_adapt_reads_stdin_and_explains(world: World) -> None:
     assert (result["decision"], result["n_prompts"]) == ("generate", 20)
     assert result["notes"] == ["removed 1 duplicate prompts"]
     assert result["neighbours"] == [] and "no stored adapter" in result["reason"]
+    assert (result["probability"], result["in_distribution"]) == (None, None)
 
 
 def test_adapt_reads_a_csv_column(world: World, tmp_path: Path) -> None:
@@ -116,6 +121,25 @@ def test_route_shows_the_decision(adapted: World) -> None:
     assert many["decision"] == "generate" and len(AdapterStore(adapted.home).ls()) == 1
     shown = dnd("route", "hello", "--explain", *adapted.options).stdout
     assert shown.startswith("base\nreason: ") and dnd("route", "hello", *adapted.options).stdout == "base\n"
+    assert "sure:" not in shown  # nothing was measured
+
+
+def test_measured_maps_are_told(adapted: World, prompts: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapted.generator, tmp_path / "generator")
+    half = ScoreMap(1e-9, 0.0)
+    limits = Thresholds(0.9, 0.9, -1.0, {}, Probabilities(half, half, half))
+    Calibration(limits, Support(torch.eye(32)[:2])).save(folder)
+    options = ["--generator", folder, *adapted.options[:2], *adapted.options[4:]]
+    one = dnd_json("route", "hello", "--explain", *options)
+    assert (one["probability"], one["in_distribution"]) == (pytest.approx(0.5), None)
+    shown = dnd("route", "-", "--explain", *options, stdin="\n".join(prompts_of("digits"))).stdout
+    assert "sure:   50% that the nearest adapter is this job's own, 50% that the prompts are a job" in shown
+    same = dnd("adapt", prompts, "--explain", *options).stdout
+    assert "sure:     100% that the nearest adapter is this job's own\n" in same
+    logged, _ = read_decisions(adapted.home.logs)
+    assert (logged[-1].probability, logged[-1].in_distribution) == (1.0, None)
+    other = dnd_json("adapt", "-", "--explain", *options, stdin="\n".join(prompts_of("digits")))
+    assert (other["probability"], other["in_distribution"]) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
 def test_chat_keeps_the_conversation_and_switches(adapted: World) -> None:

@@ -46,6 +46,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert datetime.fromisoformat(made[0].time) - datetime.now(UTC) < timedelta(minutes=1)
 
 
+def test_probabilities_are_kept_and_lines_of_before_read_without(tmp_path: Path) -> None:
+    made = decision(probability=0.75, in_distribution=0.5)
+    DecisionLog(tmp_path).append(made)
+    assert read_decisions(tmp_path) == ([made], 0)
+    line = json.loads((tmp_path / LOG_FILE).read_text())
+    (tmp_path / LOG_FILE).write_text(json.dumps({**line, "probability": "high"}) + "\n")
+    assert read_decisions(tmp_path) == ([], 1)
+    del line["probability"], line["in_distribution"]
+    (tmp_path / LOG_FILE).write_text(json.dumps(line) + "\n")
+    assert read_decisions(tmp_path) == ([replace(made, probability=None, in_distribution=None)], 0)
+
+
 def test_no_log_is_an_empty_one(tmp_path: Path) -> None:
     assert read_decisions(tmp_path) == ([], 0)
 

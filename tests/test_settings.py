@@ -93,7 +93,8 @@ def test_every_setting_has_a_flag_of_its_name() -> None:
 
     from dnd_sdk.cli.main import app
 
-    flags = {option for p in get_command(app).commands["run"].params for option in p.opts}
+    commands = get_command(app).commands
+    flags = {option for name in ("run", "adapt") for p in commands[name].params for option in p.opts}
     assert {"--" + name.replace("_", "-") for name in Settings.model_fields} <= flags
 
 

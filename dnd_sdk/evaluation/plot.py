@@ -1,4 +1,7 @@
-"""From the JSON of `dnd eval` alone to a Markdown report with plots: methods, tasks, format against knowledge."""
+"""From the JSON of `dnd eval` alone to a Markdown report with plots: methods, tasks, format against knowledge.
+
+That of `dnd bench gate`, known by its `kind`, is read and written here too, and drawn by `gate_plot`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dnd_sdk.errors import InputError, StorageError
+from dnd_sdk.evaluation.gate_plot import check_gate_report, gate_texts, is_gate_report
 from dnd_sdk.evaluation.report import SCHEMA_VERSION, render
 from dnd_sdk.evaluation.scoring import COMPARED, METRICS
 from dnd_sdk.evaluation.svg import FAINT, INK, PALETTE, Canvas
@@ -21,7 +25,7 @@ _NAMES = {"exact_match": "exact match", "option_accuracy": "option accuracy"}
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The report that `dnd eval --json` printed into `path`; raises `InputError` for anything else."""
+    """The report that `dnd eval` or `dnd bench gate` printed into `path`; raises `InputError` for anything else."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} has more than {MAX_BYTES} bytes", fix="pass the report of dnd eval --json")
@@ -30,6 +34,8 @@ def read_report(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {e.strerror or e}", fix="make one: dnd eval TASKS --json > FILE") from e
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not JSON: {str(e)[:200]}", fix="make one: dnd eval TASKS --json > FILE") from e
+    if is_gate_report(report):
+        return check_gate_report(report)
     for block in _blocks(report):
         block.setdefault("vs", {})  # version 0.1.0 wrote none
     if problem := next(_problems(report), None):
@@ -39,12 +45,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def write_plots(report: dict[str, Any], out: Path) -> list[Path]:
     """Write `report.md` and its SVGs into `out`, replacing those of the same name; returns what was written."""
-    reference = _reference(report)
-    drawn = {"methods.svg": methods_plot(report), "format.svg": format_plot(report)}
-    others = [m for m in report["methods"] if m != reference] if reference else []
-    for method in others:
-        drawn[f"tasks-{method}.svg"] = tasks_plot(report, method, str(reference))
-    texts = {"report.md": _markdown(report, [n for n in drawn if n.startswith("tasks-")], reference), **drawn}
+    texts = gate_texts(report) if is_gate_report(report) else _texts(report)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -52,6 +53,15 @@ def write_plots(report: dict[str, Any], out: Path) -> list[Path]:
     except OSError as e:
         raise StorageError(f"cannot write into {out}: {e.strerror or e}", fix="choose another --out folder") from e
     return [out / name for name in texts]
+
+
+def _texts(report: dict[str, Any]) -> dict[str, str]:
+    reference = _reference(report)
+    drawn = {"methods.svg": methods_plot(report), "format.svg": format_plot(report)}
+    others = [m for m in report["methods"] if m != reference] if reference else []
+    for method in others:
+        drawn[f"tasks-{method}.svg"] = tasks_plot(report, method, str(reference))
+    return {"report.md": _markdown(report, [n for n in drawn if n.startswith("tasks-")], reference), **drawn}
 
 
 def methods_plot(report: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 from dnd_sdk.adapters.safe_files import is_finite_number
 from dnd_sdk.disk import write_atomic
 from dnd_sdk.errors import ConfigError, DndError, GeneratorError
+from dnd_sdk.routing.probability import Probabilities, reuse_map, support_map
 from dnd_sdk.routing.similarity import MAX_EXEMPLARS, check_vectors, coherence, kernel
 from dnd_sdk.routing.support import NOISE_CENTRES, Support, centres_of
 
@@ -47,6 +48,8 @@ class Thresholds:
     """A prompt set with a lower `Support.score` stays on the base model."""
     fitted_on: dict[str, Any] = field(default_factory=dict, hash=False)
     """What they were measured on, for people."""
+    probability: Probabilities = field(default_factory=Probabilities)
+    """What the scores mean; all None in files of before it was measured."""
 
     def __post_init__(self) -> None:
         for name in ("reuse", "reuse_single", "support"):
@@ -68,7 +71,8 @@ class Thresholds:
             data = json.loads(path.read_bytes())
             if data.pop("format_version") != FORMAT_VERSION:
                 raise ConfigError(f"its format_version is not {FORMAT_VERSION}")
-            return cls(**{f.name: data[f.name] for f in fields(cls)})
+            maps = Probabilities.from_dict(data.pop("probability", {}))
+            return cls(**{f.name: data[f.name] for f in fields(cls) if f.name != "probability"}, probability=maps)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise GeneratorError(f"{path}: no usable routing thresholds: {str(e)[:200]}", fix=_FIX) from e
 
@@ -148,17 +152,26 @@ def fit_thresholds(
     single = threshold_for(alone.other, max_false_single)
     centres = {name: centres_of(v, centres_per_task) for name, v in vectors.items()}
     width = next(iter(vectors.values())).shape[1]
-    noise = None if noise is None else centres_of(check_vectors(noise, width), NOISE_CENTRES)
-    nearness = _unseen_support(vectors, families, centres, noise)
+    noise = None if noise is None else check_vectors(noise, width)
+    noise_centres = None if noise is None else centres_of(noise, NOISE_CENTRES)
+    unseen = _unseen_support(families, centres, noise_centres)
+    nearness = torch.tensor([unseen[name].score(v) for name, v in vectors.items()])
     support = torch.quantile(nearness, 0.01).item() - support_margin
+    tasks = torch.cat(list(centres.values()))
+    sets = list(trials.values())
+    maps = Probabilities(
+        reuse_map(torch.cat([t.own for t in sets]), torch.cat([t.other for t in sets]), len(vectors)),
+        reuse_map(alone.own, alone.other, len(vectors)),
+        None if noise is None else support_map(vectors, unseen, tasks, noise, sizes, n_draws=n_draws, rng=rng),
+    )
     note = {"n_tasks": len(vectors), "n_families": len({families[t] for t in vectors}), "width": width, "seed": seed}
-    thresholds = Thresholds(reuse, single, support, {**note, **(fitted_on or {})})
+    thresholds = Thresholds(reuse, single, support, {**note, **(fitted_on or {})}, maps)
     report = {
         "sets": {n: trials[n].report(reuse) for n in sizes},
         "single": alone.report(single),
         "support": {"min": nearness.min().item(), "median": nearness.median().item(), "threshold": support},
     }
-    return Calibration(thresholds, Support(torch.cat(list(centres.values())), noise)), report
+    return Calibration(thresholds, Support(tasks, noise_centres)), report
 
 
 @dataclass(frozen=True)
@@ -225,15 +238,14 @@ def _one_split(tasks: Sequence[Tensor], n: int, rng: torch.Generator) -> Tensor:
 
 
 def _unseen_support(
-    vectors: Mapping[str, Tensor], families: Mapping[str, str], centres: Mapping[str, Tensor], noise: Tensor | None
-) -> Tensor:
-    """Each task's support score from the tasks outside its family, or from all others if there is but one family."""
-    apart = families if len({families[name] for name in vectors}) > 1 else {name: name for name in vectors}
-    scores = []
-    for name, v in vectors.items():
-        others = [c for other, c in centres.items() if apart[other] != apart[name]]
-        scores.append(Support(torch.cat(others), noise).score(v))
-    return torch.tensor(scores)
+    families: Mapping[str, str], centres: Mapping[str, Tensor], noise: Tensor | None
+) -> dict[str, Support]:
+    """Each task's support by the tasks outside its family, or by all others if there is but one family."""
+    apart = families if len({families[name] for name in centres}) > 1 else {name: name for name in centres}
+    return {
+        name: Support(torch.cat([c for other, c in centres.items() if apart[other] != apart[name]]), noise)
+        for name in centres
+    }
 
 
 def _set_sizes(vectors: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,6 +47,10 @@ class RouteDecision:
     """How near the prompts are to the generator's training tasks; None if not asked or not known."""
     by: str = "scores"
     """What settled it: `"scores"`, `"exact"` (the same prompt set), `"asked"` (the mode), or what overruled them."""
+    probability: float | None = None
+    """That the nearest adapter is the job's own, at even odds that it is stored; None without score or measured map."""
+    in_distribution: float | None = None
+    """That the prompts are a job and not noise, at even odds; None without support or measured map."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -58,6 +62,8 @@ class RouteDecision:
             "neighbours": [{"adapter": name, "score": score} for name, score in self.neighbours],
             "support": self.support,
             "reason": self.reason,
+            "probability": self.probability,
+            "in_distribution": self.in_distribution,
         }
 
 
@@ -119,7 +125,7 @@ class Router:
         if not same:
             return None
         found = max(same, key=lambda a: (a.created, a.name))
-        return RouteDecision("reuse", 1.0, found, [(found.name, 1.0)], "exact prompt set", by="exact")
+        return RouteDecision("reuse", 1.0, found, [(found.name, 1.0)], "exact prompt set", by="exact", probability=1.0)
 
     def route(
         self, pooled: Tensor, *, prompt_hash: str | None = None, mode: RouteMode = "auto", role: str | None = None
@@ -139,7 +145,9 @@ class Router:
             raise ConfigError(f"mode must be one of {', '.join(get_args(RouteMode))}, got {mode!r}")
         if prompt_hash is not None and mode != "generate" and (exact := self.exact(prompt_hash, role)) is not None:
             return exact
-        ranked = self.nearest(pooled, role)
+        return self._weighed(self._judge(pooled, self.nearest(pooled, role), mode), "set")
+
+    def _judge(self, pooled: Tensor, ranked: list[tuple[Adapter, float]], mode: RouteMode) -> RouteDecision:
         if mode == "generate":
             return _decision("generate", ranked, "generation was asked for", by="asked")
         # also when an adapter is reused: other thresholds can then be tried on what was logged
@@ -160,9 +168,18 @@ class Router:
         if len(pooled) != 1:
             raise ConfigError(f"route_one takes one prompt, got {len(pooled)}", fix="use route() for a set")
         ranked = self.nearest(pooled, role)
+        limit = self.thresholds.reuse_single
         if verdict(self.thresholds, "single", "auto", ranked[0][1] if ranked else None, None) == "reuse":
-            return _reuse(ranked, self.thresholds.reuse_single)
-        return _decision("base", ranked, _why_not(ranked, self.thresholds.reuse_single))
+            return self._weighed(_reuse(ranked, limit), "single")
+        return self._weighed(_decision("base", ranked, _why_not(ranked, limit)), "single")
+
+    def _weighed(self, decision: RouteDecision, rule: str) -> RouteDecision:
+        maps = self.thresholds.probability
+        return replace(
+            decision,
+            probability=maps.own(decision.score, rule),
+            in_distribution=maps.in_distribution(decision.support),
+        )
 
     def adapters(self) -> tuple[Adapter, ...]:
         """Adapters that may be chosen, read again when the store has changed."""

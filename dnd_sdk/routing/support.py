@@ -30,6 +30,8 @@ _SCRIPTS = {
     "chinese": (0x4E00, 0x9FA5),
     "hangul": (0xAC00, 0xD7A3),
 }
+NOISE_KINDS = ("letters", "keyboard", "symbols", "hex", "base64", *_SCRIPTS)
+"""Kinds of `noise_prompts`, in the order in which it lists them."""
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,8 @@ class Adaptation:
             n_prompts=len(kept.prompts),
             notes=(*kept.notes, *notes),
             timings_s=watch.stop(),
+            probability=route.probability,
+            in_distribution=route.in_distribution,
         )
 
     def _route(self, request: Request, watch: Stopwatch) -> tuple[RouteDecision, tuple[str, ...]]:
@@ -197,7 +199,8 @@ class Adaptation:
         route = RouteDecision("base", None, None, names, "no stored adapter is near enough", by="asked")
         if not near:
             return route
-        route = replace(route, score=near[0][1])
+        best = near[0][1]
+        route = replace(route, score=best, probability=dnd.router.thresholds.probability.own(best, "set"))
         if len(near) == 1:
             only = near[0][0]
             reason = f"{only.name} is the only adapter to merge"

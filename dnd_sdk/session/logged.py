@@ -42,5 +42,7 @@ def log_decision(
             by=route.by,
             reason=route.reason,
             cluster=cluster,
+            probability=route.probability,
+            in_distribution=route.in_distribution,
         )
     )

@@ -36,6 +36,10 @@ class AdaptResult:
     """What was left out of the prompts, in words."""
     timings_s: dict[str, float]
     """Seconds per step and in total; steps that were not needed are 0."""
+    probability: float | None = None
+    """That the nearest adapter is the job's own, as `RouteDecision.probability`; 1.0 for the same prompt set."""
+    in_distribution: float | None = None
+    """That the prompts are a job and not noise; None when that was not asked."""
 
     def to_dict(self) -> dict[str, Any]:
         """The object `dnd adapt --json` prints."""

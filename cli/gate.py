@@ -1,0 +1,46 @@
+"""`dnd bench gate`: how often the choice of reuse, generate or base is right, and what its probabilities are worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dnd_sdk.cli.evaluate import ROLES
+from dnd_sdk.cli.options import ModelOptions, quiet_libraries
+from dnd_sdk.cli.output import Output
+from dnd_sdk.errors import ConfigError
+
+
+def bench_gate(
+    out: Output,
+    models: ModelOptions,
+    tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).")],
+    role: Annotated[str, typer.Option("--role", help="validation, train or all.")] = "validation",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Random splits of each task's prompts.")] = 3,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Keeps embeddings; run again to go on.")] = None,
+) -> None:
+    """Measure the router on tasks it was not fitted on; needs their prompts and the encoder, no base model."""
+    if role not in ROLES:
+        raise ConfigError(f"--role takes {', '.join(ROLES)}, got {role!r}")
+    settings, home = models.settings(out), out.find_home()
+    from dnd_sdk.evaluation.gate import Gate, pooled_noise, pooled_prompts, try_gate
+    from dnd_sdk.evaluation.gate_report import build_gate_report, render_gate
+    from dnd_sdk.models import pick_device
+    from dnd_sdk.tasks import read_tasks
+
+    quiet_libraries(out)
+    found = read_tasks(tasks, role=None if role == "all" else role)
+    with out.step("loading the encoder"):
+        device = str(pick_device(settings.device))
+        gate = Gate.load(settings.base, settings.generator, settings.encoder, home, device)
+    with out.progress("measuring") as report:
+
+        def tell(done: int, total: int, about: str) -> None:
+            report(done, total, about, None)
+
+        pooled = pooled_prompts(gate, found, tell, run_dir)
+        events = try_gate(gate, pooled, pooled_noise(gate, tell, run_dir), seeds=seeds, progress=tell)
+    result = build_gate_report(gate, events, {"role": role, "seeds": seeds})
+    out.emit(result, lambda: render_gate(result))
