@@ -109,6 +109,17 @@ class FakeGenerator:
 
 
 @dataclass
+class FakePrior:
+    """Calibrates by adding one half; writes down what on."""
+
+    seen: list[tuple[list[str], list[str]]] = field(default_factory=list)
+
+    def take_out(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Any]) -> SimpleNamespace:
+        self.seen.append((list(prompts), list(chats)))
+        return SimpleNamespace(flat=flat + 0.5)
+
+
+@dataclass
 class FakeZoo:
     """Adapters whose weights say which method asked for them."""
 
@@ -151,5 +162,5 @@ class WordTokenizer:
 
 def make_parts(**changes: Any) -> Parts:
     """Parts made of the fakes."""
-    fakes = {"engine": FakeEngine(), "encoder": FakeEncoder(), "generator": FakeGenerator()}
+    fakes = {"engine": FakeEngine(), "encoder": FakeEncoder(), "generator": FakeGenerator(), "label_prior": FakePrior()}
     return Parts(**{"tokenizer": WordTokenizer(), "base_name": "tiny", "base_fingerprint": "f" * 64} | fakes | changes)

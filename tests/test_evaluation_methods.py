@@ -81,6 +81,16 @@ def test_each_method_sees_what_it_may_see() -> None:
     ] * 2
 
 
+def test_calibration_sees_the_prompts_that_its_name_says() -> None:
+    parts, task, seed = make_parts(), TASKS[1], 3
+    names = ["generated", "shuffled", "zero", "calibrated", "calibrated-shuffled", "calibrated-zero"]
+    flats = {m.name: m.make(task, seed).flat for m in build_methods(names, parts, TASKS)}
+    own, other = conditioning_prompts(task, seed), conditioning_prompts(donors(TASKS, seed)[task.name], seed)
+    assert parts.label_prior.seen == [(own, own), (other, other), (own, own)]
+    for plain, calibrated in (names[0], names[3]), (names[1], names[4]), (names[2], names[5]):
+        assert torch.equal(flats[calibrated], flats[plain] + 0.5)
+
+
 @pytest.mark.parametrize(
     ("names", "changes", "match"),
     [
@@ -90,6 +100,8 @@ def test_each_method_sees_what_it_may_see() -> None:
         (["generated"], {"generator": None}, "'generated' needs a generator"),
         (["zero"], {"generator": None}, "'zero' needs a generator"),
         (["shuffled"], {"encoder": None}, "'shuffled' needs a generator"),
+        (["calibrated-zero"], {"generator": None}, "'calibrated-zero' needs a generator"),
+        (["calibrated"], {"label_prior": None}, "'calibrated' needs a base to calibrate on"),
         (["nearest"], {}, "'nearest' needs a zoo"),
         (["mean"], {}, "'mean' needs a zoo"),
         (["multitask"], {}, "'multitask' needs a zoo"),

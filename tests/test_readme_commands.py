@@ -74,6 +74,7 @@ RUNS = {
     # the README's table and text
     "dnd adapt PROMPTS --mode auto --explain --json": Run(r'"decision": "generate".*"reason": '),
     "dnd adapt PROMPTS --role role.md": Run(ADAPTED),
+    "dnd adapt PROMPTS --calibrate": Run(ADAPTED),
     "dnd adapt PROMPTS --mode merge --top-k 3": Run("^decision: merge\n"),
     'dnd run "Which queue, billing or login? My card was charged twice." -a tickets --compare base': Run(
         r"^--- tickets\n[\s\S]*^--- base\n"
@@ -101,6 +102,9 @@ RUNS = {
     ),
     "dnd plot eval.json --out plots": Run("^plots/report.md$", leaves="plots/report.md"),
     "dnd bench adapt": Run("adapt"),
+    "dnd bench gate": Run("recall", "TASKS"),
+    "dnd bench gate TASKS": Run("recall"),
+    "dnd bench train TASKS --config recipe.toml": Run("^training step "),
     "dnd models ls": Run(rows(DEFAULT_BASE, DEFAULT_ENCODER)),
     "dnd models pull": Run(rows(DEFAULT_BASE, DEFAULT_ENCODER)),
     "dnd config show": Run("^ base +smollm2-135m +default"),
@@ -116,6 +120,13 @@ RUNS = {
     "dnd train zoo TASKS --config examples/train_cpu.toml --out runs/zoo": Run("^done: runs/zoo$"),
     "dnd train generator TASKS --config examples/train_cpu.toml --zoo runs/zoo --out runs/generator": Run(
         "^done: runs/generator/generator$", leaves="runs/generator/generator"
+    ),
+    "dnd train zoo TASKS --config examples/train_gpu.toml --out runs/zoo_gpu": Run("^done: runs/zoo_gpu$"),
+    "dnd train generator TASKS --config examples/train_gpu.toml --zoo runs/zoo_gpu --out runs/generator_gpu": Run(
+        "^done: runs/generator_gpu/generator$", leaves="runs/generator_gpu/generator"
+    ),
+    "dnd eval paper TASKS --run-dir runs/paper --config examples/paper_cpu.toml": Run(
+        rf"{rows('constant', 'base')}[\s\S]*{rows('generated')}", leaves="runs/paper"
     ),
     "python examples/quickstart.py": Run(f"^reuse: tickets for 90 prompts\n{ANSWERS}"),
     "python examples/quickstart.py --task meeting_deadlines --questions 10": Run(f"^generate: {ANSWERS}"),
@@ -189,6 +200,14 @@ class Workshop(NamedTuple):
     """What the commands of the blocks said."""
 
 
+def paper_tasks(folder: Path) -> Path:
+    """Tiny tasks under the names of three of the paper's common-sense sets."""
+    folder.mkdir()
+    for name, made in {"arc_c": "longer_word", "boolq": "even_number", "piqa": "first_word"}.items():
+        shutil.copy(EXAMPLES / "tiny_tasks" / "tasks" / f"{made}.jsonl", folder / f"{name}.jsonl")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     """The stand-ins are in force as long as this lasts."""
@@ -204,8 +223,15 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
         for name, commands in stories.items():
             patch.chdir(furnish(root / name, EXAMPLES, EXAMPLES / "tiny_tasks" / "tasks", RECIPE))
             ran |= {command: run(command) for command in commands}
+        # where the recipe for a CPU ended, the one for a GPU goes on from what it made as from the shipped generator
+        Path("dnd_sdk/generators").mkdir(parents=True)
+        Path("dnd_sdk/generators/smollm2-135m").symlink_to(Path("runs/generator/generator").absolute())
+        ran |= {command: run(command) for command in header_commands(EXAMPLES / "train_gpu.toml")}
         run("dnd adapt examples/handbook/prompts.txt --name handbook")
         Path(root / "eval.json").write_text(run("dnd eval TASKS --limit 2 --json").stdout, "utf-8")
+        # the paper's data sets, as far as their names go
+        patch.chdir(furnish(root / "paper", EXAMPLES, paper_tasks(root / "paper_tasks"), RECIPE))
+        ran |= {command: run(command) for command in header_commands(EXAMPLES / "paper_cpu.toml")}
         yield Workshop(home, root, ran)
 
 

@@ -46,6 +46,10 @@ MIN_SHARE = 0.01
 """Of the answers that must begin with a word for it to count as a label."""
 MIN_TOTAL = 0.5
 """Of the answers that must begin with some label; below, the answers are free."""
+FUNCTION_WORDS = frozenset(
+    "the an this that these those of to in on at for from with by as is are was were be and or".split()  # noqa: SIM905
+)
+"""Nearly all prompts hold some of these, and free answers begin with them: no labels ("a" is one often)."""
 CANDIDATES = 512
 """Tokens, the likeliest first, whose logits the direction must not move unless they begin a label."""
 
@@ -220,9 +224,9 @@ class LabelPrior:
 
 
 def shared_words(texts: Sequence[str]) -> set[str]:
-    """The words (case folded) that nearly all of `texts` hold."""
+    """The words (case folded) that nearly all of `texts` hold, without function words."""
     counts = Counter(w for t in texts for w in set(re.findall(r"\w+", t.casefold())))
-    return {w for w, n in counts.items() if n >= SHARED_BY * len(texts)}
+    return {w for w, n in counts.items() if n >= SHARED_BY * len(texts)} - FUNCTION_WORDS
 
 
 def label_tokens(mean: Tensor, tokenizer: Any, words: set[str]) -> dict[str, list[int]]:

@@ -88,7 +88,7 @@ class ObserveResult:
 
 @dataclass
 class Stopwatch:
-    """Seconds spent per step of one adaptation; steps that were not needed stay 0."""
+    """Seconds spent per step of one adaptation; those of `STEPS` that were not needed stay 0, others are left out."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
     started: float = field(default_factory=time.perf_counter)
@@ -100,7 +100,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - at
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - at
 
     def stop(self) -> dict[str, float]:
         """All steps and the total."""
