@@ -104,4 +104,5 @@ class Stopwatch:
 
     def stop(self) -> dict[str, float]:
         """All steps and the total."""
-        return {**self.seconds, "total": time.perf_counter() - self.started}
+        steps = {k: v for k, v in self.seconds.items() if k != "total"}
+        return {**steps, "total": time.perf_counter() - self.started}
