@@ -6,6 +6,8 @@ import importlib.util
 import itertools
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ from types import ModuleType
 
 import pytest
 from test_readme import ROOT, TEXT, commands
+
+from dnd_sdk.config import Home
 
 DOCS = ROOT / "docs"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -167,3 +171,13 @@ def test_the_committed_files_name_no_machine(name: str) -> None:
     assert all(
         path.startswith("~/.dnd/adapters/") for path in re.findall(r"path:\s+([^\s\\]+)", text.replace("&#160;", " "))
     )
+
+
+@pytest.mark.real
+def test_the_recording_can_be_made(warm_home: Home, tmp_path: Path) -> None:
+    """Elsewhere than in the repository, and with the weights that the tests keep."""
+    options = ["--weights", str(warm_home.root), "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "docs/record.py", *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = "\n".join(cast_lines((tmp_path / "terminal.cast").read_text("utf-8")))
+    assert re.findall(r"decision: (\w+)", shown) == ["generate", "reuse"] and (tmp_path / "terminal.svg").is_file()

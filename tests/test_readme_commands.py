@@ -27,7 +27,6 @@ import pytest
 from cli_runner import dnd
 from documented import header_commands, markdown_commands, typed_lines
 from stand_in import furnish, install
-from test_docs_recording import cast_lines
 from test_readme import ROOT, TEXT, blocks
 
 from dnd_sdk.config import Home
@@ -57,6 +56,8 @@ def rows(*names: str) -> str:
     return "".join(rf"^\W*{re.escape(name)}\b.*\n" for name in names)
 
 
+MEASURED = ("base", "instruction", "generated", "shuffled", "zero", "nearest")
+MEASURED += ("calibrated", "calibrated-shuffled", "calibrated-zero")
 ADAPTED = r"^decision: generate\nadapter:  [\w-]+\n"
 ANSWERS = r"[\s\S]*base: [\s\S]*adapted: "
 RUNS = {
@@ -97,9 +98,7 @@ RUNS = {
     "dnd eval TASKS --methods base,icl-3,generated,multitask --zoo RUN --against multitask": Run(
         rows("base", "icl-3", "generated", "multitask")
     ),
-    "dnd eval TASKS --methods base,instruction,generated,shuffled,zero,nearest --limit 30 --zoo RUN": Run(
-        rows("base", "instruction", "generated", "shuffled", "zero", "nearest")
-    ),
+    f"dnd eval TASKS --methods {','.join(MEASURED)} --against zero --limit 30 --zoo RUN": Run(rows(*MEASURED)),
     "dnd plot eval.json --out plots": Run("^plots/report.md$", leaves="plots/report.md"),
     "dnd bench adapt": Run("adapt"),
     "dnd bench gate": Run("recall", "TASKS"),
@@ -145,7 +144,7 @@ _COMMITTED = "test_the_committed_recording_is_what_the_readme_documents"
 ELSEWHERE = {
     "make demo": "test_examples.test_demo_runs_twice_with_the_same_decisions",
     "make test": "test_readme_commands.test_make_runs_what_it_says",
-    "python docs/record.py": "test_readme_commands.test_the_recording_can_be_made",
+    "python docs/record.py": "test_docs_recording.test_the_recording_can_be_made",
     "asciinema play docs/terminal.cast": f"test_docs_recording.{_COMMITTED}",
     "source .venv/bin/activate": "test_readme_commands.test_the_environment_can_be_activated",
     'pip install "dnd-sdk[smolagents]"': "test_readme_commands.test_the_extras_that_are_named_exist",
@@ -325,13 +324,3 @@ def test_the_extras_that_are_named_exist() -> None:
     named = {extra for command in documented() for extra in re.findall(r"dnd-sdk\[(\w+)\]", command)}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     assert named and named <= extras.keys()
-
-
-@pytest.mark.real
-def test_the_recording_can_be_made(warm_home: Home, tmp_path: Path) -> None:
-    """Elsewhere than in the repository, and with the weights that the tests keep."""
-    options = ["--weights", str(warm_home.root), "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, "docs/record.py", *options], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    shown = "\n".join(cast_lines((tmp_path / "terminal.cast").read_text("utf-8")))
-    assert re.findall(r"decision: (\w+)", shown) == ["generate", "reuse"] and (tmp_path / "terminal.svg").is_file()
