@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from dnd_sdk.cli.completion import task_folders
 from dnd_sdk.cli.options import ModelOptions, quiet_libraries
-from dnd_sdk.cli.output import EXIT_FAILURE, Output
+from dnd_sdk.cli.output import EXIT_FAILURE, Output, Report
 from dnd_sdk.cli.train import check_config, with_eta
 from dnd_sdk.errors import ConfigError
 
@@ -51,8 +52,7 @@ def evaluate(
     card: Annotated[Path | None, typer.Option("--card", help="Generator folder whose card gets the figures.")] = None,
 ) -> None:
     """Compare methods on labelled tasks: exact match, option likelihood, valid format."""
-    if role not in ROLES:
-        raise ConfigError(f"--role takes {', '.join(ROLES)}, got {role!r}")
+    wanted_role = check_role(role)
     from dnd_sdk.evaluation import EvalSettings, Zoo, default_methods, needs_training, render
     from dnd_sdk.evaluation import evaluate as run_evaluation
     from dnd_sdk.generator_card import record_evaluation
@@ -60,16 +60,12 @@ def evaluate(
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
     settings = EvalSettings(limit=limit, seeds=seeds, run_dir=run_dir, unrelated=unrelated, against=against)
-    found = read_tasks(tasks, role=None if role == "all" else role, names=names or None)
+    found = read_tasks(tasks, role=wanted_role, names=names or None)
     with models.load(out) as dnd, out.progress("evaluating") as report:
-
-        def tell(p: Progress) -> None:
-            report(p.done, p.total, f"{p.task} {p.method}", p.eta_s)
-
         stored = Zoo(zoo, dnd.layout, dnd.base.fingerprint, dnd.encoder.fingerprint) if zoo else None
         chosen = chosen or default_methods(stored)
         trainer = _trainer(dnd, stored, run_dir) if needs_training(chosen) else None
-        result = run_evaluation(dnd, found, chosen, settings, tell, zoo=stored, trainer=trainer)
+        result = run_evaluation(dnd, found, chosen, settings, _telling(report), zoo=stored, trainer=trainer)
     if card is not None:
         record_evaluation(card, result)
     out.emit(result, lambda: render(result))
@@ -102,12 +98,20 @@ def paper(
     with out.progress("paper") as report:
         trainer = PaperTrainer(read_settings(config), out.find_home(), with_eta(report))
 
-        def tell(p: Progress) -> None:
-            report(p.done, p.total, f"{p.task} {p.method}", p.eta_s)
-
-        result = compare(tasks, trainer, settings, held_out or None, tell)
+        result = compare(tasks, trainer, settings, held_out or None, _telling(report))
     out.emit(result, lambda: render_paper(result))
     _fail_on_failures(out, result)
+
+
+def check_role(role: str) -> str | None:
+    """What `--role` stands for, None for all; raises `ConfigError`."""
+    if role not in ROLES:
+        raise ConfigError(f"--role takes {', '.join(ROLES)}, got {role!r}")
+    return None if role == "all" else role
+
+
+def _telling(report: Report) -> Callable[[Progress], None]:
+    return lambda p: report(p.done, p.total, f"{p.task} {p.method}", p.eta_s)
 
 
 def _fail_on_failures(out: Output, result: dict[str, Any]) -> None:

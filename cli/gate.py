@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dnd_sdk.cli.evaluate import ROLES
+from dnd_sdk.cli.evaluate import check_role
 from dnd_sdk.cli.options import ModelOptions, quiet_libraries
 from dnd_sdk.cli.output import Output
-from dnd_sdk.errors import ConfigError
 
 
 def bench_gate(
@@ -22,8 +21,7 @@ def bench_gate(
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Keeps embeddings; run again to go on.")] = None,
 ) -> None:
     """Measure the router on tasks it was not fitted on; needs their prompts and the encoder, no base model."""
-    if role not in ROLES:
-        raise ConfigError(f"--role takes {', '.join(ROLES)}, got {role!r}")
+    wanted_role = check_role(role)
     settings, home = models.settings(out), out.find_home()
     from dnd_sdk.evaluation.gate import Gate, pooled_noise, pooled_prompts, try_gate
     from dnd_sdk.evaluation.gate_report import build_gate_report, render_gate
@@ -31,7 +29,7 @@ def bench_gate(
     from dnd_sdk.tasks import read_tasks
 
     quiet_libraries(out)
-    found = read_tasks(tasks, role=None if role == "all" else role)
+    found = read_tasks(tasks, role=wanted_role)
     with out.step("loading the encoder"):
         device = str(pick_device(settings.device))
         gate = Gate.load(settings.base, settings.generator, settings.encoder, home, device)

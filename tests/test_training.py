@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SAME_MATHS, random_flat, tiny_model
-from training_parts import config_file, make_world
+from training_parts import config_file, make_world, silent
 
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
@@ -41,7 +41,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(world: Path) -> Path:
     home = Home(world / "home")
-    silent = lambda *_: None  # noqa: E731
     run_zoo(world / "tasks", world / "train.toml", world / "zoo", home=home, progress=silent)
     out = world / "run"
     run_generator(world / "tasks", world / "train.toml", out, zoo=world / "zoo", home=home, progress=silent)
@@ -108,7 +107,7 @@ def test_training_goes_on_from_a_finished_generator(trained: Path, tmp_path: Pat
     start = Generator.from_pretrained(trained / "run" / "generator")
     line = f'start = "{trained / "run" / "generator"}"'
     more = read_settings(config_file(tmp_path, shared_steps="0", start=line))
-    home, silent = Home(trained / "home"), lambda *_: None
+    home = Home(trained / "home")
     run_zoo(trained / "tasks", tmp_path / "train.toml", tmp_path / "zoo", home=home, progress=silent)
     assert torch.equal(read_zoo(tmp_path / "zoo")[0], start.mean())
     manifest = json.loads((tmp_path / "zoo" / "shared" / "manifest.json").read_text())

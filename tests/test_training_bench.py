@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runner import dnd, dnd_json
-from training_parts import make_world
+from training_parts import make_world, silent
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dnd_sdk.config import Home
@@ -25,10 +25,6 @@ from dnd_sdk.weight_tokenizer import WeightTokenizer
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("bench_train"))
-
-
-def silent(*_: object) -> None:
-    """No progress."""
 
 
 def test_report_is_of_this_recipe(world: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from training_parts import config_file, make_world
+from training_parts import config_file, make_world, silent
 
 from dnd_sdk.config import Home
 from dnd_sdk.encoder import Encoder
@@ -33,10 +33,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config_file(root, data=HELD, check=CHECK, stages="8")
     run_zoo(root / "tasks", root / "train.toml", root / "zoo", home=Home(root / "home"), progress=silent)
     return root
-
-
-def silent(*_: object) -> None:
-    """No progress."""
 
 
 def train(world: Path, out: Path, progress: Callable[..., None] = silent) -> Path:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_parts import make_world
+from training_parts import make_world, silent
 
 from dnd_sdk.config import Home
 from dnd_sdk.training import run_zoo
@@ -20,7 +20,6 @@ from dnd_sdk.training.run_dir import RunDir
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_world(tmp_path_factory.mktemp("resume"))
-    silent = lambda *_: None  # noqa: E731
     run_zoo(root / "tasks", root / "train.toml", root / "zoo", home=Home(root / "home"), progress=silent)
     return root
 

@@ -59,6 +59,10 @@ checkpoint_every_s = {values["every"]}
     return path
 
 
+def silent(*_: object) -> None:
+    """A progress that tells nobody."""
+
+
 def make_world(root: Path) -> Path:
     """Fill `root` with `base`, `encoder`, `tasks` and `train.toml`; returns it."""
     save_base(root / "base")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dnd_sdk.engine.batching import grouped
 from dnd_sdk.engine.chat import Messages, prompt_ids
 from dnd_sdk.lora_linear import tables_from_flat, use_lora
 
@@ -104,14 +105,15 @@ class LabelPrior:
         if len(picked) < MIN_PROMPTS:
             return Calibrated(flat, reason=f"only {len(picked)} short enough prompts, {MIN_PROMPTS} are needed")
         seen = self._read(flat, last, [ids for _, ids in picked])
-        probs = self._logits(seen.hidden).softmax(-1)
+        logits = self._logits(seen.hidden)
+        probs = logits.softmax(-1)
         groups = label_tokens(probs.mean(0), self._base.tokenizer, shared_words([text for text, _ in picked]))
         if not seen.straight:
             return Calibrated(flat, reason=_UNFIT)
         if len(groups) < 2:
             return Calibrated(flat, reason="the prompts show no labels that the answers begin with")
         before = shares(probs, groups)
-        term = self._term(seen, probs, groups)
+        term = self._term(seen, logits, groups, shifts(before, len(picked)))
         if not self._better(seen, term, groups, before):
             return Calibrated(flat, reason="the labels are said about equally often")
         return Calibrated(self._add(flat, last, term), dict(zip(groups, before.tolist(), strict=True)))
@@ -126,9 +128,8 @@ class LabelPrior:
         assert isinstance(layers, nn.ModuleList)
         module = getattr(getattr(layers[-1], "mlp", None), "down_proj", None)
         norm = getattr(layers[-1], "post_attention_layernorm", None)
-        carried = {m.name for m in self._layout.modules}
-        names = [n for n, m in self._base.model.named_modules() if m is module and module is not None]
-        return names[0] if norm is not None and names and names[0] in carried else None
+        carried = (m.name for m in self._layout.modules if self._base.model.get_submodule(m.name) is module)
+        return None if norm is None else next(carried, None)
 
     def _pick(self, prompts: Sequence[str], chats: Sequence[Messages]) -> list[tuple[str, list[int]]]:
         """At most `MAX_PROMPTS` prompts spread over the sorted set, with their tokens."""
@@ -144,8 +145,9 @@ class LabelPrior:
         A = tables[last][0][0].float()
         parts: list[_Seen] = []
         with self._watching() as caught, use_lora(tables, 0):
-            for batch in _batches(rows):
-                ids, ends = _pad(batch)
+            by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+            for some in grouped(by_length, lambda g: len(g) * len(rows[g[-1]]) <= BATCH_TOKENS):
+                ids, ends = _pad([rows[i] for i in some])
                 self._base.model.base_model(input_ids=ids.to(device), use_cache=False)
                 parts.append(_cut(caught, A, ends.to(device)))
         return _Seen(
@@ -183,17 +185,19 @@ class LabelPrior:
         logits: Tensor = head(stack.norm(hidden.to(self._base.model.dtype)))
         return logits.float()
 
-    def _term(self, seen: _Seen, probs: Tensor, groups: dict[str, list[int]]) -> tuple[Tensor, Tensor]:
-        """(direction (d,), gate (r,)) whose outer product is what is added to scaling * B."""
-        tokens = _candidates(probs.mean(0), groups)
-        wanted = torch.zeros(len(tokens), device=probs.device)
-        for tokens_of, shift in zip(groups.values(), shifts(shares(probs, groups), len(probs)), strict=True):
+    def _term(
+        self, seen: _Seen, logits: Tensor, groups: dict[str, list[int]], wanted_shifts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(direction (d,), gate (r,)) whose outer product is what is added to scaling * B; `logits` are of `seen`."""
+        tokens = _candidates(logits.softmax(-1).mean(0), groups)
+        wanted = torch.zeros(len(tokens), device=logits.device)
+        for tokens_of, shift in zip(groups.values(), wanted_shifts, strict=True):
             wanted[torch.isin(tokens, torch.tensor(tokens_of, device=tokens.device))] = shift
         at = seen.hidden.mean(0)
-        # the final norm makes the logits bend a little along a straight line: one correction step is enough
+        # the final norm makes the logits bend a little along a straight line: the first step and two corrections
         direction = torch.zeros_like(at)
         for _ in range(3):
-            moved = self._logits(seen.hidden + direction) - self._logits(seen.hidden)
+            moved = self._logits(seen.hidden + direction) - logits
             missing = wanted - moved[:, tokens].mean(0)
             direction = direction + _solve(self._slopes(at + direction, tokens), missing)
         return direction, gate(seen.inner, seen.elsewhere)
@@ -265,8 +269,7 @@ def gate(inner: Tensor, elsewhere: Tensor) -> Tensor:
     """(r,) the combination of inner values that is 1 on average over `inner` (n, r), nearest 0 over `elsewhere`."""
     inner, elsewhere = inner.double(), elsewhere.double()
     gram = inner.T @ inner / len(inner) + elsewhere.T @ elsewhere / max(1, len(elsewhere))
-    ridge = 1e-3 * gram.trace() / len(gram) * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-    combine = torch.linalg.solve(gram + ridge, inner.mean(0))
+    combine = torch.linalg.solve(_ridged(gram, 1e-3), inner.mean(0))
     return (combine / (inner @ combine).mean()).float()
 
 
@@ -290,18 +293,12 @@ def _solve(slopes: Tensor, wanted: Tensor) -> Tensor:
     """(d,) the least change of the stream that moves the logits by `wanted`, as nearly as a small ridge lets it."""
     slopes, wanted = slopes.double(), wanted.double()
     gram = slopes @ slopes.T
-    ridge = 1e-2 * gram.trace() / len(gram) * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-    return (slopes.T @ torch.linalg.solve(gram + ridge, wanted)).float()
+    return (slopes.T @ torch.linalg.solve(_ridged(gram, 1e-2), wanted)).float()
 
 
-def _batches(rows: list[list[int]]) -> Iterator[list[list[int]]]:
-    batch: list[list[int]] = []
-    for row in sorted(rows, key=len):
-        if batch and (len(batch) + 1) * len(row) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
+def _ridged(gram: Tensor, share: float) -> Tensor:
+    """A Gram matrix with a `share` of its mean diagonal added to the diagonal."""
+    return gram + share * gram.trace() / len(gram) * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
 
 
 def _pad(batch: list[list[int]]) -> tuple[Tensor, Tensor]:
