@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,6 +50,9 @@ def evaluate(
         int, typer.Option("--unrelated", help="Ask each adapter the rows of so many other tasks, too.")
     ] = 0,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Keeps all results; run again to go on.")] = None,
+    part: Annotated[
+        str, typer.Option("--part", metavar="K/N", help="Ask every N-th task only, from the K-th: one process of N.")
+    ] = "1/1",
     card: Annotated[Path | None, typer.Option("--card", help="Generator folder whose card gets the figures.")] = None,
 ) -> None:
     """Compare methods on labelled tasks: exact match, option likelihood, valid format."""
@@ -59,7 +63,9 @@ def evaluate(
     from dnd_sdk.tasks import read_tasks
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
-    settings = EvalSettings(limit=limit, seeds=seeds, run_dir=run_dir, unrelated=unrelated, against=against)
+    settings = EvalSettings(
+        limit=limit, seeds=seeds, run_dir=run_dir, unrelated=unrelated, against=against, part=read_part(part)
+    )
     found = read_tasks(tasks, role=wanted_role, names=names or None)
     with models.load(out) as dnd, out.progress("evaluating") as report:
         stored = Zoo(zoo, dnd.layout, dnd.base.fingerprint, dnd.encoder.fingerprint) if zoo else None
@@ -108,6 +114,14 @@ def check_role(role: str) -> str | None:
     if role not in ROLES:
         raise ConfigError(f"--role takes {', '.join(ROLES)}, got {role!r}")
     return None if role == "all" else role
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """K/N as two numbers; raises `ConfigError`."""
+    found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
+    if found is None:
+        raise ConfigError(f"--part takes K/N, such as 1/2, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _telling(report: Report) -> Callable[[Progress], None]:

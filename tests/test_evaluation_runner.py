@@ -128,9 +128,8 @@ def test_examples_change_the_cache_key_and_nothing_else_does() -> None:
     job = TaskJob.of(TASKS[0], parts, EvalSettings(limit=4))
     keys = {job.key(Treatment(shots=shots), parts) for shots in ((), rows[:1], rows, rows[::-1])}
     assert len(keys) == 4
-    # as version 0.1.0 computed it: what was answered then still counts
-    asked = [[r.prompt, r.system] for r in job.rows]
-    identity = [data_hash(TASKS[0]), asked, LABELS, 5, "f" * 64, "cpu/float32", None, None]
+    # spelt out: a key that changes loses every answer kept so far
+    identity = [data_hash(TASKS[0]), LABELS, 5, "f" * 64, "cpu/float32", None, None]
     assert job.key(Treatment(), parts) == hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
@@ -279,12 +278,47 @@ def test_another_base_is_not_answered_from_the_cache(tmp_path: Path, change: dic
     assert len(other.engine.batches) == 3
 
 
-def test_other_rows_limits_and_weights_are_not_answered_from_the_cache(tmp_path: Path) -> None:
+def test_more_rows_ask_only_the_new_ones(tmp_path: Path) -> None:
+    expected = run(make_parts(), ["base", "zero"], limit=6)
+    few = run(make_parts(), ["base", "zero"], limit=2, run_dir=tmp_path)
+    parts, told = make_parts(), []
+    more = evaluate(parts, TASKS, ["base", "zero"], EvalSettings(limit=6, run_dir=tmp_path), told.append)
+    assert more == expected != few
+    assert parts.engine.batches == [4] * 6 and not any(p.cached for p in told)
+    again = make_parts()
+    assert run(again, ["base", "zero"], limit=2, run_dir=tmp_path) == few and again.engine.batches == []
+
+
+def test_rows_that_ask_the_same_are_asked_once(tmp_path: Path) -> None:
+    same = make_task(
+        "same", test=(Row("one", "yes", "test"), Row("one", "no", "test"), Row("one", "no", "test", "kind"))
+    )
+    parts = make_parts()
+    found = run(parts, ["base"], tasks=[same], limit=3, run_dir=tmp_path)["methods"]["base"]["tasks"]["same"]
+    assert parts.engine.batches == [2] and found["n"] == 3
+    assert found["option_accuracy"] == pytest.approx(1 / 3)  # an odd prompt's choice is "yes"
+
+
+def test_parts_answer_what_a_run_of_all_tasks_asks(tmp_path: Path) -> None:
+    expected = run(make_parts())
+    found: list[str] = []
+    for k in (1, 2):
+        report = run(make_parts(), run_dir=tmp_path, part=(k, 2))
+        assert report["settings"]["part"] == (k, 2)
+        found += report["methods"]["base"]["tasks"]
+    whole = make_parts()
+    assert run(whole, run_dir=tmp_path) == expected and whole.engine.batches == []
+    assert found == ["alpha", "gamma", "beta"]
+    for part in ((0, 2), (3, 2), (1, 0)):
+        with pytest.raises(ConfigError, match="part"):
+            EvalSettings(part=part)
+
+
+def test_other_limits_and_weights_are_not_answered_from_the_cache(tmp_path: Path) -> None:
     run(make_parts(), ["base", "zero"], run_dir=tmp_path)
-    for changes in ({"limit": 5}, {"max_new_tokens": 3}):
-        parts = make_parts()
-        run(parts, ["base"], run_dir=tmp_path, **changes)
-        assert len(parts.engine.batches) == 3
+    parts = make_parts()
+    run(parts, ["base"], run_dir=tmp_path, max_new_tokens=3)
+    assert len(parts.engine.batches) == 3
     parts = make_parts()
     parts.generator.mean = lambda: parts.generator.generate(-torch.ones(3))
     run(parts, ["zero"], run_dir=tmp_path)

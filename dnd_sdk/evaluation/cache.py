@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,33 +18,37 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Answers(NamedTuple):
-    """What one treatment answered to the rows of one task, in row order."""
+class Answer(NamedTuple):
+    """What one treatment answered to one row."""
 
-    outputs: list[str]
-    choices: list[int] | None
-    """Index of the likeliest label per row; None unless the task has labels."""
+    output: str
+    choice: int | None
+    """Index of the likeliest label; None unless the task has labels."""
 
 
 class AnswerCache:
-    """Answers by content key: in memory, and as appended lines of a JSONL file when it has a path."""
+    """Answers by content key and row: in memory, and as appended lines of a JSONL file when it has a path.
+
+    Several processes may append to one file; each sees what was there when it began.
+    """
 
     def __init__(self, path: Path | None) -> None:
         """Read what `path` holds; lines that are no record (a torn last one) are passed over."""
         self._path = path
-        self._known: dict[str, Answers] = {}
+        self._known: dict[str, dict[str, Answer]] = {}
         if path is not None:
             self._read(path)
 
-    def get(self, key: str) -> Answers | None:
-        """The answers under `key`, or None."""
-        return self._known.get(key)
+    def get(self, key: str) -> dict[str, Answer]:
+        """The answers known under `key`, by row id; empty when there are none."""
+        return dict(self._known.get(key, {}))
 
-    def put(self, key: str, answers: Answers, **about: Any) -> None:
-        """Keep `answers`; `about` (task, method, seed) is for whoever reads the file. Durable on return."""
-        self._known[key] = answers
+    def put(self, key: str, answers: Mapping[str, Answer], **about: Any) -> None:
+        """Add `answers`, by row id; `about` (task, method, seed) is for whoever reads the file. Durable on return."""
+        self._known.setdefault(key, {}).update(answers)
         if self._path is not None:
-            self._append({"key": key, **about, **answers._asdict()})
+            outputs, choices = zip(*answers.values(), strict=True)
+            self._append({"key": key, **about, "rows": list(answers), "outputs": outputs, "choices": choices})
 
     def _read(self, path: Path) -> None:
         try:
@@ -56,7 +61,8 @@ class AnswerCache:
         for line in data.split(b"\n"):
             try:
                 record = json.loads(line)
-                self._known[record["key"]] = Answers(list(record["outputs"]), record["choices"])
+                answers = map(Answer, record["outputs"], record["choices"])
+                self._known.setdefault(record["key"], {}).update(zip(record["rows"], answers, strict=True))
             except (ValueError, KeyError, TypeError):
                 continue
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import InputError
-from dnd_sdk.evaluation.cache import Answers, flat_hash
+from dnd_sdk.evaluation.cache import Answer, flat_hash
 from dnd_sdk.evaluation.methods import Treatment
 from dnd_sdk.evaluation.parts import Messages, Parts
 from dnd_sdk.tasks import Row, Task, data_hash
@@ -53,10 +54,9 @@ class TaskJob:
         return self.task.labels if self.task.answer_type == "label" else None
 
     def key(self, treatment: Treatment, parts: Parts) -> str:
-        """sha256 hex of everything that decides the answers."""
+        """sha256 hex of everything that decides the answers but the rows: more of them can be asked later."""
         identity: list[Any] = [
             self.data,
-            [[r.prompt, r.system] for r in self.rows],
             self.labels,
             self.max_new_tokens,
             parts.base_fingerprint,
@@ -68,26 +68,26 @@ class TaskJob:
             identity.append([[[r.prompt, r.response] for r in treatment.shots], MAX_SHOT_TOKENS])
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
-    def run(self, treatment: Treatment, parts: Parts) -> Answers:
-        """Ask every row; the adapter is in the engine only while this runs."""
+    def run(self, treatment: Treatment, parts: Parts, rows: Sequence[Row]) -> list[Answer]:
+        """Ask `rows`; the adapter is in the engine only while this runs."""
         if treatment.flat is None:
-            return self._ask(None, treatment, parts)
+            return self._ask(None, treatment, parts, rows)
         adapter_id = f"eval-{flat_hash(treatment.flat)}"
         parts.engine.load(adapter_id, treatment.flat)
         try:
-            return self._ask(adapter_id, treatment, parts)
+            return self._ask(adapter_id, treatment, parts, rows)
         finally:
             parts.engine.evict(adapter_id)
 
-    def _ask(self, adapter_id: str | None, treatment: Treatment, parts: Parts) -> Answers:
-        asked = [self._messages(row, treatment, parts) for row in self.rows]
+    def _ask(self, adapter_id: str | None, treatment: Treatment, parts: Parts, rows: Sequence[Row]) -> list[Answer]:
+        asked = [self._messages(row, treatment, parts) for row in rows]
         ids = [adapter_id] * len(asked)
         # the engine sorts by length and cuts into batches
         done = parts.engine.complete_batch(asked, ids, SamplingOptions(max_new_tokens=self.max_new_tokens))
-        choices = None
+        choices: list[int | None] = [None] * len(asked)
         if self.labels is not None:
             choices = parts.engine.option_logprobs(asked, ids, self.labels).argmax(dim=-1).tolist()
-        return Answers([d.text for d in done], choices)
+        return [Answer(d.text, c) for d, c in zip(done, choices, strict=True)]
 
     def _messages(self, row: Row, treatment: Treatment, parts: Parts) -> Messages:
         """The chat that asks `row`, with as many of the example turns, from the first on, as fit."""
@@ -104,6 +104,11 @@ class TaskJob:
             return len(parts.engine.prompt_ids(chat, self.reserved)) <= MAX_SHOT_TOKENS
         except InputError:
             return False
+
+
+def row_id(row: Row) -> str:
+    """Hex digest of what is asked; rows that ask the same have one answer."""
+    return hashlib.sha256(json.dumps([row.prompt, row.system]).encode()).hexdigest()[:16]
 
 
 def _turns(shot: Row) -> Messages:

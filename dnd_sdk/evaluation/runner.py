@@ -1,7 +1,8 @@
 """Runs methods over tasks: answers cached by content, one bad task loses no other.
 
-* The unit of work is (task, method, seed). Its cache key is made of what decides the answer: the rows, the labels, the
-  base, the LoRA's own bytes, the system text, the example turns, the token limit; not of the method's name.
+* The unit of work is (task, method, seed). Its answers are kept by row, under a key made of what else decides them: the
+  labels, the base, the LoRA's own bytes, the system text, the example turns, the token limit; not the method's name.
+  So a run with more rows asks only the new ones.
 * An adapter may also be asked the rows of tasks it was not made for, beside the base: what it spoils elsewhere.
 * All methods of a task run before the next task, so a partial run compares methods on the same tasks.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 from dnd_sdk.errors import ConfigError, DndError
 from dnd_sdk.evaluation.cache import AnswerCache
-from dnd_sdk.evaluation.job import TaskJob
+from dnd_sdk.evaluation.job import TaskJob, row_id
 from dnd_sdk.evaluation.methods import MAX_PROMPTS, METHODS, Method, Treatment, build_methods
 from dnd_sdk.evaluation.parts import AdapterZoo, LoraTrainer, Parts
 from dnd_sdk.evaluation.report import Scores, Unit, build_report
@@ -47,6 +48,9 @@ class EvalSettings:
     """Tasks of other families that every adapter is asked as well, to measure what it spoils; `limit` rows each."""
     against: str | None = None
     """Method that all others are compared with, besides `base`; None: `base` alone."""
+    part: tuple[int, int] = (1, 1)
+    """(K, N): ask only every N-th task, from the K-th on. Prompts of other tasks are still drawn from all of them, so
+    processes that share a `run_dir` can answer a part each, and a run of all then finds their answers."""
     run_dir: Path | None = None
     """Folder of `results.jsonl`; None keeps nothing."""
 
@@ -56,6 +60,8 @@ class EvalSettings:
         for name in ("limit", "seeds", "n_prompts", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.part[0] <= self.part[1]:
+            raise ConfigError(f"part must be (K, N) with K from 1 to N, got {self.part}")
         if self.n_prompts > MAX_PROMPTS:
             raise ConfigError(f"n_prompts must be at most {MAX_PROMPTS}, got {self.n_prompts}")
 
@@ -150,8 +156,10 @@ class _Run:
 
     def units(self) -> Iterator[Unit]:
         plan = [(m, s) for m in self.methods for s in range(self.settings.seeds if m.seeded else 1)]
-        total, done = len(self.tasks) * len(plan), 0
-        for task in self.tasks:
+        first, every = self.settings.part
+        asked = self.tasks[first - 1 :: every]
+        total, done = len(asked) * len(plan), 0
+        for task in asked:
             for method, seed in plan:
                 start = time.monotonic()
                 unit, cached = self._unit(task, method, seed)
@@ -176,12 +184,15 @@ class _Run:
     def _scores(self, task: Task, treatment: Treatment, method: str, seed: int) -> tuple[Scores, bool]:
         job = self._job(task)
         key = job.key(treatment, self.parts)
-        answers = self.cache.get(key)
-        cached = answers is not None
-        if answers is None:
-            answers = job.run(treatment, self.parts)
-            self.cache.put(key, answers, task=task.name, method=method, seed=seed)
-        return score_answers(task, job.rows, *answers), cached
+        known = self.cache.get(key)
+        missing = {i: row for row in job.rows if (i := row_id(row)) not in known}
+        if missing:
+            fresh = dict(zip(missing, job.run(treatment, self.parts, list(missing.values())), strict=True))
+            self.cache.put(key, fresh, task=task.name, method=method, seed=seed)
+            known |= fresh
+        answers = [known[row_id(row)] for row in job.rows]
+        choices = [a.choice for a in answers if a.choice is not None]  # all of a label task, none of another
+        return score_answers(task, job.rows, [a.output for a in answers], choices or None), not missing
 
     def _unrelated(self, task: Task, treatment: Treatment, method: str, seed: int) -> tuple[Scores | None, bool]:
         """Mean change of scores, from the base's, on tasks that the adapter was not made for; None without adapter."""
