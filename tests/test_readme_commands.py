@@ -147,6 +147,14 @@ ELSEWHERE = {
     "python docs/record.py": "test_docs_recording.test_the_recording_can_be_made",
     "asciinema play docs/terminal.cast": f"test_docs_recording.{_COMMITTED}",
     "source .venv/bin/activate": "test_readme_commands.test_the_environment_can_be_activated",
+    **dict.fromkeys(
+        (
+            "python examples/qwen_shaped.py --out runs/qwen_shaped",
+            "dnd bench train TASKS --config examples/qwen_shaped.toml",
+            "dnd bench train TASKS --config examples/qwen_shaped_paper.toml",
+        ),
+        "test_training_bench.test_the_example_of_another_base_is_made_and_timed",
+    ),
     'pip install "dnd-sdk[smolagents]"': "test_readme_commands.test_the_extras_that_are_named_exist",
 }
 """Commands of other programs, and those that need the real weights: the test that stands for each."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from cli_runner import dnd, dnd_json
-from training_parts import make_world, silent
+from stand_in import install
+from training_parts import make_tasks, make_world, silent
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dnd_sdk.config import Home
@@ -20,6 +23,8 @@ from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.training.bench import bench_train
 from dnd_sdk.training.settings import read_settings
 from dnd_sdk.weight_tokenizer import WeightTokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,27 @@ def test_command(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = dnd(*arguments)
     assert shown.exit_code == 0 and "training step" in shown.stdout
     assert dnd_json(*arguments)["adapter"]["r"] == 4
+
+
+def test_the_example_of_another_base_is_made_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its header says, with a smaller shape; both recipes find it where the script puts it."""
+    monkeypatch.setenv("DND_HOME", str(install(tmp_path, monkeypatch).root))
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(EXAMPLES / "qwen_shaped.py"))
+    assert example["SHAPE"]["hidden_size"] == 896 and example["SHAPE"]["vocab_size"] == 151936
+    example["SHAPE"].update(hidden_size=56, intermediate_size=76, vocab_size=600)
+    monkeypatch.setattr(sys, "argv", ["qwen_shaped.py", "--layers", "1"])
+    example["main"]()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "qwen_shaped")
+    assert model.config.model_type == "qwen2" and model.config.num_key_value_heads == 2
+    make_tasks(tmp_path / "tasks")
+    reports = [
+        dnd_json("bench", "train", "tasks", "--config", EXAMPLES / name, "--repeats", 1)
+        for name in ("qwen_shaped.toml", "qwen_shaped_paper.toml")
+    ]
+    small, paper = (r["generator"]["shapes"] for r in reports)
+    assert small[0][:2] == [16, 64] and paper[0][:2] == [128, 384]
+    assert all(r["base"]["parameters"] == model.num_parameters() for r in reports)
 
 
 def test_the_papers_sizes_for_its_smallest_base_can_be_expressed() -> None:

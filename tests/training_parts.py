@@ -67,10 +67,15 @@ def make_world(root: Path) -> Path:
     """Fill `root` with `base`, `encoder`, `tasks` and `train.toml`; returns it."""
     save_base(root / "base")
     save_encoder(root / "encoder")
+    make_tasks(root / "tasks")
+    config_file(root)
+    return root
+
+
+def make_tasks(folder: Path) -> None:
+    """The example's tiny tasks in `folder`."""
     spec = importlib.util.spec_from_file_location("make_tasks", MAKE_TASKS)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(["--out", str(root / "tasks"), "--rows", "60"])
-    config_file(root)
-    return root
+    module.main(["--out", str(folder), "--rows", "60"])
