@@ -16,6 +16,9 @@ from dnd_sdk.models import Base
 SAME_LOGITS = {"rtol": 1e-5, "atol": 2e-5}
 """The same fp32 operations in another order, under adapters that magnify the rounding (logits of about 1)."""
 
+SUMS = {"rtol": 1e-5, "atol": 1e-4}
+"""Sums of up to 16 log-probabilities of about -5 each, the same maths in another order."""
+
 PROMPTS = ("hi", "what is the capital of France?", "route this ticket", "2 + 2 =", "x")
 
 
@@ -59,3 +62,11 @@ def greedy(model: Any, base: Base, text: str, n: int) -> str:
     ids = chat_ids(base, text)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
     return base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def naive_logprob(model: Any, base: Base, prompt: str, option: str) -> float:
+    """Log-probability of `option` and the end of turn after `prompt`, from one forward over both."""
+    head = chat_ids(base, prompt)[0].tolist()
+    tail = [*base.tokenizer(option, add_special_tokens=False)["input_ids"], base.tokenizer.eos_token_id]
+    logp = model(input_ids=torch.tensor([head + tail])).logits[0].log_softmax(-1)
+    return sum(logp[len(head) + j - 1, t].item() for j, t in enumerate(tail))

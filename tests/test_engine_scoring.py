@@ -8,23 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_parts import PROMPTS, chat_ids, peft_model, strong, tiny_base, tiny_engine, tiny_layout
+from engine_parts import PROMPTS, SUMS, naive_logprob, peft_model, strong, tiny_base, tiny_engine, tiny_layout
 from helpers import FAMILIES
 
 from dnd_sdk.engine import Engine, option_logprobs, scoring
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.models import Base
 
 OPTIONS = [["yes", "no", "perhaps so"], ["a"], ["billing", "", "é", "refund please", "no"], ["x", "yy"], ["one", "two"]]
-SUMS = {"rtol": 1e-5, "atol": 1e-4}
-"""Sums of up to 16 log-probabilities of about -5 each, the same maths in another order."""
-
-
-def naive(model: Any, base: Base, prompt: str, option: str) -> float:
-    head = chat_ids(base, prompt)[0].tolist()
-    tail = [*base.tokenizer(option, add_special_tokens=False)["input_ids"], base.tokenizer.eos_token_id]
-    logp = model(input_ids=torch.tensor([head + tail])).logits[0].log_softmax(-1)
-    return sum(logp[len(head) + j - 1, t].item() for j, t in enumerate(tail))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +32,8 @@ def test_equals_scoring_each_sequence_alone(family: str, window: int | None) -> 
     for name, flat in flats.items():
         engine.load(name, flat)
     adapters = ["a", None, "b", "a", None]
-    want = [[naive(models[a], base, p, o) for o in os] for p, os, a in zip(PROMPTS, OPTIONS, adapters, strict=True)]
+    asked = zip(PROMPTS, OPTIONS, adapters, strict=True)
+    want = [[naive_logprob(models[a], base, p, o) for o in os] for p, os, a in asked]
     for batch_tokens in (1, 90, 2048):
         got = option_logprobs(engine, PROMPTS, OPTIONS, adapters, batch_tokens=batch_tokens)
         for have, expect in zip(got.logprobs, want, strict=True):
@@ -94,9 +85,10 @@ def _count_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_options_share_one_reading_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine()
+    engine.load("a", strong(engine.layout, 0))
     rows = _count_rows(engine, monkeypatch)
     n = len(engine.prompt_ids("hi", 1))
-    option_logprobs(engine, ["hi", "hi"], [["aa", "bbb"]] * 2, [None] * 2)
+    option_logprobs(engine, ["hi", "hi"], [["aa", "bbb"]] * 2, [None, "a"])  # two adapters share nothing else
     assert rows == [n + 5, n + 5]
 
 

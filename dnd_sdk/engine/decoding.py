@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine.prefix import Prefix
 from dnd_sdk.engine.text import Generation, RowText
 from dnd_sdk.engine.turns import Turn
 from dnd_sdk.models import Base
@@ -63,22 +64,29 @@ class Decoder:
         *,
         cancelled: Callable[[], bool],
         emit: Callable[[str], None] | None = None,
+        prefix: Prefix | None = None,
     ) -> list[Generation]:
         """Complete a batch; `rows` number the prompts within their request (they seed the sampling).
 
         The caller holds the model's turn and has set the adapters. `emit` gets the text of the first row as it comes.
+        All prompts begin with `prefix`; None reads each prompt whole.
         """
         texts = [RowText(self._tokenizer, self._ends, options.stop, emit if i == 0 else None) for i in range(len(rows))]
         watch = _Watch(texts, turn, cancelled, reads_text=emit is not None or bool(options.stop))
         watch.cancelled = cancelled()
         if not watch.cancelled:
-            self._generate(prompts, rows, options, watch)
+            self._generate(prompts, rows, options, watch, prefix)
         return [t.result(len(p), watch.cancelled) for t, p in zip(texts, prompts, strict=True)]
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], options: SamplingOptions, watch: _Watch
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        options: SamplingOptions,
+        watch: _Watch,
+        prefix: Prefix | None,
     ) -> None:
-        ids, mask = left_padded(prompts, self._pad, self._model.device)
+        ids, mask = left_padded(prompts, self._pad, self._model.device, len(prefix or ()))
         config = copy.copy(self._config)
         config.max_new_tokens = options.max_new_tokens
         out = self._model.generate(
@@ -87,16 +95,19 @@ class Decoder:
             generation_config=config,
             logits_processor=_sampling(options, rows, self._model.device),
             stopping_criteria=StoppingCriteriaList([watch]),
+            **({} if prefix is None else {"past_key_values": prefix.cache(len(prompts))}),
         )
         watch.read(out[:, ids.shape[1] :])
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask `(B, T)`, every prompt ending in the last column."""
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device, n_shared: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask `(B, T)`, every prompt ending in the last column, padded after its first `n_shared`."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
+    ids = [[*p[:n_shared], *[pad] * (width - len(p)), *p[n_shared:]] for p in prompts]
+    mask = [[1] * n_shared + [0] * (width - len(p)) + [1] * (len(p) - n_shared) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _end_tokens(base: Base) -> frozenset[int]:

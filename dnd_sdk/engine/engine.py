@@ -2,7 +2,8 @@
 
 * Which adapter a request uses travels with the request (a lease and a context variable), so threads never race for it.
 * A request whose rows all use the base runs the plain model: bit-identical, no overhead.
-* Requests take turns on the model, token by token; long lists are cut into batches of similar length.
+* Requests take turns on the model, token by token; long lists are cut into batches of similar length, and what all
+  prompts of a list begin with is read once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dnd_sdk.engine.bank import Loader, SlotBank
 from dnd_sdk.engine.batching import grouped
 from dnd_sdk.engine.chat import Messages, Tools, prompt_ids
 from dnd_sdk.engine.decoding import Decoder
+from dnd_sdk.engine.prefix import shared_prefix
 from dnd_sdk.engine.scoring import option_logprobs
 from dnd_sdk.engine.stream import Emit, TextStream
 from dnd_sdk.engine.text import Generation
@@ -102,11 +104,12 @@ class Engine:
         check_paired(messages_list, adapter_ids)
         prompts = [self.prompt_ids(m, options.max_new_tokens, tools) for m in messages_list]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        prefix = shared_prefix(self.base.model, prompts, adapter_ids)
         done: dict[int, Generation] = {}
         for rows in grouped(order, lambda some: self._fits(some, prompts, adapter_ids)):
             with self.running([adapter_ids[i] for i in rows]) as turn:
                 some = self._decoder.decode(
-                    [prompts[i] for i in rows], rows, options, turn, cancelled=lambda: _is_set(cancel)
+                    [prompts[i] for i in rows], rows, options, turn, cancelled=lambda: _is_set(cancel), prefix=prefix
                 )
             done |= zip(rows, some, strict=True)
         return [done[i] for i in range(len(prompts))]

@@ -2,7 +2,7 @@
 
 A prompt and all its options are one row: the options follow the prompt side by side, each with the positions it would
 have alone, and a mask lets an option see the prompt and itself only. One forward then costs about the tokens of the
-prompt plus the options', with no key/value cache to copy; it equals scoring every full sequence by itself.
+prompt plus the options'; it equals scoring every full sequence by itself. What all prompts begin with is read once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dnd_sdk.engine.batching import grouped
 from dnd_sdk.engine.chat import Messages, option_ids
+from dnd_sdk.engine.prefix import Prefix, shared_prefix
 from dnd_sdk.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def option_logprobs(
     _check_packable(engine.base.model)
     most = max(1, LOGIT_BYTES // (4 * engine.base.model.config.get_text_config().vocab_size) - 1)
     packs = [p for i, m in enumerate(messages_list) for p in _packs(engine, i, m, options_list[i], most)]
+    prefix = shared_prefix(engine.base.model, [p.prompt for p in packs], adapter_ids)
     scores = OptionScores([[0.0] * len(o) for o in options_list], [[0] * len(o) for o in options_list])
 
     def fits(some: list[int]) -> bool:
@@ -85,7 +87,7 @@ def option_logprobs(
     for some in grouped(sorted(range(len(packs)), key=lambda i: packs[i].length), fits):
         batch = [packs[i] for i in some]
         with engine.running([adapter_ids[p.chat] for p in batch]):
-            _score(engine.base.model, batch, scores)
+            _score(engine.base.model, batch, scores, prefix)
     return scores
 
 
@@ -99,14 +101,15 @@ def _packs(engine: Engine, chat: int, messages: Messages, options: Sequence[str]
         yield _Pack(chat, prompt, [(i, tokens[i]) for i in some])
 
 
-def _score(model: Any, batch: Sequence[_Pack], scores: OptionScores) -> None:
-    width = max(p.width for p in batch)
-    ids, positions, segments = (t.to(model.device) for t in _collate(batch, width))
+def _score(model: Any, batch: Sequence[_Pack], scores: OptionScores, prefix: Prefix | None) -> None:
+    width, known = max(p.width for p in batch), len(prefix or ())
+    ids, positions, segments = (t.to(model.device) for t in _collate(batch, width, known))
     logits = (
         model(
             input_ids=ids,
             position_ids=positions,
-            attention_mask=_masks(model, positions, segments),
+            attention_mask=_masks(model, positions, segments, known),
+            past_key_values=None if prefix is None else prefix.cache(len(batch)),
             use_cache=False,
             **({"logits_to_keep": width + 1} if model._supports_logits_to_keep() else {}),
         )
@@ -123,12 +126,15 @@ def _score(model: Any, batch: Sequence[_Pack], scores: OptionScores) -> None:
             scores.n_tokens[pack.chat][option] = len(tokens)
 
 
-def _collate(batch: Sequence[_Pack], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, positions and segments `(B, T)`; prompts (segment 0) end in one column, options (1..) follow, -1 pads."""
+def _collate(batch: Sequence[_Pack], width: int, known: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, positions and segments `(B, T)`; prompts (segment 0) end in one column, options (1..) follow, -1 pads.
+
+    The first `known` tokens of the prompts are left out.
+    """
     rows = []
     for pack in batch:
         lead, trail = max(len(p.prompt) for p in batch) - len(pack.prompt), width - pack.width
-        row = [(0, 0, _PAD)] * lead + [(t, i, 0) for i, t in enumerate(pack.prompt)]
+        row = [(0, 0, _PAD)] * lead + [(t, i, 0) for i, t in enumerate(pack.prompt)][known:]
         for segment, (_, tokens) in enumerate(pack.options, 1):
             row += [(t, len(pack.prompt) + j, segment) for j, t in enumerate(tokens[:-1])]
         rows.append(row + [(0, 0, _PAD)] * trail)
@@ -148,15 +154,18 @@ def _targets(pack: _Pack) -> tuple[list[int], list[int], list[int]]:
     return at, labels, owner
 
 
-def _masks(model: Any, positions: Tensor, segments: Tensor) -> Tensor | dict[str, Tensor]:
-    """Additive masks `(B, 1, T, T)`; a dict by layer kind for a base that mixes full and sliding-window layers."""
+def _masks(model: Any, positions: Tensor, segments: Tensor, known: int) -> Tensor | dict[str, Tensor]:
+    """Additive masks `(B, 1, T, known + T)`: all see the `known` columns before the batch's own.
+
+    A dict by layer kind for a base that mixes full and sliding-window layers, for which nothing is known.
+    """
     column = torch.arange(segments.shape[1], device=segments.device)
     query, key = segments[:, :, None], segments[:, None, :]
     allowed = (column[None, :, None] >= column) & (key != _PAD) & ((key == 0) | (key == query))
     allowed |= column[:, None] == column  # padding sees itself: a row that sees nothing is undefined
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    full = _additive(allowed, model.dtype)
+    full = _additive(nn.functional.pad(allowed, (known, 0), value=True), model.dtype)
     if window is None:
         return full
     near = positions[:, :, None] - positions[:, None, :] < window
