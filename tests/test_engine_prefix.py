@@ -49,7 +49,7 @@ def test_answers_and_scores_are_those_of_each_prompt_alone(family: str, adapter:
     said = [g.text for g in engine.complete_batch(ASKED, ids, SHORT)]
     assert said == [greedy(alone, base, p, 8) for p in ASKED]
     want = torch.tensor([[naive_logprob(alone, base, p, o) for o in OPTIONS] for p in ASKED])
-    assert want.std(0).min() > 0.01  # the prompts matter
+    assert want.std(0).min() > 2e-3  # the prompts matter, by several times the tolerance
     for batch_tokens in (1, 2048):
         got = option_logprobs(engine, ASKED, [OPTIONS] * len(ASKED), ids, batch_tokens=batch_tokens)
         torch.testing.assert_close(torch.tensor(got.logprobs), want, **SUMS)
