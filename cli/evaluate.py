@@ -50,6 +50,9 @@ def evaluate(
         int, typer.Option("--unrelated", help="Ask each adapter the rows of so many other tasks, too.")
     ] = 0,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Keeps all results; run again to go on.")] = None,
+    bare: Annotated[
+        bool, typer.Option("--bare", help="Ask without what all prompts of a task share: its instruction.")
+    ] = False,
     part: Annotated[
         str, typer.Option("--part", metavar="K/N", help="Ask every N-th task only, from the K-th: one process of N.")
     ] = "1/1",
@@ -64,7 +67,13 @@ def evaluate(
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
     settings = EvalSettings(
-        limit=limit, seeds=seeds, run_dir=run_dir, unrelated=unrelated, against=against, part=read_part(part)
+        limit=limit,
+        seeds=seeds,
+        run_dir=run_dir,
+        unrelated=unrelated,
+        against=against,
+        bare=bare,
+        part=read_part(part),
     )
     found = read_tasks(tasks, role=wanted_role, names=names or None)
     with models.load(out) as dnd, out.progress("evaluating") as report:

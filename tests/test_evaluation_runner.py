@@ -90,6 +90,20 @@ def test_every_method_asks_the_same_rows_and_only_instruction_adds_words() -> No
     assert all(m[-1]["content"].startswith("alpha test") for m in parts.engine.asked)
 
 
+def test_bare_rows_are_asked_without_what_the_prompts_share(tmp_path: Path) -> None:
+    train = tuple(Row(f"Say yes: {i}", "yes", "train", "be kind") for i in range(6))
+    told = [make_task("alpha", train=train, test=(Row("Say yes: 9", "yes", "test", "be kind"),)), TASKS[1]]
+    parts = make_parts()
+    report = run(parts, ["base", "generated"], tasks=told, bare=True, run_dir=tmp_path)
+    assert report["settings"]["bare"] is True
+    assert [m for m in parts.engine.asked if "Say" in m[-1]["content"]] == []
+    assert parts.engine.asked[:2] == [[{"role": "user", "content": "9"}]] * 2
+    assert sorted(parts.encoder.seen[0]) == [r.prompt for r in train]  # the condition is whole
+    whole = make_parts()
+    run(whole, ["base", "generated"], tasks=told[:1], run_dir=tmp_path)
+    assert [m[-1]["content"] for m in whole.engine.asked] == ["Say yes: 9"] * 2  # other rows, other answers
+
+
 def test_examples_are_turns_before_the_question() -> None:
     parts, task = make_parts(), TASKS[0]
     run(parts, ["base", "icl-2"], tasks=[task])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dnd_sdk.bare_prompts import bare_task
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import InputError
 from dnd_sdk.evaluation.cache import Answer, flat_hash
@@ -42,8 +43,9 @@ class TaskJob:
         """Draw the task's rows; the draw depends on the task alone. Raises `InputError` without test rows."""
         if not task.test:
             raise InputError(f"task {task.name!r} has no test rows", fix='add lines with "split": "test"')
-        n = min(settings.limit, len(task.test))
-        rows = tuple(random.Random(f"rows/{task.name}").sample(task.test, n))
+        test = bare_task(task).test if settings.bare else task.test
+        n = min(settings.limit, len(test))
+        rows = tuple(random.Random(f"rows/{task.name}").sample(test, n))
         longest = _longest([r.response for r in task.train], parts.tokenizer, settings.max_new_tokens)
         limit = min(settings.max_new_tokens, longest + SPARE_TOKENS)
         return cls(task, rows, limit, max(limit, _longest(task.labels or (), parts.tokenizer, 0) + 1), data_hash(task))

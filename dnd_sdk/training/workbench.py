@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dnd_sdk.bare_prompts import partly_bare
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.generator import Generator
@@ -100,7 +101,8 @@ def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Prog
         quantize_frozen_linears(base.model, layout)
     attach_lora(base.model, layout)
     limits = {"max_tokens": settings.data.max_tokens, "max_rows": settings.data.max_rows, "seed": settings.run.seed}
-    tokens = {n: tokenise_task(t, base.tokenizer, **limits) for n, t in sources.items()}
+    asked = {n: partly_bare(t, settings.data.bare, settings.run.seed) for n, t in sources.items()}
+    tokens = {n: tokenise_task(t, base.tokenizer, **limits) for n, t in asked.items()}
     families = {n: t.family for n, t in sources.items()}
     held = _held_out(families, settings)
     pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else base.tokenizer.eos_token_id
