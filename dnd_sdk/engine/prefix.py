@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
+
+from dnd_sdk.alike import leading_alike
 
 MIN_SHARED = 16
 """Tokens; for fewer the copies cost what reading them once saves."""
@@ -49,8 +50,7 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], adapter_ids: Seq
     """
     if len(prompts) < 2 or len(set(adapter_ids)) > 1 or not _attends_fully(model):
         return None
-    alike = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
-    n = min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
+    n = min(len(leading_alike(prompts)), min(map(len, prompts)) - 1)
     return Prefix(model, prompts[0][:n]) if n >= MIN_SHARED else None
 
 
