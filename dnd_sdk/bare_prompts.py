@@ -6,7 +6,6 @@ an adapter made from whole prompts can: this is where the condition of a generat
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,15 +38,6 @@ def bare_task(task: Task) -> Task:
     """`task` as asked without what its train prompts share, and without its system prompts."""
     frame = Frame.of([r.prompt for r in task.train]) if len(task.train) > 1 else Frame("", "")
     return replace(task, train=_bare(task.train, frame), test=_bare(task.test, frame))
-
-
-def partly_bare(task: Task, share: float, seed: int) -> Task:
-    """`task` with about `share` of its train rows, drawn by `seed`, as `bare_task` has them."""
-    if share == 0:
-        return task
-    rng = random.Random(f"{seed}/bare/{task.name}")
-    pairs = zip(task.train, bare_task(task).train, strict=True)
-    return replace(task, train=tuple(bare if rng.random() < share else whole for whole, bare in pairs))
 
 
 def _bare(rows: Sequence[Row], frame: Frame) -> tuple[Row, ...]:

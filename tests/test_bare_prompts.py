@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 from eval_fakes import make_task
-from training_parts import make_world, silent
+from training_parts import config_file, make_world, silent
 
-from dnd_sdk.bare_prompts import Frame, bare_task, partly_bare
+from dnd_sdk.bare_prompts import Frame, bare_task
 from dnd_sdk.config import Home
 from dnd_sdk.models import load_base
 from dnd_sdk.tasks import Row, Task
+from dnd_sdk.training import run_generator, run_zoo
+from dnd_sdk.training.batches import TokenRow
+from dnd_sdk.training.run_dir import RunDir
 from dnd_sdk.training.settings import read_settings
 from dnd_sdk.training.workbench import prepare
 
@@ -54,28 +57,40 @@ def test_a_bare_task_asks_the_same_without_instruction_or_system_prompt() -> Non
     assert [r.prompt for r in bare_task(alone).train] == ["Add up: 0 0"]  # one prompt shares nothing with others
 
 
-def test_a_share_of_the_rows_is_bare() -> None:
-    task = a_task()
-    assert partly_bare(task, 0.0, 0) is task
-    assert partly_bare(task, 1.0, 0).train == bare_task(task).train
-    half = partly_bare(task, 0.5, 0)
-    n = sum(r.system is None for r in half.train)
-    assert 10 < n < 30 and half == partly_bare(task, 0.5, 0) != partly_bare(task, 0.5, 1)
-    assert all(r in (whole, bare) for r, whole, bare in zip(half.train, task.train, bare_task(task).train, strict=True))
-    assert half.test == task.test
-
-
-def test_training_asks_bare_rows_and_conditions_on_whole_prompts(tmp_path: Path) -> None:
+def test_training_asks_a_share_of_bare_rows_and_conditions_on_whole_prompts(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     settings = read_settings(world / "train.toml")
-    data = settings.data.model_copy(update={"bare": 1.0})
     home = Home(world / "home")
-    whole = prepare(world / "tasks", settings, home, silent)
-    bare = prepare(world / "tasks", settings.model_copy(update={"data": data}), home, silent)
-    assert bare.sources == whole.sources and bare.manifest != whole.manifest
+    assert prepare(world / "tasks", settings, home, silent).bare == {}
+    stages = tuple(s.model_copy(update={"bare": 0.5}) for s in settings.stages)
+    data = settings.data.model_copy(update={"held_out": 1})
+    bench = prepare(world / "tasks", settings.model_copy(update={"stages": stages, "data": data}), home, silent)
     decode = load_base(settings.base, home).tokenizer.decode
-    for name, task in bare.sources.items():
-        own = {f"user\n{r.prompt}<|im_end|>" for r in bare_task(task).train}
-        asked = {decode(row.ids) for row in bare.tasks[name].rows}
-        assert all(any(prompt in text for prompt in own) for text in asked)
-        assert not any(any(prompt in decode(row.ids) for prompt in own) for row in whole.tasks[name].rows)
+    for name, task in bench.sources.items():  # conditions are made from `sources`; the one held out counts, too
+        own, whole = ({f"user\n{r.prompt}<|im_end|>" for r in t.train} for t in (bare_task(task), task))
+
+        def kinds(rows: list[TokenRow], own: set[str] = own, whole: set[str] = whole) -> list[str]:
+            texts = [decode(row.ids) for row in rows]
+            return ["bare" if any(p in t for p in own) else "whole" for t in texts if any(p in t for p in own | whole)]
+
+        assert kinds(bench.rows(name, 8, 0, 1.0)) == ["bare"] * 8 and kinds(bench.rows(name, 8, 0)) == ["whole"] * 8
+        drawn = [k for step in range(10) for k in kinds(bench.rows(name, 8, step, 0.5))]
+        assert len(drawn) == 80 and 25 < drawn.count("bare") < 55
+        assert bench.rows(name, 8, 3, 0.5) == bench.rows(name, 8, 3, 0.5) != bench.rows(name, 8, 4, 0.5)
+
+
+def test_an_end_to_end_stage_trains_on_bare_rows_and_is_checked_by_them(tmp_path: Path) -> None:
+    curves = []
+    for share in ("0", "1"):
+        world = make_world(tmp_path / share)
+        config_file(world, data="held_out = 1", check="[check]\nevery = 2\nrows = 3")
+        recipe = (
+            (world / "train.toml").read_text().replace("train_shared = true", f"train_shared = true\nbare = {share}")
+        )
+        (world / "train.toml").write_text(recipe)
+        paths, home = (world / "tasks", world / "train.toml"), Home(world / "home")
+        run_zoo(*paths, world / "zoo", home=home, progress=silent)
+        run_generator(*paths, world / "out", zoo=world / "zoo", home=home, progress=silent)
+        curves.append(RunDir.read_losses(world / "out" / "stage-1"))
+    whole, bare = curves
+    assert whole[0]["loss"] != bare[0]["loss"] and whole[1]["held"] != bare[1]["held"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dnd_sdk.generator import Generator
-from dnd_sdk.training.batches import TokenRow, sample_rows
+from dnd_sdk.training.batches import TokenRow
 from dnd_sdk.training.conditions import Pools
 from dnd_sdk.training.run_dir import RunDir, write_tensors
 from dnd_sdk.training.settings import CheckSettings
@@ -27,9 +27,12 @@ _STEP = 0
 class Check:
     """The held-out tasks of one stage; without any it does nothing."""
 
-    def __init__(self, bench: Workbench, pools: Pools, settings: CheckSettings, run: RunDir) -> None:
-        """Read what earlier checks of a resumed stage found; `run` has been loaded (its curve cut) before."""
-        self._bench, self._pools, self._settings, self._run = bench, pools, settings, run
+    def __init__(self, bench: Workbench, pools: Pools, settings: CheckSettings, run: RunDir, bare: float = 0.0) -> None:
+        """Read what earlier checks of a resumed stage found; `run` has been loaded (its curve cut) before.
+
+        `bare` is the stage's share of rows without their task's shared wording: it is judged as it is trained.
+        """
+        self._bench, self._pools, self._settings, self._run, self._bare = bench, pools, settings, run, bare
         self._names = sorted(bench.held)
         self._losses = [line["held"] for line in run.read_losses(run.path) if "held" in line]
 
@@ -65,7 +68,7 @@ class Check:
         rows = [
             (row, i)
             for i, name in enumerate(self._names)
-            for row in sample_rows(self._bench.held[name], self._settings.rows, _STEP, seed)
+            for row in self._bench.rows(name, self._settings.rows, _STEP, self._bare)
         ]
         return {
             "held": self._loss(own, rows),

@@ -37,9 +37,6 @@ class DataSettings(_Section):
     balance: Literal["task", "family"] = "task"
     """What a pass over the data shows once: every task, or one task of every family (so that large families do not
     drown small ones)."""
-    bare: float = Field(0, ge=0, le=1)
-    """Share of a task's rows that are asked without what all its prompts share (`dnd_sdk.bare_prompts`): there only the
-    condition tells the task. Conditions are always whole prompts."""
     held_out: int = Field(0, ge=0)
     """Tasks kept out of all training, each of another family where there are enough: `[check]` judges by them."""
 
@@ -110,6 +107,9 @@ class Stage(_Section):
     rows: int = Field(2, ge=1)
     """Rows per task and step (end-to-end)."""
     lr: float = 6e-4
+    bare: float = Field(0, ge=0, le=1)
+    """Share of the rows asked without what all prompts of their task share (end-to-end; `dnd_sdk.bare_prompts`): there
+    only the condition tells the task. Conditions are always whole prompts."""
     condition_noise: float = 1e-4
     target_noise: float = 1e-5
     train_shared: bool = False

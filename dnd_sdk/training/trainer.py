@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dnd_sdk.generator import Generator
-from dnd_sdk.training.batches import TokenRow, sample_rows
+from dnd_sdk.training.batches import TokenRow
 from dnd_sdk.training.check import Check
 from dnd_sdk.training.conditions import Pools
 from dnd_sdk.training.run_dir import RunDir, optimizer_tensors, restore_optimizer
@@ -64,7 +64,7 @@ def _train_stage(generator: Generator, lesson: Lesson, stage: Stage, number: int
     if saved:
         generator.load_state_dict({k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")})
         restore_optimizer(optimizer, saved)
-    check = Check(bench, lesson.pools, lesson.check, run)
+    check = Check(bench, lesson.pools, lesson.check, run, stage.bare)
     generator.train()
     step_loss = _STEPS[stage.objective](generator, lesson, stage)
     mask = part_mask(bench.layout, generator.config.parts).to(generator.shared.device)
@@ -117,7 +117,7 @@ def end_to_end(generator: Generator, lesson: Lesson, stage: Stage) -> Callable[[
         adapters = generator(_conditions(generator, lesson, stage, step, names))
         rows: list[tuple[TokenRow, int]] = []
         for i, name in enumerate(names):
-            rows += [(row, i) for row in sample_rows(bench.tasks[name], stage.rows, step, bench.run.seed)]
+            rows += [(row, i) for row in bench.rows(name, stage.rows, step, stage.bare)]
         return bench.backward(adapters, rows)
 
     return step_loss

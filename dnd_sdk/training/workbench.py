@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dnd_sdk.bare_prompts import partly_bare
+from dnd_sdk.bare_prompts import bare_task
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.generator import Generator
@@ -28,6 +29,7 @@ from dnd_sdk.training.batches import (
     answer_loss,
     held_out,
     micro_batches,
+    sample_rows,
     sample_tasks,
     tokenise_task,
 )
@@ -53,6 +55,8 @@ class Workbench:
     """The generator that training goes on from; None starts from the base alone."""
     held: dict[str, TokenTask] = field(default_factory=dict)
     """Tasks kept out of training."""
+    bare: dict[str, TokenTask] = field(default_factory=dict)
+    """All tasks, asked without what their prompts share; empty where no stage asks so."""
     families: dict[str, str] | None = None
     """Family of every task where a pass goes over families; None where it goes over tasks."""
 
@@ -64,6 +68,14 @@ class Workbench:
     def sample_tasks(self, names: Sequence[str], n: int, step: int) -> list[str]:
         """At most `n` of `names` for a step, balanced as the settings say."""
         return sample_tasks(names, n, step, self.run.seed, self.families)
+
+    def rows(self, name: str, n: int, step: int, bare: float = 0.0) -> list[TokenRow]:
+        """`n` rows of a task for a step, about a share of `bare` of them without the task's shared wording."""
+        rng = random.Random(f"{self.run.seed}/bare/{name}/{step}")
+        n_bare = sum(rng.random() < bare for _ in range(n))
+        whole = (self.tasks if name in self.tasks else self.held)[name]
+        rows = sample_rows(whole, n - n_bare, step, self.run.seed)
+        return rows + (sample_rows(self.bare[name], n_bare, step, self.run.seed) if n_bare else [])
 
     def backward(self, adapters: Tensor, rows: list[tuple[TokenRow, int]]) -> float:
         """Add the gradient of one step's answer loss to what made `adapters` (S, P); return the loss.
@@ -101,8 +113,9 @@ def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Prog
         quantize_frozen_linears(base.model, layout)
     attach_lora(base.model, layout)
     limits = {"max_tokens": settings.data.max_tokens, "max_rows": settings.data.max_rows, "seed": settings.run.seed}
-    asked = {n: partly_bare(t, settings.data.bare, settings.run.seed) for n, t in sources.items()}
-    tokens = {n: tokenise_task(t, base.tokenizer, **limits) for n, t in asked.items()}
+    tokens = {n: tokenise_task(t, base.tokenizer, **limits) for n, t in sources.items()}
+    asks_bare = any(stage.bare for stage in settings.stages)
+    bare = {n: tokenise_task(bare_task(t), base.tokenizer, **limits) for n, t in sources.items() if asks_bare}
     families = {n: t.family for n, t in sources.items()}
     held = _held_out(families, settings)
     pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else base.tokenizer.eos_token_id
@@ -119,6 +132,7 @@ def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Prog
         progress=progress,
         start=start,
         held={n: tokens[n] for n in held},
+        bare=bare,
         families=families if settings.data.balance == "family" else None,
     )
 
