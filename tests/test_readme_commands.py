@@ -99,6 +99,7 @@ RUNS = {
         rows("base", "icl-3", "generated", "multitask")
     ),
     f"dnd eval TASKS --methods {','.join(MEASURED)} --against zero --limit 30 --zoo RUN": Run(rows(*MEASURED)),
+    "dnd eval TASKS --bare": Run(rows("base", "instruction", "generated", "shuffled", "zero")),
     "dnd plot eval.json --out plots": Run("^plots/report.md$", leaves="plots/report.md"),
     "dnd bench adapt": Run("adapt"),
     "dnd bench gate": Run("recall", "TASKS"),
