@@ -4,7 +4,8 @@ A small base under an adapter often answers every prompt of a label task with th
 answers on average over a batch of the task's prompts shows that taste, and dividing by it ("batch calibration",
 arXiv 2309.17249) brings the prompts' own differences out. Here it becomes part of the LoRA, in closed form:
 
-* The labels are read off the batch (`label_words`). A task without such words (free answers) is left alone.
+* The labels are read off the batch: words that nearly all prompts share and that the answers begin with. A task without
+  such words (free answers) is left alone.
 * Only B of the last layer's `down_proj` changes, by one rank-one term: a direction that moves the labels' logits by
   what they are over- or under-said, and little else, times a combination of the LoRA's own r inner values that is
   about 1 where an answer begins and about 0 elsewhere. Shape, rank and the shared A stay.
@@ -13,7 +14,9 @@ arXiv 2309.17249) brings the prompts' own differences out. Here it becomes part 
 
 from __future__ import annotations
 
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +27,6 @@ from torch import Tensor, nn
 
 from dnd_sdk.engine.batching import grouped
 from dnd_sdk.engine.chat import Messages, prompt_ids
-from dnd_sdk.engine.label_words import Groups, label_tokens
 from dnd_sdk.lora_linear import tables_from_flat, use_lora
 
 if TYPE_CHECKING:
@@ -39,6 +41,16 @@ MAX_PROMPT_TOKENS = 512
 """Longer prompts are passed over: they cost most and say no more."""
 BATCH_TOKENS = 2048
 
+SHARED_BY = 0.9
+"""Part of the prompts that a label must occur in."""
+MIN_SHARE = 0.01
+"""Of the answers that must begin with a word for it to count as a label."""
+MIN_TOTAL = 0.5
+"""Of the answers that must begin with some label; below, the answers are free."""
+FUNCTION_WORDS = frozenset(
+    "the an this that these those of to in on at for from with by as is are was were be and or".split()  # noqa: SIM905
+)
+"""Nearly all prompts hold some of these, and free answers begin with them: no labels ("a" is one often)."""
 CANDIDATES = 512
 """Tokens, the likeliest first, whose logits the direction must not move unless they begin a label."""
 
@@ -95,7 +107,7 @@ class LabelPrior:
         seen = self._read(flat, last, [ids for _, ids in picked])
         logits = self._logits(seen.hidden)
         probs = logits.softmax(-1)
-        groups = label_tokens(probs.mean(0), self._base.tokenizer, [text for text, _ in picked])
+        groups = label_tokens(probs.mean(0), self._base.tokenizer, shared_words([text for text, _ in picked]))
         if not seen.straight:
             return Calibrated(flat, reason=_UNFIT)
         if len(groups) < 2:
@@ -173,7 +185,9 @@ class LabelPrior:
         logits: Tensor = head(stack.norm(hidden.to(self._base.model.dtype)))
         return logits.float()
 
-    def _term(self, seen: _Seen, logits: Tensor, groups: Groups, wanted_shifts: Tensor) -> tuple[Tensor, Tensor]:
+    def _term(
+        self, seen: _Seen, logits: Tensor, groups: dict[str, list[int]], wanted_shifts: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(direction (d,), gate (r,)) whose outer product is what is added to scaling * B; `logits` are of `seen`."""
         tokens = _candidates(logits.softmax(-1).mean(0), groups)
         wanted = torch.zeros(len(tokens), device=logits.device)
@@ -197,7 +211,7 @@ class LabelPrior:
         slopes: Tensor = head.weight[tokens].float() @ jacobian
         return slopes
 
-    def _better(self, seen: _Seen, term: tuple[Tensor, Tensor], groups: Groups, before: Tensor) -> bool:
+    def _better(self, seen: _Seen, term: tuple[Tensor, Tensor], groups: dict[str, list[int]], before: Tensor) -> bool:
         """Whether the term, as it will act, makes shares more even and still lets answers begin with labels."""
         direction, combine = term
         probs = self._logits(seen.hidden + (seen.inner @ combine)[:, None] * direction).softmax(-1)
@@ -213,7 +227,30 @@ class LabelPrior:
         return changed
 
 
-def shares(probs: Tensor, groups: Groups) -> Tensor:
+def shared_words(texts: Sequence[str]) -> set[str]:
+    """The words (case folded) that nearly all of `texts` hold, without function words."""
+    counts = Counter(w for t in texts for w in set(re.findall(r"\w+", t.casefold())))
+    return {w for w, n in counts.items() if n >= SHARED_BY * len(texts)} - FUNCTION_WORDS
+
+
+def label_tokens(mean: Tensor, tokenizer: Any, words: set[str]) -> dict[str, list[int]]:
+    """Label to the tokens that begin it, for labels among `words` that answers begin with often enough.
+
+    `mean` (V,) are next-token probabilities. A token begins a word that it is, or whose first letters (two at least) it
+    is; of several the longest counts. Empty when the labels found do not make up enough of the answers.
+    """
+    found: dict[str, list[int]] = {}
+    for token in mean.topk(min(64, len(mean))).indices.tolist():
+        text = tokenizer.decode([token]).strip().casefold()
+        begun = [w for w in words if w == text or (len(text) > 1 and w.startswith(text))]
+        if begun:
+            found.setdefault(max(begun, key=lambda w: (len(w), w)), []).append(token)
+    labels = {w: tokens for w, tokens in found.items() if mean[tokens].sum() >= MIN_SHARE}
+    total = sum(float(mean[tokens].sum()) for tokens in labels.values())
+    return labels if total >= MIN_TOTAL else {}
+
+
+def shares(probs: Tensor, groups: dict[str, list[int]]) -> Tensor:
     """(G,) mean probability that an answer begins with each label; `probs` (n, V)."""
     return torch.stack([probs[:, tokens].sum(1).mean() for tokens in groups.values()])
 
@@ -247,7 +284,7 @@ def _spread_over(items: Sequence[T], most: int) -> list[T]:
     return [items[i * len(items) // n] for i in range(n)]
 
 
-def _candidates(mean: Tensor, groups: Groups) -> Tensor:
+def _candidates(mean: Tensor, groups: dict[str, list[int]]) -> Tensor:
     likely = mean.topk(min(CANDIDATES, len(mean))).indices.tolist()
     return torch.tensor(sorted({*likely, *(t for tokens in groups.values() for t in tokens)}), device=mean.device)
 
