@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import NamedTuple
 
-from dnd_sdk.alike import leading_alike
 from dnd_sdk.tasks import Row, Task
 
 
@@ -24,14 +24,19 @@ class Frame(NamedTuple):
     @classmethod
     def of(cls, prompts: Sequence[str]) -> Frame:
         """The most words that all `prompts` begin and end with, with the white space between."""
-        before = leading_alike([re.findall(r"\S+\s*", p) for p in prompts])
-        after = leading_alike([re.findall(r"\s*\S+", p)[::-1] for p in prompts])
+        before = _alike([re.findall(r"\S+\s*", p) for p in prompts])
+        after = _alike([re.findall(r"\s*\S+", p)[::-1] for p in prompts])
         return cls("".join(before), "".join(after[::-1]))
 
     def own_part(self, prompt: str) -> str:
         """What `prompt` has of its own; the whole prompt if that is nothing."""
         own = prompt.removeprefix(self.before).removesuffix(self.after).strip()
         return own or prompt
+
+
+def _alike(lists: Sequence[list[str]]) -> list[str]:
+    columns = zip(*lists, strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def bare_task(task: Task) -> Task:

@@ -33,7 +33,9 @@ ROWS = {
         ),
         1,
     ),
-    **dict.fromkeys(("adapters", "encoder", "hyperconv", "lora_linear", "settings", "weight_tokenizer"), 2),
+    **dict.fromkeys(
+        ("adapters", "bare_prompts", "encoder", "hyperconv", "lora_linear", "settings", "weight_tokenizer"), 2
+    ),
     **dict.fromkeys(("environment", "generator", "generator_card", "routing"), 3),
     **dict.fromkeys(("engine", "observe", "stream_state", "training"), 4),
     **dict.fromkeys(("bench", "doctor", "evaluation", "session"), 5),
@@ -53,7 +55,7 @@ SIDEWAYS = {
     ("evaluation", "session"),
 }
 
-SERVING = ("session", "engine", "routing", "generator", "adapters", "encoder")
+SERVING = ("session", "engine", "routing", "generator", "adapters", "bare_prompts", "encoder")
 
 
 def loaded_after(code: str) -> set[str]:

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from dnd_sdk.alike import leading_alike
-
 MIN_SHARED = 16
 """Tokens; for fewer the copies cost what reading them once saves."""
 
@@ -42,7 +40,7 @@ class Prefix:
         return copied
 
 
-def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], adapter_ids: Sequence[str | None]) -> Prefix | None:
+def shared_prefix(model: Any, prompts: Sequence[list[int]], adapter_ids: Sequence[str | None]) -> Prefix | None:
     """What all `prompts` begin with, leaving each a token of its own; None when there is nothing to gain.
 
     That is for a single prompt, several adapters (each keeps other keys and values), a base with layers other than full
@@ -50,7 +48,9 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], adapter_ids: Seq
     """
     if len(prompts) < 2 or len(set(adapter_ids)) > 1 or not _attends_fully(model):
         return None
-    n = min(len(leading_alike(prompts)), min(map(len, prompts)) - 1)
+    low, high = min(prompts), max(prompts)  # in the order of words in a dictionary: all others begin as these two do
+    alike = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    n = min(alike, min(map(len, prompts)) - 1)
     return Prefix(model, prompts[0][:n]) if n >= MIN_SHARED else None
 
 
