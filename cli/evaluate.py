@@ -16,8 +16,9 @@ from dnd_sdk.cli.train import check_config, with_eta
 from dnd_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dnd_sdk.evaluation import Progress, TaskTrainer, Zoo
+    from dnd_sdk.evaluation import EvalSettings, Progress, TaskTrainer, Zoo
     from dnd_sdk.session import DnD
+    from dnd_sdk.tasks import Task
 
 ROLES = ("train", "validation", "all")
 
@@ -56,12 +57,14 @@ def evaluate(
     part: Annotated[
         str, typer.Option("--part", metavar="K/N", help="Ask every N-th task only, from the K-th: one process of N.")
     ] = "1/1",
+    answered: Annotated[
+        bool, typer.Option("--answered", help="Report what --run-dir holds; loads no model, asks nothing.")
+    ] = False,
     card: Annotated[Path | None, typer.Option("--card", help="Generator folder whose card gets the figures.")] = None,
 ) -> None:
     """Compare methods on labelled tasks: exact match, option likelihood, valid format."""
     wanted_role = check_role(role)
-    from dnd_sdk.evaluation import EvalSettings, Zoo, default_methods, needs_training, render
-    from dnd_sdk.evaluation import evaluate as run_evaluation
+    from dnd_sdk.evaluation import EvalSettings, render, report_answered
     from dnd_sdk.generator_card import record_evaluation
     from dnd_sdk.tasks import read_tasks
 
@@ -76,15 +79,27 @@ def evaluate(
         part=read_part(part),
     )
     found = read_tasks(tasks, role=wanted_role, names=names or None)
-    with models.load(out) as dnd, out.progress("evaluating") as report:
-        stored = Zoo(zoo, dnd.layout, dnd.base.fingerprint, dnd.encoder.fingerprint) if zoo else None
-        chosen = chosen or default_methods(stored)
-        trainer = _trainer(dnd, stored, run_dir) if needs_training(chosen) else None
-        result = run_evaluation(dnd, found, chosen, settings, _telling(report), zoo=stored, trainer=trainer)
+    if answered:
+        result = report_answered(found, chosen, settings)
+    else:
+        with models.load(out) as dnd, out.progress("evaluating") as report:
+            result = _evaluated(dnd, found, chosen, settings, zoo, report)
     if card is not None:
         record_evaluation(card, result)
     out.emit(result, lambda: render(result))
     _fail_on_failures(out, result)
+
+
+def _evaluated(
+    dnd: DnD, tasks: list[Task], methods: tuple[str, ...], settings: EvalSettings, zoo: Path | None, report: Report
+) -> dict[str, Any]:
+    from dnd_sdk.evaluation import Zoo, default_methods, needs_training
+    from dnd_sdk.evaluation import evaluate as run_evaluation
+
+    stored = Zoo(zoo, dnd.layout, dnd.base.fingerprint, dnd.encoder.fingerprint) if zoo else None
+    methods = methods or default_methods(stored)
+    trainer = _trainer(dnd, stored, settings.run_dir) if needs_training(methods) else None
+    return run_evaluation(dnd, tasks, methods, settings, _telling(report), zoo=stored, trainer=trainer)
 
 
 def paper(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from eval_fakes import LABELS, FakeEngine, FakeTrainer, make_parts, make_task
 
-from dnd_sdk.errors import ConfigError, StorageError
-from dnd_sdk.evaluation import EvalSettings, Parts, Progress, evaluate, render
+from dnd_sdk.errors import ConfigError, InputError, StorageError
+from dnd_sdk.evaluation import EvalSettings, Parts, Progress, evaluate, render, report_answered
 from dnd_sdk.evaluation.job import MAX_SHOT_TOKENS, TaskJob
 from dnd_sdk.evaluation.methods import Treatment, example_rows
 from dnd_sdk.evaluation.report import Unit, build_report
@@ -204,13 +204,13 @@ def test_the_share_of_the_oracles_gain_is_reported() -> None:
         for i, value in enumerate(values)
         if value is not None
     ]
-    report = build_report(make_parts(), list(scores), EvalSettings(), units)
+    report = build_report(make_parts().made, list(scores), EvalSettings(), units)
     blocks = report["methods"]
     assert blocks["generated"]["recovered"]["exact_match"] == pytest.approx((0.2 + 0.1) / (0.4 + 0.2))
     assert blocks["oracle-9"]["recovered"]["exact_match"] == 1.0
     assert blocks["zero"]["recovered"] == {**dict.fromkeys(METRICS), "exact_match": 0.0}
     assert "recovered" not in blocks["base"] and "| 50 % |" in render(report)
-    without = build_report(make_parts(), ["base", "generated"], EvalSettings(), units)
+    without = build_report(make_parts().made, ["base", "generated"], EvalSettings(), units)
     assert "recovered" not in without["methods"]["generated"]
 
 
@@ -311,6 +311,41 @@ def test_rows_that_ask_the_same_are_asked_once(tmp_path: Path) -> None:
     found = run(parts, ["base"], tasks=[same], limit=3, run_dir=tmp_path)["methods"]["base"]["tasks"]["same"]
     assert parts.engine.batches == [2] and found["n"] == 3
     assert found["option_accuracy"] == pytest.approx(1 / 3)  # an odd prompt's choice is "yes"
+
+
+def test_what_was_answered_is_reported_without_a_model(tmp_path: Path) -> None:
+    settings = {"limit": 4, "seeds": 2, "run_dir": tmp_path, "against": "zero"}
+    expected = run(make_parts(), **settings)
+    assert report_answered(TASKS, FIVE, EvalSettings(**settings)) == expected
+    assert report_answered(TASKS, [], EvalSettings(**settings)) == expected  # in the order they were run
+    few = report_answered(TASKS[:1], ["zero", "base"], EvalSettings(**settings | {"limit": 2}))
+    assert few["methods"]["zero"]["tasks"].keys() == {"alpha"} and few["methods"]["zero"]["tasks"]["alpha"]["n"] == 2
+    more = report_answered(TASKS, FIVE, EvalSettings(**settings | {"limit": 6}))
+    assert len(more["failures"]) == 3 * 3 + 2 * 3 * 2
+    assert more["failures"][0]["error"] == "2 of 6 rows are not answered yet"
+    assert more["methods"]["base"]["tasks"] == {}
+
+
+def test_the_last_answers_of_a_unit_are_those_reported(tmp_path: Path) -> None:
+    run(make_parts(), ["zero"], run_dir=tmp_path)
+    other = make_parts()
+    other.generator.mean, other.generator.id = (lambda: torch.ones(4)), "gen1"
+    later = run(other, ["zero"], run_dir=tmp_path)
+    assert report_answered(TASKS, ["zero"], EvalSettings(limit=4, run_dir=tmp_path)) == later
+    assert later["generator"] == "gen1" and later["methods"]["zero"]["mean"]["exact_match"] > 0
+    back = run(make_parts(), ["zero"], run_dir=tmp_path)  # nothing new is asked, but it is noted whose answers count
+    assert report_answered(TASKS, ["zero"], EvalSettings(limit=4, run_dir=tmp_path)) == back != later
+
+
+def test_what_cannot_be_reported_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no answers"):
+        report_answered(TASKS, FIVE, EvalSettings(run_dir=tmp_path))
+    for settings in (EvalSettings(), EvalSettings(run_dir=tmp_path, unrelated=1)):
+        with pytest.raises(ConfigError, match="run folder"):
+            report_answered(TASKS, FIVE, settings)
+    run(make_parts(), ["base"], run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="unknown evaluation methods"):
+        report_answered(TASKS, ["magic"], EvalSettings(run_dir=tmp_path))
 
 
 def test_parts_answer_what_a_run_of_all_tasks_asks(tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ def test_the_command_names_methods_and_keeps_what_it_trained(world: World, tmp_p
     assert list(report["methods"]["scratch-1"]["vs"]) == ["base", "icl-1"] and report["failures"] == []
     assert report["settings"]["against"] == "icl-1" and len(list((run / "trained").iterdir())) == 2
     assert list(dnd_json("eval", folder, "--part", "2/2", *options)["methods"]["zero"]["tasks"]) == ["upper"]
+    assert (
+        dnd_json("eval", folder, "--answered", "--methods", "base,icl-1,scratch-1", "--against", "icl-1", *options)
+        == report
+    )
     for part in ("3/2", "2", "a/b"):
         assert "part" in dnd_json("eval", folder, "--part", part, *options, code=1)["error"]["message"]
     refused = dnd_json("eval", folder, "--methods", "base,magic-3", *options, code=1)["error"]

@@ -153,7 +153,8 @@ def test_every_method_runs_together_and_resumes_without_training(
     said = {}
     for line in (run / "results.jsonl").read_text().splitlines():
         record = json.loads(line)
-        said.setdefault(record["key"], []).append(record["method"])
+        if record["rows"]:  # a line without any notes whose answers those of another line are
+            said.setdefault(record["key"], []).append(record["method"])
     assert all(len(found) == 1 for found in said.values())
 
     monkeypatch.setattr(training_zoo, "train_tasks", None)

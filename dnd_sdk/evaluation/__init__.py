@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dnd_sdk.evaluation.answered import report_answered
 from dnd_sdk.evaluation.methods import MAX_PROMPTS, METHODS, default_methods, needs_training
 from dnd_sdk.evaluation.parts import Parts
 from dnd_sdk.evaluation.report import render
@@ -21,4 +22,5 @@ __all__ = [
     "evaluate",
     "needs_training",
     "render",
+    "report_answered",
 ]

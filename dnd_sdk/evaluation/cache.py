@@ -36,6 +36,8 @@ class AnswerCache:
         """Read what `path` holds; lines that are no record (a torn last one) are passed over."""
         self._path = path
         self._known: dict[str, dict[str, Answer]] = {}
+        self.units: dict[tuple[str, str, int], dict[str, Any]] = {}
+        """The last record of every (task, method, seed): its `key`, and what the writer had to say about it."""
         if path is not None:
             self._read(path)
 
@@ -43,12 +45,17 @@ class AnswerCache:
         """The answers known under `key`, by row id; empty when there are none."""
         return dict(self._known.get(key, {}))
 
-    def put(self, key: str, answers: Mapping[str, Answer], **about: Any) -> None:
-        """Add `answers`, by row id; `about` (task, method, seed) is for whoever reads the file. Durable on return."""
+    def put(self, key: str, answers: Mapping[str, Answer], *, task: str, method: str, seed: int, **about: Any) -> None:
+        """Add `answers`, by row id, to what (task, method, seed) has under `key`. Durable on return.
+
+        Without new answers it is noted whose answers those under `key` are, once.
+        """
         self._known.setdefault(key, {}).update(answers)
-        if self._path is not None:
-            outputs, choices = zip(*answers.values(), strict=True)
-            self._append({"key": key, **about, "rows": list(answers), "outputs": outputs, "choices": choices})
+        record = {"key": key, "task": task, "method": method, "seed": seed, **about}
+        if answers or self.units.get((task, method, seed)) != record:
+            self.units[task, method, seed] = dict(record)
+            outputs, choices = [a.output for a in answers.values()], [a.choice for a in answers.values()]
+            self._append(record | {"rows": list(answers), "outputs": outputs, "choices": choices})
 
     def _read(self, path: Path) -> None:
         try:
@@ -62,11 +69,15 @@ class AnswerCache:
             try:
                 record = json.loads(line)
                 answers = map(Answer, record["outputs"], record["choices"])
-                self._known.setdefault(record["key"], {}).update(zip(record["rows"], answers, strict=True))
+                self._known.setdefault(record["key"], {}).update(zip(record.pop("rows"), answers, strict=True))
+                del record["outputs"], record["choices"]
+                self.units[record["task"], record["method"], record["seed"]] = record
             except (ValueError, KeyError, TypeError):
                 continue
 
     def _append(self, record: dict[str, Any]) -> None:
+        if self._path is None:
+            return
         try:
             self._write(json.dumps(record).encode() + b"\n")
         except OSError as e:

@@ -41,11 +41,7 @@ class TaskJob:
     @classmethod
     def of(cls, task: Task, parts: Parts, settings: EvalSettings) -> TaskJob:
         """Draw the task's rows; the draw depends on the task alone. Raises `InputError` without test rows."""
-        if not task.test:
-            raise InputError(f"task {task.name!r} has no test rows", fix='add lines with "split": "test"')
-        test = bare_task(task).test if settings.bare else task.test
-        n = min(settings.limit, len(test))
-        rows = tuple(random.Random(f"rows/{task.name}").sample(test, n))
+        rows = asked_rows(task, settings)
         longest = _longest([r.response for r in task.train], parts.tokenizer, settings.max_new_tokens)
         limit = min(settings.max_new_tokens, longest + SPARE_TOKENS)
         return cls(task, rows, limit, max(limit, _longest(task.labels or (), parts.tokenizer, 0) + 1), data_hash(task))
@@ -106,6 +102,14 @@ class TaskJob:
             return len(parts.engine.prompt_ids(chat, self.reserved)) <= MAX_SHOT_TOKENS
         except InputError:
             return False
+
+
+def asked_rows(task: Task, settings: EvalSettings) -> tuple[Row, ...]:
+    """The test rows that are asked, drawn by the task alone; raises `InputError` without any."""
+    test = bare_task(task).test if settings.bare else task.test
+    if not test:
+        raise InputError(f"task {task.name!r} has no test rows", fix='add lines with "split": "test"')
+    return tuple(random.Random(f"rows/{task.name}").sample(test, min(settings.limit, len(test))))
 
 
 def row_id(row: Row) -> str:

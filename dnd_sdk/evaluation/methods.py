@@ -75,11 +75,16 @@ def build_methods(
 
     Raises `ConfigError` for an unknown or repeated name and for a method whose parts are missing.
     """
+    check_names(names)
+    return [_Builder(name, parts, tasks, zoo, trainer, n_prompts).build() for name in names]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for an unknown or repeated method, and for none at all."""
     if unknown := [n for n in names if parse(n) is None]:
         raise ConfigError(f"unknown evaluation methods {unknown}", fix=f"choose from {_SPELLINGS}")
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"evaluation methods must be one or more different names, got {list(names)}")
-    return [_Builder(name, parts, tasks, zoo, trainer, n_prompts).build() for name in names]
 
 
 def parse(name: str) -> tuple[str, int | None] | None:

@@ -238,8 +238,8 @@ class _Comparison:
     def report(self, plan: dict[str, list[HeldOut]], units: dict[str, list[Unit]]) -> dict[str, Any]:
         """The whole result; the seven are its `methods`, other domains stand under `transfer`."""
         parts = self.trainer.parts()
-        blocks = {d: build_report(parts, METHODS, self.settings, found) for d, found in units.items()}
-        main = blocks.pop(COMMONSENSE.name, None) or build_report(parts, METHODS, self.settings, [])
+        blocks = {d: build_report(parts.made, METHODS, self.settings, found) for d, found in units.items()}
+        main = blocks.pop(COMMONSENSE.name, None) or build_report(parts.made, METHODS, self.settings, [])
         others = {h.task.name: [t.name for t in h.others] for found in plan.values() for h in found}
         recipe = self.trainer.settings.model_dump(mode="json")
         return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.evaluation.report import Made
 from dnd_sdk.tasks import Task
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ class Parts:
     label_prior: PriorTaker | None = None
     numerics: str = "cpu/float32"
     """Device and dtype of the base: the same weights answer differently in another precision."""
+
+    @property
+    def made(self) -> Made:
+        """What answers of these parts are made with."""
+        return Made(self.base_name, None if self.generator is None else self.generator.id)
 
     @classmethod
     def of(cls, dnd: DnD) -> Parts:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dnd_sdk.evaluation.scoring import COMPARED, METRICS, mean_ci95
 
 if TYPE_CHECKING:
-    from dnd_sdk.evaluation.parts import Parts
     from dnd_sdk.evaluation.runner import EvalSettings
 
 SCHEMA_VERSION = 1
@@ -34,7 +33,19 @@ class Unit:
     """Mean change of scores on tasks of other families; None where no adapter was asked about any."""
 
 
-def build_report(parts: Parts, methods: Sequence[str], settings: EvalSettings, units: Sequence[Unit]) -> dict[str, Any]:
+class Made(NamedTuple):
+    """What answers were made with."""
+
+    base: str
+    generator: str | None
+    """Its id; None without one."""
+
+    def about(self) -> dict[str, str | None]:
+        """As it is kept beside answers."""
+        return self._asdict()
+
+
+def build_report(made: Made, methods: Sequence[str], settings: EvalSettings, units: Sequence[Unit]) -> dict[str, Any]:
     """The JSON-able report: per task (seeds averaged), means over tasks with 95 % intervals, failures.
 
     * `vs` holds, for `base` and for `settings.against` where they were run, the mean paired difference of each metric
@@ -54,8 +65,8 @@ def build_report(parts: Parts, methods: Sequence[str], settings: EvalSettings, u
     kept = {k: v for k, v in asdict(settings).items() if k != "run_dir"}
     return {
         "schema_version": SCHEMA_VERSION,
-        "base": parts.base_name,
-        "generator": None if parts.generator is None else parts.generator.id,
+        "base": made.base,
+        "generator": made.generator,
         "methods": blocks,
         "settings": {**kept, "methods": list(methods), "n_tasks": len({u.task for u in units})},
         "failures": [

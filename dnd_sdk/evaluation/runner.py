@@ -12,19 +12,19 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dnd_sdk.errors import ConfigError, DndError
-from dnd_sdk.evaluation.cache import AnswerCache
+from dnd_sdk.evaluation.cache import Answer, AnswerCache
 from dnd_sdk.evaluation.job import TaskJob, row_id
-from dnd_sdk.evaluation.methods import MAX_PROMPTS, METHODS, Method, Treatment, build_methods
+from dnd_sdk.evaluation.methods import MAX_PROMPTS, METHODS, Method, Treatment, build_methods, check_names
 from dnd_sdk.evaluation.parts import AdapterZoo, LoraTrainer, Parts
 from dnd_sdk.evaluation.report import Scores, Unit, build_report
 from dnd_sdk.evaluation.scoring import mean_change, score_answers
-from dnd_sdk.tasks import Task
+from dnd_sdk.tasks import Row, Task
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +108,9 @@ def evaluate(
     """
     parts = dnd_or_parts if isinstance(dnd_or_parts, Parts) else Parts.of(dnd_or_parts)
     settings = settings or EvalSettings()
-    _check(tasks, methods, settings)
+    check_plan(tasks, methods, settings)
     built = build_methods(methods, parts, tasks, zoo=zoo, trainer=trainer, n_prompts=settings.n_prompts)
-    return build_report(parts, methods, settings, run_methods(parts, tasks, built, settings, progress))
+    return build_report(parts.made, methods, settings, run_methods(parts, tasks, built, settings, progress))
 
 
 def run_methods(
@@ -125,7 +125,9 @@ def run_methods(
     return list(_Run(parts, settings, cache, tasks, methods, progress).units())
 
 
-def _check(tasks: Sequence[Task], methods: Sequence[str], settings: EvalSettings) -> None:
+def check_plan(tasks: Sequence[Task], methods: Sequence[str], settings: EvalSettings) -> None:
+    """Raise `ConfigError` unless these tasks and methods can be reported together."""
+    check_names(methods)
     if len({t.name for t in tasks}) != len(tasks) or not tasks:
         raise ConfigError("an evaluation needs one or more tasks of different names")
     if settings.against is not None and settings.against not in methods:
@@ -138,6 +140,13 @@ def unrelated_tasks(task: Task, tasks: Sequence[Task], n: int, seed: int) -> lis
     """At most `n` tasks of other families than `task`'s, drawn by `seed`."""
     others = sorted((t for t in tasks if t.family != task.family), key=lambda t: t.name)
     return random.Random(f"{seed}/unrelated/{task.name}").sample(others, min(n, len(others)))
+
+
+def scores_of(task: Task, rows: Sequence[Row], known: Mapping[str, Answer]) -> Scores:
+    """What the answers to `rows`, found in `known` by row id, come to."""
+    answers = [known[row_id(row)] for row in rows]
+    choices = [a.choice for a in answers if a.choice is not None]  # all of a label task, none of another
+    return score_answers(task, rows, [a.output for a in answers], choices or None)
 
 
 class _Run:
@@ -189,13 +198,10 @@ class _Run:
         key = job.key(treatment, self.parts)
         known = self.cache.get(key)
         missing = {i: row for row in job.rows if (i := row_id(row)) not in known}
-        if missing:
-            fresh = dict(zip(missing, job.run(treatment, self.parts, list(missing.values())), strict=True))
-            self.cache.put(key, fresh, task=task.name, method=method, seed=seed)
-            known |= fresh
-        answers = [known[row_id(row)] for row in job.rows]
-        choices = [a.choice for a in answers if a.choice is not None]  # all of a label task, none of another
-        return score_answers(task, job.rows, [a.output for a in answers], choices or None), not missing
+        asked = job.run(treatment, self.parts, list(missing.values())) if missing else []
+        fresh = dict(zip(missing, asked, strict=True))
+        self.cache.put(key, fresh, task=task.name, method=method, seed=seed, **self.parts.made.about())
+        return scores_of(task, job.rows, known | fresh), not missing
 
     def _unrelated(self, task: Task, treatment: Treatment, method: str, seed: int) -> tuple[Scores | None, bool]:
         """Mean change of scores, from the base's, on tasks that the adapter was not made for; None without adapter."""

@@ -1,0 +1,54 @@
+"""The report of what a run folder holds, without a model: all that was answered so far, by any of its processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dnd_sdk.errors import ConfigError, InputError
+from dnd_sdk.evaluation.cache import AnswerCache
+from dnd_sdk.evaluation.job import asked_rows, row_id
+from dnd_sdk.evaluation.report import Made, Unit, build_report
+from dnd_sdk.evaluation.runner import EvalSettings, check_plan, scores_of
+from dnd_sdk.tasks import Task
+
+
+def report_answered(tasks: Sequence[Task], methods: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
+    """The report that `evaluate` gave, or would give, of the answers in `settings.run_dir`.
+
+    `methods` empty: all that the folder names for these tasks. A unit with rows that were not answered is a failure.
+    Raises `ConfigError` without a run folder, for methods that cannot be, and for `unrelated` (not kept as units);
+    `InputError` when nothing was answered.
+    """
+    if settings.run_dir is None or settings.unrelated:
+        raise ConfigError(
+            "a report of what was answered needs the run folder that holds it, and has no unrelated tasks",
+            fix="pass --run-dir, without --unrelated",
+        )
+    first, every = settings.part
+    tasks = tasks[first - 1 :: every]
+    cache = AnswerCache(settings.run_dir / "results.jsonl")
+    named = {t.name for t in tasks}
+    found = [record for (task, _, _), record in cache.units.items() if task in named and " of " not in record["method"]]
+    if not found:
+        raise InputError(f"{settings.run_dir} holds no answers to these tasks", fix="run dnd eval with that --run-dir")
+    methods = tuple(methods) or tuple(dict.fromkeys(record["method"] for record in found))
+    check_plan(tasks, methods, settings)
+    made = Made(found[-1].get("base", ""), found[-1].get("generator"))
+    units = [_unit(cache, t, m, s, settings) for t in tasks for m in methods for s in _seeds(cache, t, m, settings)]
+    return build_report(made, methods, settings, units)
+
+
+def _seeds(cache: AnswerCache, task: Task, method: str, settings: EvalSettings) -> list[int]:
+    """The seeds answered; the first one in any case, so that what is missing is told."""
+    return [s for s in range(settings.seeds) if s == 0 or (task.name, method, s) in cache.units]
+
+
+def _unit(cache: AnswerCache, task: Task, method: str, seed: int, settings: EvalSettings) -> Unit:
+    rows = asked_rows(task, settings)
+    record = cache.units.get((task.name, method, seed))
+    known = cache.get(record["key"]) if record else {}
+    missing = sum(row_id(r) not in known for r in rows)
+    if missing:
+        return Unit(task.name, method, seed, 0, None, f"{missing} of {len(rows)} rows are not answered yet")
+    return Unit(task.name, method, seed, len(rows), scores_of(task, rows, known))
