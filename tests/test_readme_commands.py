@@ -69,9 +69,9 @@ RUNS = {
     "dnd train generator runs/tiny_tasks --zoo runs/zoo --config recipe.toml --out runs/generator": Run(
         "^done: runs/generator/generator$", leaves="runs/generator/generator/model.safetensors"
     ),
-    "dnd eval runs/tiny_tasks --generator runs/generator/generator --methods base,generated,shuffled --limit 20": Run(
-        rows("base", "generated", "shuffled")
-    ),
+    "dnd eval runs/tiny_tasks --generator runs/generator/generator --methods base,generated,shuffled --limit 20 "
+    "--run-dir runs/eval": Run(rows("base", "generated", "shuffled")),
+    "dnd eval runs/tiny_tasks --limit 20 --run-dir runs/eval --answered": Run(rows("base", "generated", "shuffled")),
     # the README's table and text
     "dnd adapt PROMPTS --mode auto --explain --json": Run(r'"decision": "generate".*"reason": '),
     "dnd adapt PROMPTS --role role.md": Run(ADAPTED),
@@ -100,6 +100,9 @@ RUNS = {
     ),
     f"dnd eval TASKS --methods {','.join(MEASURED)} --against zero --limit 30 --zoo RUN": Run(rows(*MEASURED)),
     "dnd eval TASKS --bare": Run(rows("base", "instruction", "generated", "shuffled", "zero")),
+    "dnd eval TASKS --part 1/2 --run-dir DIR": Run(
+        rows("base", "instruction", "generated", "shuffled", "zero"), leaves="DIR/results.jsonl"
+    ),
     "dnd plot eval.json --out plots": Run("^plots/report.md$", leaves="plots/report.md"),
     "dnd bench adapt": Run("adapt"),
     "dnd bench gate": Run("recall", "TASKS"),
