@@ -144,7 +144,7 @@ def read_part(text: str) -> tuple[int, int]:
     """K/N as two numbers; raises `ConfigError`."""
     found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
     if found is None:
-        raise ConfigError(f"--part takes K/N, such as 1/2, got {text!r}")
+        raise ConfigError(f"--part takes K/N, got {text!r}", fix="such as 1/2, and 2/2 in another process")
     return int(found[1]), int(found[2])
 
 

@@ -64,7 +64,9 @@ class EvalSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 1 <= self.part[0] <= self.part[1]:
-            raise ConfigError(f"part must be (K, N) with K from 1 to N, got {self.part}")
+            raise ConfigError(
+                f"part must be K of N with K from 1 to N, got {self.part}", fix="such as 1 of 2, and 2 of 2"
+            )
         if self.n_prompts > MAX_PROMPTS:
             raise ConfigError(f"n_prompts must be at most {MAX_PROMPTS}, got {self.n_prompts}")
 
