@@ -339,7 +339,8 @@ def test_the_last_answers_of_a_unit_are_those_reported(tmp_path: Path) -> None:
 
 def test_what_cannot_be_reported_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no answers"):
-        report_answered(TASKS, FIVE, EvalSettings(run_dir=tmp_path))
+        report_answered(TASKS, FIVE, EvalSettings(run_dir=tmp_path / "mistyped"))
+    assert not (tmp_path / "mistyped").exists()
     for settings in (EvalSettings(), EvalSettings(run_dir=tmp_path, unrelated=1)):
         with pytest.raises(ConfigError, match="run folder"):
             report_answered(TASKS, FIVE, settings)

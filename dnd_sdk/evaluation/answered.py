@@ -8,6 +8,7 @@ from typing import Any
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation.cache import AnswerCache
 from dnd_sdk.evaluation.job import asked_rows, row_id
+from dnd_sdk.evaluation.methods import parse
 from dnd_sdk.evaluation.report import Made, Unit, build_report
 from dnd_sdk.evaluation.runner import EvalSettings, check_plan, scores_of
 from dnd_sdk.tasks import Task
@@ -27,9 +28,10 @@ def report_answered(tasks: Sequence[Task], methods: Sequence[str], settings: Eva
         )
     first, every = settings.part
     tasks = tasks[first - 1 :: every]
-    cache = AnswerCache(settings.run_dir / "results.jsonl")
+    kept = settings.run_dir / "results.jsonl"
+    cache = AnswerCache(kept if kept.exists() else None)
     named = {t.name for t in tasks}
-    found = [record for (task, _, _), record in cache.units.items() if task in named and " of " not in record["method"]]
+    found = [record for (task, _, _), record in cache.units.items() if task in named and parse(record["method"])]
     if not found:
         raise InputError(f"{settings.run_dir} holds no answers to these tasks", fix="run dnd eval with that --run-dir")
     methods = tuple(methods) or tuple(dict.fromkeys(record["method"] for record in found))
