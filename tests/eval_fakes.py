@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.evaluation import Parts
+from dnd_sdk.evaluation import EvalSettings, Parts, evaluate
 from dnd_sdk.tasks import Row, Task
 
 LABELS = ("yes", "no")
@@ -164,3 +164,13 @@ def make_parts(**changes: Any) -> Parts:
     """Parts made of the fakes."""
     fakes = {"engine": FakeEngine(), "encoder": FakeEncoder(), "generator": FakeGenerator(), "label_prior": FakePrior()}
     return Parts(**{"tokenizer": WordTokenizer(), "base_name": "tiny", "base_fingerprint": "f" * 64} | fakes | changes)
+
+
+TASKS = [make_task("alpha"), make_task("beta", answer_type="short-text", metric="rouge_l"), make_task("gamma")]
+FIVE = ["base", "instruction", "generated", "shuffled", "zero"]
+
+
+def run(parts: Parts, methods: list[str] = FIVE, **changes: Any) -> dict[str, Any]:
+    """Evaluate `methods` on `TASKS` (or `tasks`), four rows each unless told otherwise."""
+    tasks = changes.pop("tasks", TASKS)
+    return evaluate(parts, tasks, methods, EvalSettings(**{"limit": 4} | changes))
