@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 from engine_parts import SUMS, greedy, naive_logprob, peft_model, strong, tiny_base, tiny_engine, tiny_layout
 from helpers import FAMILIES
 
-from dnd_sdk.config import SamplingOptions
+from dnd_sdk import DnD
+from dnd_sdk.config import Home, SamplingOptions
 from dnd_sdk.engine import Engine
 from dnd_sdk.engine.prefix import MIN_SHARED, shared_prefix
 from dnd_sdk.engine.scoring import option_logprobs
 
+TICKETS = Path(__file__).parents[1] / "examples" / "support_tickets"
 SHORT = SamplingOptions(max_new_tokens=8)
 HEAD = "Answer with the name of one queue, billing or login. "
 ASKED = [HEAD + text for text in ("My card was charged twice.", "I cannot log in", "x", "Where is my invoice of May?")]
@@ -93,3 +97,16 @@ def test_one_batch_does_not_write_into_what_the_next_one_reads() -> None:
         first = prefix.cache(2)
         engine.base.model(input_ids=torch.tensor([ids[-1:]] * 2), past_key_values=first)
         assert first.get_seq_length() == len(ids) and prefix.cache(3).get_seq_length() == len(ids) - 1
+
+
+@pytest.mark.real
+def test_the_default_base_answers_a_list_as_it_answers_each_prompt(real_home: Home) -> None:
+    dnd = DnD.load(home=real_home)
+    prompts = [row["prompt"] for row in map(json.loads, (TICKETS / "prompts.jsonl").read_text().splitlines())][:6]
+    dnd.engine.load("mean", dnd.generator.mean())
+    for adapter in (None, "mean"):
+        said = [g.text for g in dnd.engine.complete_batch(prompts, [adapter] * len(prompts), SHORT)]
+        assert said == [dnd.engine.complete(p, adapter, SHORT).text for p in prompts] and len(set(said)) > 1
+        scores = dnd.engine.option_logprobs(prompts, [adapter] * len(prompts), ["billing", "login"])
+        alone = [dnd.engine.option_logprobs([p], [adapter], ["billing", "login"]) for p in prompts]
+        torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-4, atol=1e-3)
