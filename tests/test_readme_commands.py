@@ -56,8 +56,7 @@ def rows(*names: str) -> str:
     return "".join(rf"^\W*{re.escape(name)}\b.*\n" for name in names)
 
 
-MEASURED = ("base", "instruction", "generated", "shuffled", "zero", "nearest")
-MEASURED += ("calibrated", "calibrated-shuffled", "calibrated-zero")
+MEASURED = ("base", "generated", "shuffled", "zero", "calibrated", "calibrated-shuffled", "calibrated-zero")
 ADAPTED = r"^decision: generate\nadapter:  [\w-]+\n"
 ANSWERS = r"[\s\S]*base: [\s\S]*adapted: "
 RUNS = {
@@ -98,7 +97,7 @@ RUNS = {
     "dnd eval TASKS --methods base,icl-3,generated,multitask --zoo RUN --against multitask": Run(
         rows("base", "icl-3", "generated", "multitask")
     ),
-    f"dnd eval TASKS --methods {','.join(MEASURED)} --against zero --limit 30 --zoo RUN": Run(rows(*MEASURED)),
+    f"dnd eval TASKS --methods {','.join(MEASURED)} --against zero --limit 50": Run(rows(*MEASURED)),
     "dnd eval TASKS --bare": Run(rows("base", "instruction", "generated", "shuffled", "zero")),
     "dnd eval TASKS --part 1/2 --run-dir DIR": Run(
         rows("base", "instruction", "generated", "shuffled", "zero"), leaves="DIR/results.jsonl"

@@ -36,7 +36,8 @@ def report_answered(tasks: Sequence[Task], methods: Sequence[str], settings: Eva
         raise InputError(f"{settings.run_dir} holds no answers to these tasks", fix="run dnd eval with that --run-dir")
     methods = tuple(methods) or tuple(dict.fromkeys(record["method"] for record in found))
     check_plan(tasks, methods, settings)
-    made = Made(found[-1].get("base", ""), found[-1].get("generator"))
+    last: dict[str, Any] = next((record for record in reversed(found) if "base" in record), {})
+    made = Made(last.get("base", ""), last.get("generator"))
     units = [_unit(cache, t, m, s, settings) for t in tasks for m in methods for s in _seeds(cache, t, m, settings)]
     return build_report(made, methods, settings, units)
 
