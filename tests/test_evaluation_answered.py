@@ -100,6 +100,13 @@ def test_what_was_answered_is_reported_without_a_model(tmp_path: Path) -> None:
     assert more["methods"]["base"]["tasks"] == {}
 
 
+def test_a_task_without_test_rows_fails_alone_there_too(tmp_path: Path) -> None:
+    tasks = [*TASKS, make_task("bad", test=())]
+    expected = run(make_parts(), ["base"], tasks=tasks, run_dir=tmp_path)
+    assert report_answered(tasks, ["base"], EvalSettings(limit=4, run_dir=tmp_path)) == expected
+    assert [f["task"] for f in expected["failures"]] == ["bad"]
+
+
 def test_the_last_answers_of_a_unit_are_those_reported(tmp_path: Path) -> None:
     run(make_parts(), ["zero"], run_dir=tmp_path)
     other = make_parts()

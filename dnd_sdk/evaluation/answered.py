@@ -48,7 +48,10 @@ def _seeds(cache: AnswerCache, task: Task, method: str, settings: EvalSettings) 
 
 
 def _unit(cache: AnswerCache, task: Task, method: str, seed: int, settings: EvalSettings) -> Unit:
-    rows = asked_rows(task, settings)
+    try:
+        rows = asked_rows(task, settings)
+    except InputError as e:
+        return Unit(task.name, method, seed, 0, None, f"InputError: {e}")
     record = cache.units.get((task.name, method, seed))
     known = cache.get(record["key"]) if record else {}
     missing = sum(row_id(r) not in known for r in rows)
