@@ -71,7 +71,7 @@ def test_the_shared_part_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(1, n), (4, lengths[3] - n + 2)]
 
 
-def test_cases_without_anything_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_without_anything_to_share() -> None:
     engine = tiny_engine()
     model, long = engine.base.model, list(range(MIN_SHARED))
     assert shared_prefix(model, [[*long, 1], [*long, 2]], ["a", "a"]) is not None

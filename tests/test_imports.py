@@ -55,7 +55,7 @@ SIDEWAYS = {
     ("evaluation", "session"),
 }
 
-SERVING = ("session", "engine", "routing", "generator", "adapters", "bare_prompts", "encoder")
+SERVING = ("session", "engine", "routing", "generator", "adapters", "encoder")
 
 
 def loaded_after(code: str) -> set[str]:

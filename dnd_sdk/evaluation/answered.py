@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dnd_sdk.errors import ConfigError, InputError
@@ -11,7 +11,7 @@ from dnd_sdk.evaluation.job import asked_rows, row_id
 from dnd_sdk.evaluation.methods import parse
 from dnd_sdk.evaluation.report import Made, Unit, build_report
 from dnd_sdk.evaluation.runner import EvalSettings, check_plan, scores_of
-from dnd_sdk.tasks import Task
+from dnd_sdk.tasks import Row, Task
 
 
 def report_answered(tasks: Sequence[Task], methods: Sequence[str], settings: EvalSettings) -> dict[str, Any]:
@@ -26,8 +26,7 @@ def report_answered(tasks: Sequence[Task], methods: Sequence[str], settings: Eva
             "a report of what was answered needs the run folder that holds it, and has no unrelated tasks",
             fix="pass --run-dir, without --unrelated",
         )
-    first, every = settings.part
-    tasks = tasks[first - 1 :: every]
+    tasks = settings.own_tasks(tasks)
     kept = settings.run_dir / "results.jsonl"
     cache = AnswerCache(kept if kept.exists() else None)
     named = {t.name for t in tasks}
@@ -38,8 +37,19 @@ def report_answered(tasks: Sequence[Task], methods: Sequence[str], settings: Eva
     check_plan(tasks, methods, settings)
     last: dict[str, Any] = next((record for record in reversed(found) if "base" in record), {})
     made = Made(last.get("base", ""), last.get("generator"))
-    units = [_unit(cache, t, m, s, settings) for t in tasks for m in methods for s in _seeds(cache, t, m, settings)]
+    units = [unit for task in tasks for unit in _units(cache, task, methods, settings)]
     return build_report(made, methods, settings, units)
+
+
+def _units(cache: AnswerCache, task: Task, methods: Sequence[str], settings: EvalSettings) -> Iterator[Unit]:
+    plan = [(m, s) for m in methods for s in _seeds(cache, task, m, settings)]
+    try:
+        rows = asked_rows(task, settings)
+    except InputError as e:
+        yield from (Unit(task.name, m, s, 0, None, f"{type(e).__name__}: {e}") for m, s in plan)
+        return
+    for method, seed in plan:
+        yield _unit(cache, task, rows, method, seed)
 
 
 def _seeds(cache: AnswerCache, task: Task, method: str, settings: EvalSettings) -> list[int]:
@@ -47,11 +57,7 @@ def _seeds(cache: AnswerCache, task: Task, method: str, settings: EvalSettings) 
     return [s for s in range(settings.seeds) if s == 0 or (task.name, method, s) in cache.units]
 
 
-def _unit(cache: AnswerCache, task: Task, method: str, seed: int, settings: EvalSettings) -> Unit:
-    try:
-        rows = asked_rows(task, settings)
-    except InputError as e:
-        return Unit(task.name, method, seed, 0, None, f"InputError: {e}")
+def _unit(cache: AnswerCache, task: Task, rows: Sequence[Row], method: str, seed: int) -> Unit:
     record = cache.units.get((task.name, method, seed))
     known = cache.get(record["key"]) if record else {}
     missing = sum(row_id(r) not in known for r in rows)

@@ -40,10 +40,6 @@ class Made(NamedTuple):
     generator: str | None
     """Its id; None without one."""
 
-    def about(self) -> dict[str, str | None]:
-        """As it is kept beside answers."""
-        return self._asdict()
-
 
 def build_report(made: Made, methods: Sequence[str], settings: EvalSettings, units: Sequence[Unit]) -> dict[str, Any]:
     """The JSON-able report: per task (seeds averaged), means over tasks with 95 % intervals, failures.

@@ -70,6 +70,11 @@ class EvalSettings:
         if self.n_prompts > MAX_PROMPTS:
             raise ConfigError(f"n_prompts must be at most {MAX_PROMPTS}, got {self.n_prompts}")
 
+    def own_tasks(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """The tasks of this `part`."""
+        first, every = self.part
+        return tasks[first - 1 :: every]
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -170,8 +175,7 @@ class _Run:
 
     def units(self) -> Iterator[Unit]:
         plan = [(m, s) for m in self.methods for s in range(self.settings.seeds if m.seeded else 1)]
-        first, every = self.settings.part
-        asked = self.tasks[first - 1 :: every]
+        asked = self.settings.own_tasks(self.tasks)
         total, done = len(asked) * len(plan), 0
         for task in asked:
             for method, seed in plan:
@@ -202,7 +206,7 @@ class _Run:
         missing = {i: row for row in job.rows if (i := row_id(row)) not in known}
         asked = job.run(treatment, self.parts, list(missing.values())) if missing else []
         fresh = dict(zip(missing, asked, strict=True))
-        self.cache.put(key, fresh, task=task.name, method=method, seed=seed, **self.parts.made.about())
+        self.cache.put(key, fresh, task=task.name, method=method, seed=seed, **self.parts.made._asdict())
         return scores_of(task, job.rows, known | fresh), not missing
 
     def _unrelated(self, task: Task, treatment: Treatment, method: str, seed: int) -> tuple[Scores | None, bool]:
