@@ -96,6 +96,10 @@ class Encoder:
                     states[rows] = _window(hidden, lengths, state_tokens)
         return Encoded(states, pooled, n_truncated)
 
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """The pooled vectors `(n, C)` alone; raises as `encode` does."""
+        return self.encode(texts, with_states=False).pooled
+
     def _tokenize(self, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
         if isinstance(prompts, str) or len(prompts) == 0:
             raise InputError("no prompts to encode", fix="give a list with at least one prompt")

@@ -197,7 +197,7 @@ def _kept(encoder: Encoder, prompts: Sequence[str], cache: Path | None) -> Tenso
     path = None if cache is None else cache / f"{key[:32]}.safetensors"
     if path is not None and path.exists():
         return load_file(path)["pooled"]
-    pooled = encoder.encode(prompts, with_states=False).pooled
+    pooled = encoder.embed(prompts)
     if path is not None:
         write_atomic(path, save({"pooled": pooled.contiguous()}))
     return pooled

@@ -129,7 +129,7 @@ class Parts:
             base_fingerprint=base.fingerprint,
             generator=dnd.generator,
             encoder=dnd.encoder,
-            label_prior=LabelPrior(base, dnd.layout),
+            label_prior=LabelPrior(base, dnd.layout, dnd.encoder.embed),
             numerics=numerics_of(base),
         )
 

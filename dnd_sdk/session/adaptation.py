@@ -88,7 +88,7 @@ class Adaptation:
 
     def __init__(self, dnd: DnD, limits: Limits) -> None:
         self._dnd, self._vetting = dnd, Vetting(dnd.base, dnd.layout, limits)
-        self._label_prior = LabelPrior(dnd.base, dnd.layout)
+        self._label_prior = LabelPrior(dnd.base, dnd.layout, dnd.encoder.embed)
         self._one_at_a_time = threading.Lock()
 
     def run(

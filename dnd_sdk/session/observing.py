@@ -64,7 +64,7 @@ class Observer:
 
     def observe(self, prompt: str) -> ObserveResult:
         """See `DnD.observe`."""
-        pooled = self._dnd.encoder.encode([prompt], with_states=False).pooled
+        pooled = self._dnd.encoder.embed([prompt])
         prompt = prompt.encode("utf-8", "replace").decode()  # `adapt` refuses lone surrogates, and would each time
         seen = self.stream.add(prompt, pooled)
         with self._lock:

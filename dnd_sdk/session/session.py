@@ -299,7 +299,7 @@ class DnD:
 
     def _pooled(self, prompts: Sequence[str], role: Role | None = None) -> Tensor:
         texts = prompts if role is None else [role.condition(p) for p in prompts]
-        return self.encoder.encode(texts, with_states=False).pooled
+        return self.encoder.embed(texts)
 
 
 def _options(sampling: dict[str, Any]) -> SamplingOptions:

@@ -65,7 +65,7 @@ def train_generator(
 
 def new_generator(settings: TrainSettings, bench: Workbench, encoder: Encoder) -> Generator:
     """A fresh generator for this base, seeded."""
-    sizes = settings.generator.model_dump(exclude={"pool"})
+    sizes = settings.generator.model_dump(exclude={"pool", "fresh"})
     config = GeneratorConfig(
         encoder_width=encoder.width,
         base_name=bench.base_name,
@@ -76,7 +76,7 @@ def new_generator(settings: TrainSettings, bench: Workbench, encoder: Encoder) -
     )
     torch.manual_seed(settings.run.seed)
     generator = Generator(config, bench.layout)
-    if bench.start is not None:
+    if bench.start is not None and not settings.generator.fresh:
         _check_sizes(bench.start.config, config)
         generator.load_state_dict(bench.start.state_dict())
     return generator
@@ -116,7 +116,7 @@ def calibrate(
     tasks: Mapping[str, Task], pools: Pools, encoder: Encoder, seed: int
 ) -> tuple[Calibration, dict[str, Any]]:
     """Routing thresholds and support measured on the train tasks' prompts, against prompts that mean nothing."""
-    noise = encoder.encode(noise_prompts(), with_states=False).pooled
+    noise = encoder.embed(noise_prompts())
     return fit_thresholds(pools.pooled, {n: t.family for n, t in tasks.items()}, noise=noise, seed=seed)
 
 

@@ -95,6 +95,8 @@ class GeneratorSettings(_Section):
     """Train prompts per task from which conditions are drawn."""
     parts: tuple[Literal["lora_A", "lora_B"], ...] = ("lora_B",)
     """Which matrices are generated; the others stay the shared adapter's."""
+    fresh: bool = False
+    """Whether the decoder begins anew, of any size, and only the shared adapter goes on from `start`."""
 
 
 class Stage(_Section):
@@ -114,6 +116,9 @@ class Stage(_Section):
     target_noise: float = 1e-5
     train_shared: bool = False
     """Whether the shared B moves too (end-to-end)."""
+    first_gain: float = Field(0, ge=0)
+    """Where the learned scale of what the decoder adds begins, in an end-to-end stage that no other came before: 0
+    begins at the shared adapter exactly, 0.3 with a decoder that is heard from the first step on."""
 
 
 class CheckSettings(_Section):
@@ -134,8 +139,9 @@ class RunSettings(_Section):
     checkpoint_every_s: float = 60.0
     micro_tokens: int = 1024
     """Padded tokens per micro-batch."""
-    base_precision: Literal["exact", "int8"] = "exact"
-    """int8: the frozen base's products in int8 while training (CPU with VNNI)."""
+    base_precision: Literal["exact", "bfloat16", "int8"] = "exact"
+    """How the frozen base computes while training. bfloat16: all of it (CPUs with AMX or AVX512-BF16; CUDA does so
+    anyway). int8: its products (CPUs with VNNI). exact: as it serves."""
     device: str = "auto"
 
 

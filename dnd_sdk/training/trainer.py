@@ -50,8 +50,8 @@ class Lesson:
 def train_stages(generator: Generator, lesson: Lesson, stages: tuple[Stage, ...], out: Path) -> None:
     """Run every stage in order into `out/stage-i`; finished and half-done stages continue from their checkpoints."""
     for i, stage in enumerate(stages):
-        if stage.objective == "reconstruction" and not generator.gain.any():
-            generator.gain.data.fill_(1.0)
+        if not generator.gain.any():
+            generator.gain.data.fill_(1.0 if stage.objective == "reconstruction" else stage.first_gain)
         _train_stage(generator, lesson, stage, i, out / f"stage-{i}")
 
 
@@ -114,7 +114,8 @@ def end_to_end(generator: Generator, lesson: Lesson, stage: Stage) -> Callable[[
 
     def step_loss(step: int) -> float:
         names = bench.sample_tasks(lesson.names, stage.tasks, step)
-        adapters = generator(_conditions(generator, lesson, stage, step, names))
+        with bench.half():
+            adapters = generator(_conditions(generator, lesson, stage, step, names))
         rows: list[tuple[TokenRow, int]] = []
         for i, name in enumerate(names):
             rows += [(row, i) for row in bench.rows(name, stage.rows, step, stage.bare)]

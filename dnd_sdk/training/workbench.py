@@ -20,7 +20,7 @@ from dnd_sdk.errors import ConfigError
 from dnd_sdk.generator import Generator
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
-from dnd_sdk.models import load_base
+from dnd_sdk.models import Base, load_base
 from dnd_sdk.protocols import Progress
 from dnd_sdk.tasks import Task, data_hash, read_tasks
 from dnd_sdk.training.batches import (
@@ -65,6 +65,11 @@ class Workbench:
         """Where the base lives."""
         return next(self.model.parameters()).device
 
+    def half(self) -> torch.autocast:
+        """Where the decoder computes in bfloat16, too: on a CPU, where `run.base_precision` says so."""
+        on = self.run.base_precision == "bfloat16" and self.device.type == "cpu"
+        return torch.autocast("cpu", torch.bfloat16, enabled=on)
+
     def sample_tasks(self, names: Sequence[str], n: int, step: int) -> list[str]:
         """At most `n` of `names` for a step, balanced as the settings say."""
         return sample_tasks(names, n, step, self.run.seed, self.families)
@@ -106,7 +111,7 @@ class Workbench:
 def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Progress) -> Workbench:
     """Read the tasks, load the base, attach LoRA."""
     sources = {t.name: t for t in read_tasks(tasks_dir, role=settings.data.role)}
-    base = load_base(settings.base, home, device=settings.run.device)
+    base = _load_frozen(settings, home)
     layout = LoraLayout.from_model(base.model, **settings.lora.model_dump())
     start = Generator.from_pretrained(settings.start, layout) if settings.start else None
     if settings.run.base_precision == "int8":
@@ -135,6 +140,14 @@ def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Prog
         bare=bare,
         families=families if settings.data.balance == "family" else None,
     )
+
+
+def _load_frozen(settings: TrainSettings, home: Home) -> Base:
+    half = settings.run.base_precision == "bfloat16"
+    base = load_base(settings.base, home, device=settings.run.device, dtype="bfloat16" if half else "auto")
+    if half and base.model.device.type == "cpu":
+        base.model.set_attn_implementation("eager")  # torch's fused attention walks back four times slower there
+    return base
 
 
 def _held_out(families: dict[str, str], settings: TrainSettings) -> list[str]:

@@ -44,7 +44,7 @@ class DnDEmbedding(BaseEmbedding):
         return Encoder.load(self.model_name, Home.find(self.home), self.device)
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return self._encoder.get().encode(texts, with_states=False).pooled.tolist()
+        return self._encoder.get().embed(texts).tolist()
 
     def _get_text_embedding(self, text: str) -> Embedding:
         return self._get_text_embeddings([text])[0]

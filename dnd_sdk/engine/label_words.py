@@ -1,0 +1,66 @@
+"""Which labels a task has, read off its unlabeled prompts: words that nearly all of them share and answers begin with."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+SHARED_BY = 0.9
+"""Part of the prompts that a label must occur in."""
+MIN_SHARE = 0.01
+"""Of the answers that must begin with a word for it to count as a label."""
+MIN_TOTAL = 0.5
+"""Of the answers that must begin with some label; below, the answers are free."""
+FUNCTION_WORDS = frozenset(
+    "the an this that these those of to in on at for from with by as is are was were be and or".split()  # noqa: SIM905
+)
+"""Nearly all prompts hold some of these, and free answers begin with them: no labels ("a" is one often)."""
+
+MAX_MORE_WORDS = 3
+"""Of a label, after its first."""
+
+
+def shared_words(texts: Sequence[str]) -> set[str]:
+    """The words (case folded) that nearly all of `texts` hold, without function words."""
+    counts = Counter(w for t in texts for w in set(re.findall(r"\w+", t.casefold())))
+    return {w for w, n in counts.items() if n >= SHARED_BY * len(texts)} - FUNCTION_WORDS
+
+
+def label_tokens(mean: Tensor, tokenizer: Any, words: set[str]) -> dict[str, list[int]]:
+    """Label to the tokens that begin it, for labels among `words` that answers begin with often enough.
+
+    `mean` (V,) are next-token probabilities. A token begins a word that it is, or whose first letters (two at least) it
+    is; of several the longest counts. Empty when the labels found do not make up enough of the answers.
+    """
+    found: dict[str, list[int]] = {}
+    for token in mean.topk(min(64, len(mean))).indices.tolist():
+        text = tokenizer.decode([token]).strip().casefold()
+        begun = [w for w in words if w == text or (len(text) > 1 and w.startswith(text))]
+        if begun:
+            found.setdefault(max(begun, key=lambda w: (len(w), w)), []).append(token)
+    labels = {w: tokens for w, tokens in found.items() if mean[tokens].sum() >= MIN_SHARE}
+    total = sum(float(mean[tokens].sum()) for tokens in labels.values())
+    return labels if total >= MIN_TOTAL else {}
+
+
+def phrases(texts: Sequence[str], word: str) -> list[str]:
+    """What a label that begins with `word` may be in full: the word and what nearly all of `texts` have after it.
+
+    A phrase ends at punctuation or before "or" and "and". The word alone where they differ.
+    """
+    found = Counter(p for t in texts for p in {_clean(m) for m in _after(word).findall(t.casefold())})
+    shared = [p for p, n in found.items() if n >= SHARED_BY * len(texts)]
+    return sorted(shared) or [word]
+
+
+def _after(word: str) -> re.Pattern[str]:
+    # looked ahead at, not consumed: another label that begins with the word may follow within
+    return re.compile(rf"\b(?=({re.escape(word)}\b(?:[ _-]\w+){{0,{MAX_MORE_WORDS}}}))")
+
+
+def _clean(phrase: str) -> str:
+    return re.split(r" (?:or|and) ", phrase.replace("_", " "))[0]
