@@ -38,7 +38,7 @@ def adapt(
     calibrate: Annotated[
         bool | None,
         typer.Option(
-            "--calibrate/--no-calibrate", help="Even out how often a generated adapter says which label; slower."
+            "--calibrate/--no-calibrate", help="Calibrate a generated adapter of a label task (on unless set off)."
         ),
     ] = None,
     role: RoleFile = None,

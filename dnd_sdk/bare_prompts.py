@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from dnd_sdk.tasks import Row, Task
 
-
 SHARED_BY = 0.15
 """Part of the prompts (two at least) that begin or end alike where that counts as a wording of the task."""
 
@@ -45,7 +44,7 @@ class Frame(NamedTuple):
 def _shared(lists: Sequence[list[str]], least: int) -> list[tuple[str, ...]]:
     """Every beginning of one word or more that at least `least` lists have."""
     found: list[tuple[str, ...]] = []
-    groups = [((), list(lists))]
+    groups: list[tuple[tuple[str, ...], list[list[str]]]] = [((), list(lists))]
     while groups:
         start, members = groups.pop()
         by_next: defaultdict[str, list[list[str]]] = defaultdict(list)

@@ -57,8 +57,8 @@ class Settings(BaseSettings, title="dnd.toml"):
     """Of the base; auto is bfloat16 on CUDA, else float32."""
     n_slots: int = Field(8, ge=1)
     """How many adapters stay swapped in."""
-    calibrate: bool = False
-    """Whether adapters that are made lose their taste for one label of a label task; slower."""
+    calibrate: bool = True
+    """Whether adapters that are made for a label task are calibrated on its prompts; about a second more."""
     max_new_tokens: int = SamplingOptions.max_new_tokens
     """Upper bound on an answer's tokens."""
     temperature: float = SamplingOptions.temperature

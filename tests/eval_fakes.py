@@ -109,12 +109,12 @@ class FakeGenerator:
 
 
 @dataclass
-class FakePrior:
+class FakeCalibration:
     """Calibrates by adding one half; writes down what on."""
 
     seen: list[tuple[list[str], list[str]]] = field(default_factory=list)
 
-    def take_out(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Any]) -> SimpleNamespace:
+    def calibrate(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Any]) -> SimpleNamespace:
         self.seen.append((list(prompts), list(chats)))
         return SimpleNamespace(flat=flat + 0.5)
 
@@ -162,7 +162,12 @@ class WordTokenizer:
 
 def make_parts(**changes: Any) -> Parts:
     """Parts made of the fakes."""
-    fakes = {"engine": FakeEngine(), "encoder": FakeEncoder(), "generator": FakeGenerator(), "label_prior": FakePrior()}
+    fakes = {
+        "engine": FakeEngine(),
+        "encoder": FakeEncoder(),
+        "generator": FakeGenerator(),
+        "label_calibration": FakeCalibration(),
+    }
     return Parts(**{"tokenizer": WordTokenizer(), "base_name": "tiny", "base_fingerprint": "f" * 64} | fakes | changes)
 
 

@@ -83,10 +83,10 @@ def test_each_method_sees_what_it_may_see() -> None:
 
 def test_calibration_sees_the_prompts_that_its_name_says() -> None:
     parts, task, seed = make_parts(), TASKS[1], 3
-    names = ["generated", "shuffled", "zero", "calibrated", "calibrated-shuffled", "calibrated-zero"]
+    names = ["uncalibrated", "uncalibrated-shuffled", "zero", "generated", "shuffled", "calibrated-zero"]
     flats = {m.name: m.make(task, seed).flat for m in build_methods(names, parts, TASKS)}
     own, other = conditioning_prompts(task, seed), conditioning_prompts(donors(TASKS, seed)[task.name], seed)
-    assert parts.label_prior.seen == [(own, own), (other, other), (own, own)]
+    assert parts.label_calibration.seen == [(own, own), (other, other), (own, own)]
     for plain, calibrated in (names[0], names[3]), (names[1], names[4]), (names[2], names[5]):
         assert torch.equal(flats[calibrated], flats[plain] + 0.5)
 
@@ -101,7 +101,8 @@ def test_calibration_sees_the_prompts_that_its_name_says() -> None:
         (["zero"], {"generator": None}, "'zero' needs a generator"),
         (["shuffled"], {"encoder": None}, "'shuffled' needs a generator"),
         (["calibrated-zero"], {"generator": None}, "'calibrated-zero' needs a generator"),
-        (["calibrated"], {"label_prior": None}, "'calibrated' needs a base to calibrate on"),
+        (["uncalibrated"], {"generator": None}, "'uncalibrated' needs a generator"),
+        (["generated"], {"label_calibration": None}, "'generated' needs a base to calibrate on"),
         (["nearest"], {}, "'nearest' needs a zoo"),
         (["mean"], {}, "'mean' needs a zoo"),
         (["multitask"], {}, "'multitask' needs a zoo"),

@@ -13,7 +13,7 @@ from cli_runner import dnd_json
 from tiny_world import World, make_world, prompts_of
 from torch import Tensor
 
-from dnd_sdk.engine import Calibrated, LabelPrior
+from dnd_sdk.engine import Calibrated, LabelCalibration
 from dnd_sdk.roles import Role
 
 SHARES = {"yes": 0.75, "no": 0.125}
@@ -29,17 +29,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A calibration that adds a little to every weight; what it was given is written down."""
     seen: list[Any] = []
 
-    def take_out(self: LabelPrior, flat: Tensor, prompts: Sequence[str], chats: Sequence[Any]) -> Calibrated:
+    def calibrate(self: LabelCalibration, flat: Tensor, prompts: Sequence[str], chats: Sequence[Any]) -> Calibrated:
         seen.append((list(prompts), list(chats)))
         return Calibrated(flat + 0.01, SHARES)
 
-    monkeypatch.setattr(LabelPrior, "take_out", take_out)
+    monkeypatch.setattr(LabelCalibration, "calibrate", calibrate)
     return seen
 
 
 def test_a_generated_adapter_is_calibrated_told_of_and_recorded(world: World, calls: list[Any]) -> None:
     dnd, prompts = world.session(), prompts_of("upper")
-    plain = dnd.adapt(prompts, mode="generate", name="plain")
+    plain = dnd.adapt(prompts, mode="generate", name="plain", calibrate=False)
     assert not calls and "calibrate" not in plain.timings_s
     done = dnd.adapt(prompts, mode="generate", name="fair", calibrate=True)
     assert [sorted(p) for p, _ in calls] == [sorted(prompts)] and "calibrate" in done.timings_s
@@ -54,13 +54,17 @@ def test_a_generated_adapter_is_calibrated_told_of_and_recorded(world: World, ca
 
 def test_the_session_says_whether_and_a_call_may_say_otherwise(world: World, calls: list[Any]) -> None:
     dnd = world.session()
-    dnd.calibrate = True
     dnd.adapt(prompts_of("upper"), mode="generate", calibrate=False)
     assert not calls
     dnd.adapt(prompts_of("digits"), mode="generate")
     assert len(calls) == 1
     dnd.adapt(prompts_of("digits"))  # the same set: nothing is made
     assert len(calls) == 1
+    dnd.calibrate = False
+    dnd.adapt(prompts_of("digits"), mode="generate", name="again")
+    assert len(calls) == 1
+    dnd.adapt(prompts_of("digits"), mode="generate", name="fair", calibrate=True)
+    assert len(calls) == 2
 
 
 def test_the_base_is_asked_under_the_role(world: World, calls: list[Any]) -> None:
@@ -70,9 +74,10 @@ def test_the_base_is_asked_under_the_role(world: World, calls: list[Any]) -> Non
     assert all(c[0]["role"] == "system" and "Be brief." in c[0]["content"] for c in chats)
 
 
-def test_where_there_is_no_label_prior_the_adapter_is_the_plain_one(world: World) -> None:
+def test_where_there_is_no_label_calibration_the_adapter_is_the_plain_one(world: World) -> None:
     dnd, prompts = world.session(), prompts_of("upper")
     plain = dnd.adapt(prompts, mode="generate")
+    assert plain.notes == ()  # nobody asked
     done = dnd.adapt(prompts, mode="generate", calibrate=True)
     assert any(note.startswith("not calibrated: ") for note in done.notes)
     assert plain.adapter is not None and done.adapter is not None and done.adapter.id == plain.adapter.id
@@ -80,7 +85,7 @@ def test_where_there_is_no_label_prior_the_adapter_is_the_plain_one(world: World
 
 def test_calibrated_weights_are_vetted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = lambda self, flat, prompts, chats: Calibrated(flat * float("nan"), SHARES)  # noqa: E731
-    monkeypatch.setattr(LabelPrior, "take_out", bad)
+    monkeypatch.setattr(LabelCalibration, "calibrate", bad)
     dnd = world.session()
     done = dnd.adapt(prompts_of("upper"), mode="generate", calibrate=True)
     assert done.decision == "base" and "not finite" in done.reason and dnd.store.ls() == []
@@ -95,9 +100,9 @@ def test_the_command_and_the_setting(
     command = ["adapt", file, "--mode", "generate", *world.options]
     assert "calibrated; the labels were said: yes 0.75" in run_dnd(*command, "--calibrate").stderr
     dnd_json(*command)
-    assert len(calls) == 1
-    Path("dnd.toml").write_text("calibrate = true\n", "utf-8")
-    dnd_json(*command)
     assert len(calls) == 2
     dnd_json(*command, "--no-calibrate")
+    assert len(calls) == 2
+    Path("dnd.toml").write_text("calibrate = false\n", "utf-8")
+    dnd_json(*command)
     assert len(calls) == 2

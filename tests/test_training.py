@@ -119,6 +119,26 @@ def test_training_goes_on_from_a_finished_generator(trained: Path, tmp_path: Pat
     wider = read_settings(config_file(tmp_path, start=line, width="16"))
     with pytest.raises(ConfigError, match=r"width \(8, here 16\)"):
         new_generator(wider, bench, encoder)
+    anew = wider.model_copy(update={"generator": wider.generator.model_copy(update={"fresh": True})})
+    made = new_generator(anew, bench, encoder)  # its shared adapter comes from the zoo, which went on from `start`
+    assert made.config.width == 16 and not made.gain.any()
+
+
+def test_the_decoder_is_heard_from_the_first_step_where_the_recipe_says_so(trained: Path, tmp_path: Path) -> None:
+    gains = []
+    for line in ("", "first_gain = 0.5\n"):
+        out = tmp_path / (line[:5] or "plain")
+        shutil.copytree(trained / "tasks", out / "tasks")
+        for part in ("base", "encoder"):
+            (out / part).symlink_to(trained / part)
+        text = config_file(out, stages="1").read_text()
+        first, _, end = text.partition("[[stages]]")
+        end = end[end.index("[[stages]]") :].replace("train_shared = true\n", f"train_shared = true\n{line}")
+        (out / "train.toml").write_text(first + end)
+        home, zoo = Home(trained / "home"), trained / "zoo"
+        run_generator(out / "tasks", out / "train.toml", out / "run", zoo=zoo, home=home, progress=silent)
+        gains.append(RunDir.read_losses(out / "run" / "stage-0")[0]["gain"])
+    assert gains[0] < 0.01 and gains[1] == pytest.approx(0.5, abs=0.01)
 
 
 def test_other_settings_refuse_to_continue_a_run(trained: Path, tmp_path: Path) -> None:
@@ -200,6 +220,24 @@ def test_int8_base_stays_near_the_exact_one() -> None:
     assert not torch.equal(exact, rough)
     assert (exact - rough).norm() / exact.norm() < 0.02
     assert (grad - rough_grad).norm() / grad.norm() < 0.03
+
+
+def test_a_base_in_bfloat16_gives_nearly_the_same_loss_and_gradient(trained: Path) -> None:
+    recipe, home = (trained / "train.toml").read_text(), Home(trained / "home")
+    found = []
+    for precision in ("exact", "bfloat16"):
+        path = trained / f"{precision}.toml"
+        path.write_text(recipe.replace("[run]", f'[run]\nbase_precision = "{precision}"'))
+        bench = prepare(trained / "tasks", read_settings(path), home, silent)
+        flat = random_flat(bench.layout, std=0.05).requires_grad_()
+        rows = [(row, 0) for name in bench.tasks for row in bench.rows(name, 4, 0)]
+        with bench.half():
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert (product.dtype == torch.bfloat16) == (precision == "bfloat16")
+        found.append((bench.model.dtype, bench.backward(flat[None], rows), flat.grad))
+    (_, loss, grad), (half, near, near_grad) = found
+    assert half == torch.bfloat16 and near != loss and near == pytest.approx(loss, rel=0.01)
+    assert near_grad.dtype == torch.float32 and (near_grad - grad).norm() / grad.norm() < 0.05
 
 
 def test_masked_mse_equals_a_loop() -> None:

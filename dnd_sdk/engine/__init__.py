@@ -3,7 +3,7 @@
 from dnd_sdk.engine.bank import SlotBank
 from dnd_sdk.engine.chat import Tools, check_renders_tools, renders_tools
 from dnd_sdk.engine.engine import Engine
-from dnd_sdk.engine.label_prior import Calibrated, LabelPrior
+from dnd_sdk.engine.label_calibration import Calibrated, LabelCalibration
 from dnd_sdk.engine.scoring import OptionScores, option_logprobs
 from dnd_sdk.engine.stream import TextStream
 from dnd_sdk.engine.text import Generation
@@ -12,7 +12,7 @@ __all__ = [
     "Calibrated",
     "Engine",
     "Generation",
-    "LabelPrior",
+    "LabelCalibration",
     "OptionScores",
     "SlotBank",
     "TextStream",

@@ -41,6 +41,12 @@ class Seen:
     straight: bool
     """Whether the last layer's MLP adds to the stream directly."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """Several readings in one, in their order."""
+        hidden, x, elsewhere = (torch.cat([getattr(p, k) for p in parts]) for k in ("hidden", "x", "elsewhere"))
+        return cls(hidden, x, elsewhere, all(p.straight for p in parts))
+
 
 class AnswerStart:
     """Reads prompts on one base with LoRA attached."""
@@ -77,9 +83,7 @@ class AnswerStart:
         with self._watching() as caught, use_lora(tables, 0):
             for some in grouped(order, lambda g: len(g) * len(rows[g[-1]]) <= BATCH_TOKENS):
                 parts |= zip(some, self._read_batch([rows[i] for i in some], prefix, caught), strict=True)
-        each = [parts[i] for i in range(len(rows))]
-        hidden, x, elsewhere = (torch.cat([getattr(p, k) for p in each]) for k in ("hidden", "x", "elsewhere"))
-        return Seen(hidden, x, elsewhere, all(p.straight for p in each))
+        return Seen.joined([parts[i] for i in range(len(rows))])
 
     def _read_batch(self, rows: list[list[int]], prefix: Prefix | None, caught: dict[str, Tensor]) -> Iterator[Seen]:
         known = len(prefix or ())
@@ -133,7 +137,8 @@ def _pad(batch: list[list[int]]) -> tuple[Tensor, Tensor]:
 def _cut(caught: dict[str, Tensor], ends: Tensor) -> Iterator[Seen]:
     """Each row's last position, and some of those before it."""
     hidden, stream, x, y = (caught[k].float() for k in ("hidden", "stream", "x", "y"))
-    straight = torch.allclose(hidden, stream + y, rtol=1e-2, atol=1e-2 * float(hidden.abs().mean()))
+    near = 1e-2 * (hidden.abs() + hidden.abs().mean())
+    straight = bool(((hidden - stream - y).abs() <= near).all())  # false with NaN, too
     for i, end in enumerate(ends.tolist()):
         others = torch.arange(min(end, ELSEWHERE)) * end // max(1, min(end, ELSEWHERE))
         yield Seen(hidden[i, end, None], x[i, end, None], x[i, others], straight)

@@ -1,4 +1,4 @@
-"""Which labels a task has, read off its unlabeled prompts: words that nearly all of them share and answers begin with."""
+"""Which labels a task has, by its unlabeled prompts: words that nearly all of them share and answers begin with."""
 
 from __future__ import annotations
 

@@ -4,9 +4,8 @@
 * Responses are seen by `icl-K` (as example turns) and by the trained ones (`oracle`, `polish-K`, `scratch-K`);
   `instruction` is told the task's label set; everything else sees prompts alone.
 * `shuffled` and `zero` are controls: what survives when the generator is shown another task's prompts, or none.
-* `calibrated` is `generated` with the label prior of the same prompts taken out, as `adapt(calibrate=True)` does;
-  `calibrated-shuffled` and `calibrated-zero` are its controls: all from another task's prompts, and the task's own
-  prompts on the adapter made from none (what calibration does without the generator).
+* `generated` is what `adapt` makes: the network's adapter, calibrated on the same prompts. `uncalibrated` and
+  `uncalibrated-shuffled` are the network alone, `calibrated-zero` is calibration alone, on the adapter made from none.
 * `nearest`, `merge-K`, `mean` and `multitask` are what the zoo gives without any generator.
 """
 
@@ -26,18 +25,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METHODS = ("base", "instruction", "generated", "shuffled", "zero")
-"""What a session alone can run without seeing a response."""
+"""What a session alone can run without seeing a response, but for what tells the network and calibration apart."""
 TRAINED = ("oracle", "polish", "scratch")
 """Kinds of method that train on the task's own labelled rows."""
 MAX_PROMPTS = 64
 """`generated` sees at most this many prompts of a task."""
 
 _SPELLINGS = (
-    "base, instruction, icl-K, generated, shuffled, zero, calibrated, calibrated-shuffled, calibrated-zero, nearest, "
-    "mean, merge-K, multitask, oracle, oracle-STEPS, polish-STEPS, scratch-STEPS"
+    "base, instruction, icl-K, generated, shuffled, zero, uncalibrated, uncalibrated-shuffled, calibrated-zero, "
+    "nearest, mean, merge-K, multitask, oracle, oracle-STEPS, polish-STEPS, scratch-STEPS"
 )
-_CALIBRATED = ("calibrated", "calibrated-shuffled", "calibrated-zero")
-_PLAIN = (*METHODS, *_CALIBRATED, "nearest", "mean", "multitask", "oracle")
+_APART = ("uncalibrated", "uncalibrated-shuffled", "calibrated-zero")
+"""The network alone, and calibration alone."""
+_PLAIN = (*METHODS, *_APART, "nearest", "mean", "multitask", "oracle")
 _NUMBERED = re.compile(r"(icl|merge|oracle|polish|scratch)-([1-9][0-9]{0,5})")
 
 
@@ -177,23 +177,23 @@ class _Builder:
         return Method(self.name, True, lambda task, seed: Treatment(shots=example_rows(task, seed, k)))
 
     def _generated(self) -> Method:
-        generate = self._generator()
-        return self._flat(lambda task, seed: generate(self._prompts(task, seed)))
+        adapt = self._adapting()
+        return self._flat(lambda task, seed: adapt(self._prompts(task, seed)))
 
     def _shuffled(self) -> Method:
-        generate, other = self._generator(), self._other()
-        return self._flat(lambda task, seed: generate(other(task, seed)))
+        adapt, other = self._adapting(), self._other()
+        return self._flat(lambda task, seed: adapt(other(task, seed)))
 
     def _zero(self) -> Method:
         return self._fixed(Treatment(self._unconditioned()))
 
-    def _calibrated(self) -> Method:
-        generate, calibrate = self._generator(), self._calibration()
-        return self._flat(lambda task, seed: calibrate(generate(p := self._prompts(task, seed)), p))
+    def _uncalibrated(self) -> Method:
+        generate = self._generator()
+        return self._flat(lambda task, seed: generate(self._prompts(task, seed)))
 
-    def _calibrated_shuffled(self) -> Method:
-        generate, calibrate, other = self._generator(), self._calibration(), self._other()
-        return self._flat(lambda task, seed: calibrate(generate(p := other(task, seed)), p))
+    def _uncalibrated_shuffled(self) -> Method:
+        generate, other = self._generator(), self._other()
+        return self._flat(lambda task, seed: generate(other(task, seed)))
 
     def _calibrated_zero(self) -> Method:
         start, calibrate = self._unconditioned(), self._calibration()
@@ -219,8 +219,8 @@ class _Builder:
         return self._flat(lambda task, seed: train(task, seed, start, steps))
 
     def _polish(self, steps: int) -> Method:
-        train, generate = self._training(), self._generator()
-        return self._flat(lambda task, seed: train(task, seed, generate(self._prompts(task, seed)), steps))
+        train, adapt = self._training(), self._adapting()
+        return self._flat(lambda task, seed: train(task, seed, adapt(self._prompts(task, seed)), steps))
 
     def _scratch(self, steps: int) -> Method:
         train = self._training()
@@ -247,6 +247,11 @@ class _Builder:
 
         return generate
 
+    def _adapting(self) -> Callable[[list[str]], Tensor]:
+        """Prompts to what `adapt` makes of them."""
+        generate, calibrate = self._generator(), self._calibration()
+        return lambda prompts: calibrate(generate(prompts), prompts)
+
     def _other(self) -> Callable[[Task, int], list[str]]:
         """Another task's prompts."""
         if len(self.tasks) < 2:
@@ -259,10 +264,10 @@ class _Builder:
         return self.parts.generator.mean()
 
     def _calibration(self) -> Callable[[Tensor, list[str]], Tensor]:
-        prior = self.parts.label_prior
+        prior = self.parts.label_calibration
         if prior is None:
             raise self._missing("a base to calibrate on", "load a session")
-        return lambda flat, prompts: prior.take_out(flat, prompts, prompts).flat
+        return lambda flat, prompts: prior.calibrate(flat, prompts, prompts).flat
 
     def _encoder(self) -> Callable[[Task, int], Tensor]:
         encoder = self.parts.encoder

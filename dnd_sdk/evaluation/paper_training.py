@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from dnd_sdk.config import Home
 from dnd_sdk.disk import storage_errors, write_atomic
 from dnd_sdk.encoder import Encoder
-from dnd_sdk.engine import Engine
+from dnd_sdk.engine import Engine, LabelCalibration
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.evaluation.methods import unseen_rows
 from dnd_sdk.evaluation.parts import Parts, numerics_of
@@ -124,6 +124,7 @@ class PaperTrainer:
             base_name=self.base.name,
             base_fingerprint=self.base.fingerprint,
             encoder=self.encoder,
+            label_calibration=LabelCalibration(self.base, self.layout, self.encoder.embed),
             numerics=numerics_of(self.base),
         )
 

@@ -67,11 +67,11 @@ class LoraGenerator(Protocol):
         """The flat LoRA vector of a zeroed condition."""
 
 
-class PriorTaker(Protocol):
-    """The calibration of `dnd_sdk.engine.label_prior`."""
+class Calibrator(Protocol):
+    """The calibration of `dnd_sdk.engine.label_calibration`."""
 
-    def take_out(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Any]) -> Any:
-        """Flat LoRA vector -> `.flat` without its label prior on these prompts."""
+    def calibrate(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Any]) -> Any:
+        """Flat LoRA vector -> `.flat` calibrated on these prompts."""
 
 
 class AdapterZoo(Protocol):
@@ -107,7 +107,7 @@ class Parts:
     base_fingerprint: str
     generator: LoraGenerator | None = None
     encoder: PromptEncoder | None = None
-    label_prior: PriorTaker | None = None
+    label_calibration: Calibrator | None = None
     numerics: str = "cpu/float32"
     """Device and dtype of the base: the same weights answer differently in another precision."""
 
@@ -119,7 +119,7 @@ class Parts:
     @classmethod
     def of(cls, dnd: DnD) -> Parts:
         """The parts of a session."""
-        from dnd_sdk.engine import LabelPrior
+        from dnd_sdk.engine import LabelCalibration
 
         base = dnd.base
         return cls(
@@ -129,7 +129,7 @@ class Parts:
             base_fingerprint=base.fingerprint,
             generator=dnd.generator,
             encoder=dnd.encoder,
-            label_prior=LabelPrior(base, dnd.layout, dnd.encoder.embed),
+            label_calibration=LabelCalibration(base, dnd.layout, dnd.encoder.embed),
             numerics=numerics_of(base),
         )
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from dnd_sdk.adapters.adapter import check_name
 from dnd_sdk.adapters.merge import merge
-from dnd_sdk.engine import LabelPrior
+from dnd_sdk.engine import LabelCalibration
 from dnd_sdk.errors import BankFullError, ConfigError, GeneratorError, StorageError
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash
 from dnd_sdk.roles import role_text
@@ -51,7 +51,8 @@ class Request:
     name: str | None
     role: Role | None
     top_k: int
-    calibrate: bool
+    calibrate: bool | None
+    """None: as the session does."""
 
     @cached_property
     def role_text(self) -> str | None:
@@ -88,7 +89,7 @@ class Adaptation:
 
     def __init__(self, dnd: DnD, limits: Limits) -> None:
         self._dnd, self._vetting = dnd, Vetting(dnd.base, dnd.layout, limits)
-        self._label_prior = LabelPrior(dnd.base, dnd.layout, dnd.encoder.embed)
+        self._label_calibration = LabelCalibration(dnd.base, dnd.layout, dnd.encoder.embed)
         self._one_at_a_time = threading.Lock()
 
     def run(
@@ -98,7 +99,7 @@ class Adaptation:
         name: str | None,
         role: Role | None,
         top_k: int,
-        calibrate: bool,
+        calibrate: bool | None,
     ) -> AdaptResult:
         """See `DnD.adapt`."""
         if mode not in get_args(Mode):
@@ -175,19 +176,22 @@ class Adaptation:
             flat = generator.generate(encoded.states)
         made = _Made(flat, self._mean, "generated", generator.id)
         notes: tuple[str, ...] = ()
-        if request.calibrate:
+        if self._dnd.calibrate if request.calibrate is None else request.calibrate:
             made, notes = self._calibrate(made, request, watch)
         return self._finish(made, request, encoded.pooled, route, watch), notes
 
     def _calibrate(self, made: _Made, request: Request, watch: Stopwatch) -> tuple[_Made, tuple[str, ...]]:
         prompts = request.prompts.prompts
+        chats = [with_role(p, request.role, None) for p in prompts]
         with watch.step("calibrate"):
-            done = self._label_prior.take_out(made.flat, prompts, [with_role(p, request.role, None) for p in prompts])
+            done = self._label_calibration.calibrate(made.flat, prompts, chats)
         if not done.shares:
-            return made, (f"not calibrated: {done.reason}",)
+            return made, ((f"not calibrated: {done.reason}",) if request.calibrate else ())
         told = ", ".join(f"{label} {share:.2f}" for label, share in done.shares.items())
         scores = {f"label_share.{label}": share for label, share in done.shares.items()}
-        return replace(made, flat=done.flat, scores=scores), (f"calibrated; the labels were said: {told}",)
+        return replace(made, flat=done.flat, scores=scores), (
+            f"calibrated{' and read by the encoder' if done.read else ''}; the labels were said: {told}",
+        )
 
     def _merge(self, request: Request, pooled: Tensor, watch: Stopwatch) -> RouteDecision:
         """The similarity-weighted mean of the nearest adapters; one that was merged itself is no parent again."""

@@ -58,7 +58,7 @@ class DnD:
         *,
         limits: Limits | None = None,
         stream_settings: StreamSettings | None = None,
-        calibrate: bool = False,
+        calibrate: bool = True,
     ) -> None:
         """Put parts together that fit each other; `load` makes them. `generator` None: reuse or base only."""
         self.calibrate = calibrate
@@ -79,7 +79,7 @@ class DnD:
         device: str = "auto",
         dtype: str = "auto",
         n_slots: int = 8,
-        calibrate: bool = False,
+        calibrate: bool = True,
         progress: Callable[[str], None] | None = None,
     ) -> DnD:
         """Load the models once; everything after shares them.
@@ -139,16 +139,14 @@ class DnD:
             role: The system prompt these prompts come under (`Role`, or text of any form): part of the task, kept with
                 the adapter. None: none.
             top_k: How many adapters `"merge"` takes at most.
-            calibrate: Whether a generated adapter also loses its taste for one label of a label task, which up to 16 of
-                the prompts, read once by the base, show (`engine.label_prior`). Slower; adapters made before stay.
-                None: as the session was loaded.
+            calibrate: Whether a generated adapter of a label task also loses its taste for one label and learns what
+                the encoder makes of the prompts (`engine.label_calibration`): the base reads up to 32 of them once.
+                Adapters made before stay. None: as the session was loaded.
 
         Raises `InputError` for unusable prompts or role, `ConfigError` for a bad mode, name or top_k, `StorageError`
         when it cannot be stored, `BankFullError` when no slot is free. Whatever is raised, nothing has changed.
         """
-        return self._adaptation.run(
-            prompts, mode, name, as_role(role), top_k, self.calibrate if calibrate is None else calibrate
-        )
+        return self._adaptation.run(prompts, mode, name, as_role(role), top_k, calibrate)
 
     def route(self, prompts: str | Sequence[str], *, role: Role | str | None = None) -> RouteDecision:
         """What `adapt` would decide for several prompts, or what `"auto"` does for a single one; changes nothing."""

@@ -11,9 +11,10 @@ from helpers import random_flat, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from dnd_sdk.bare_prompts import Frame
-from dnd_sdk.engine import LabelPrior
+from dnd_sdk.engine import LabelCalibration
+from dnd_sdk.engine.answer_start import AnswerStart
 from dnd_sdk.engine.chat import prompt_ids
-from dnd_sdk.engine.label_prior import MIN_PROMPTS, Embed, gate, shifts
+from dnd_sdk.engine.label_calibration import MIN_PROMPTS, Embed, gate, shifts
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import Base
@@ -88,7 +89,7 @@ def label_shares(logprobs: Tensor) -> Tensor:
 
 
 def test_the_labels_are_said_evenly_afterwards(base: Base, layout: LoraLayout, flat: Tensor) -> None:
-    done = LabelPrior(base, layout, no_opinion).take_out(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
     before, after = (label_shares(next_token(base, layout, f, PROMPTS)) for f in (flat, done.flat))
     assert set(done.shares) == set(LABELS)
     assert done.shares["y"] == pytest.approx(float(before[0]), abs=0.05)
@@ -97,7 +98,7 @@ def test_the_labels_are_said_evenly_afterwards(base: Base, layout: LoraLayout, f
 
 
 def test_other_tokens_keep_their_order(base: Base, layout: LoraLayout, flat: Tensor) -> None:
-    done = LabelPrior(base, layout, no_opinion).take_out(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
     old, new = (next_token(base, layout, f, PROMPTS) for f in (flat, done.flat))
     others = [t for t in range(260) if t not in map(token_of, LABELS)]
     moved = (new - old)[:, others]
@@ -108,7 +109,7 @@ def test_other_tokens_keep_their_order(base: Base, layout: LoraLayout, flat: Ten
 
 def test_only_b_of_the_last_down_projection_changes(base: Base, layout: LoraLayout, flat: Tensor) -> None:
     before = flat.clone()
-    done = LabelPrior(base, layout, no_opinion).take_out(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
     changed = [
         (segment.module, segment.part)
         for (segment, old), (_, new) in zip(layout.views(flat), layout.views(done.flat), strict=True)
@@ -132,8 +133,8 @@ def test_an_encoder_that_agrees_with_the_base_is_read_into_the_adapter(layout: L
     frame, leaning = Frame.of(PROMPTS), margins(base, layout, flat).sign()
     sides = {frame.own_part(p): side for p, side in zip(PROMPTS, leaning.tolist(), strict=True)} | {"y": 1.0, "n": -1.0}
 
-    plain = LabelPrior(base, layout, no_opinion).take_out(flat, PROMPTS, PROMPTS)
-    done = LabelPrior(base, layout, embedding_by(sides)).take_out(flat, PROMPTS, PROMPTS)
+    plain = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(base, layout, embedding_by(sides)).calibrate(flat, PROMPTS, PROMPTS)
     assert done.read and not plain.read and done.shares == plain.shares
     gained = margins(base, layout, done.flat) * leaning
     assert gained.mean() > 1.3 * (margins(base, layout, plain.flat) * leaning).mean()
@@ -147,11 +148,11 @@ def test_an_encoder_that_agrees_with_the_base_is_read_into_the_adapter(layout: L
 def test_an_encoder_that_knows_better_than_chance_of_nothing_is_not_read(
     base: Base, layout: LoraLayout, flat: Tensor
 ) -> None:
-    plain = LabelPrior(base, layout, no_opinion).take_out(flat, PROMPTS, PROMPTS)
+    plain = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
     against = -margins(base, layout, plain.flat).sign()
     sides = dict(zip(map(Frame.of(PROMPTS).own_part, PROMPTS), against.tolist(), strict=True)) | {"y": 1.0, "n": -1.0}
 
-    done = LabelPrior(base, layout, embedding_by(sides)).take_out(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(base, layout, embedding_by(sides)).calibrate(flat, PROMPTS, PROMPTS)
     assert not done.read and torch.equal(done.flat, plain.flat)
 
 
@@ -161,28 +162,44 @@ def changed_views(layout: LoraLayout, old: Tensor, new: Tensor) -> list[tuple[Te
 
 
 def test_the_order_of_the_prompts_does_not_matter(base: Base, layout: LoraLayout, flat: Tensor) -> None:
-    prior = LabelPrior(base, layout, no_opinion)
+    prior = LabelCalibration(base, layout, no_opinion)
     assert torch.equal(
-        prior.take_out(flat, PROMPTS, PROMPTS).flat, prior.take_out(flat, PROMPTS[::-1], PROMPTS[::-1]).flat
+        prior.calibrate(flat, PROMPTS, PROMPTS).flat, prior.calibrate(flat, PROMPTS[::-1], PROMPTS[::-1]).flat
     )
 
 
 def test_nothing_is_taken_out_without_labels_prompts_or_a_fitting_base(
     base: Base, layout: LoraLayout, flat: Tensor
 ) -> None:
-    prior = LabelPrior(base, layout, no_opinion)
+    prior = LabelCalibration(base, layout, no_opinion)
     free = [f"{i} tell me a story about {i * i}" for i in range(12)]
     long = [f"{p} {'and on ' * 400}" for p in PROMPTS]
     few = PROMPTS[: MIN_PROMPTS - 1]
     queries = LoraLayout.from_model(base.model, r=8, target_modules=("q_proj",))
     small = random_flat(queries)
     for done, given, why in [
-        (prior.take_out(flat, free, free), flat, "show no labels"),
-        (prior.take_out(flat, long, long), flat, "only 0 short enough"),
-        (prior.take_out(flat, few, few), flat, "only 7 short enough"),
-        (LabelPrior(base, queries, no_opinion).take_out(small, PROMPTS, PROMPTS), small, "no LoRA on a last MLP"),
+        (prior.calibrate(flat, free, free), flat, "show no labels"),
+        (prior.calibrate(flat, long, long), flat, "only 0 short enough"),
+        (prior.calibrate(flat, few, few), flat, "only 7 short enough"),
+        (
+            LabelCalibration(base, queries, no_opinion).calibrate(small, PROMPTS, PROMPTS),
+            small,
+            "no LoRA on a last MLP",
+        ),
     ]:
         assert done.flat is given and not done.shares and why in done.reason
+
+
+def test_of_free_answers_a_few_are_read_and_of_labels_all(
+    base: Base, layout: LoraLayout, flat: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, sizes = AnswerStart.read, list[int]()
+    monkeypatch.setattr(AnswerStart, "read", lambda self, flat, rows: sizes.append(len(rows)) or read(self, flat, rows))
+    free = [f"{i} tell me a story about {i * i}" for i in range(20)]
+    LabelCalibration(base, layout, no_opinion).calibrate(flat, free, free)
+    assert sizes == [MIN_PROMPTS]
+    LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
+    assert sizes[1:] == [MIN_PROMPTS, len(PROMPTS) - MIN_PROMPTS]
 
 
 def test_a_base_of_another_build_is_left_alone() -> None:
@@ -191,7 +208,9 @@ def test_a_base_of_another_build_is_left_alone() -> None:
     layout = LoraLayout.from_model(model, r=4)
     attach_lora(model, layout)
     flat = random_flat(layout)
-    done = LabelPrior(Base(model, tiny_tokenizer(), "gemma", "f" * 64), layout, no_opinion).take_out(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(Base(model, tiny_tokenizer(), "gemma", "f" * 64), layout, no_opinion).calibrate(
+        flat, PROMPTS, PROMPTS
+    )
     assert done.flat is flat and "final norm" in done.reason
 
 
@@ -200,10 +219,10 @@ def test_no_hook_stays(base: Base, layout: LoraLayout, flat: Tensor, monkeypatch
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.model.modules())
 
     before = hooks()
-    LabelPrior(base, layout, no_opinion).take_out(flat, PROMPTS, PROMPTS)
+    LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
     monkeypatch.setattr("dnd_sdk.engine.answer_start._cut", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        LabelPrior(base, layout, no_opinion).take_out(flat, PROMPTS, PROMPTS)
+        LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
     assert hooks() == before
 
 

@@ -83,7 +83,7 @@ class _Case:
         return each.clamp(min=1e-12).log() + shifts(self.before, len(probs))
 
 
-class LabelPrior:
+class LabelCalibration:
     """The method for one base and layout."""
 
     def __init__(self, base: Base, layout: LoraLayout, embed: Embed) -> None:
@@ -91,7 +91,7 @@ class LabelPrior:
         self._start = AnswerStart(base, layout)
 
     @torch.no_grad()
-    def take_out(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Messages]) -> Calibrated:
+    def calibrate(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Messages]) -> Calibrated:
         """`flat` (P,) calibrated on these prompts.
 
         Args:
@@ -105,24 +105,40 @@ class LabelPrior:
         if len(picked) < MIN_PROMPTS:
             return Calibrated(flat, reason=f"only {len(picked)} short enough prompts, {MIN_PROMPTS} are needed")
         texts = [text for text, _ in picked]
-        seen = self._start.read(flat, [ids for _, ids in picked])
-        logits = self._start.logits(seen.hidden)
-        probs = logits.softmax(-1)
-        groups = label_tokens(probs.mean(0), self._base.tokenizer, shared_words(texts))
+        words = shared_words(texts)
+        seen = self._read(flat, [ids for _, ids in picked], words)
+        logits, groups = self._labels(seen, words)
         if not seen.straight:
             return Calibrated(flat, reason=_UNFIT)
         if len(groups) < 2:
             return Calibrated(flat, reason="the prompts show no labels that the answers begin with")
+        probs = logits.softmax(-1)
         A, B = (f.to(logits) for f in self._start.factors(flat))
-        return self._calibrated(flat, _Case(seen, logits, groups, shares(probs, groups), A, B * self._layout.scaling), texts)
+        return self._calibrated(
+            flat, _Case(seen, logits, groups, shares(probs, groups), A, B * self._layout.scaling), texts
+        )
+
+    def _read(self, flat: Tensor, rows: list[list[int]], words: set[str]) -> Seen:
+        """Read the first few prompts, and the others if any of `words` is a label there: free answers are soon seen."""
+        seen, others = self._start.read(flat, rows[:MIN_PROMPTS]), rows[MIN_PROMPTS:]
+        if others and seen.straight and self._labels(seen, words)[1]:
+            return Seen.joined([seen, self._start.read(flat, others)])
+        return seen
+
+    def _labels(self, seen: Seen, words: set[str]) -> tuple[Tensor, dict[str, list[int]]]:
+        """(n, V) logits where answers begin, and what tokens begin which of `words` there."""
+        logits = self._start.logits(seen.hidden)
+        return logits, label_tokens(logits.softmax(-1).mean(0), self._base.tokenizer, words)
 
     def _pick(self, prompts: Sequence[str], chats: Sequence[Messages]) -> list[tuple[str, list[int]]]:
-        """At most `MAX_PROMPTS` prompts spread over the sorted set, with their tokens."""
+        """At most `MAX_PROMPTS` prompts spread over the sorted set, the first few of them too, with their tokens."""
         tokenizer = self._base.tokenizer
         ordered = sorted(zip(prompts, chats, strict=True), key=lambda pair: pair[0])
         spread = _spread_over(ordered, 4 * MAX_PROMPTS)
         short = [(t, ids) for t, c in spread if len(ids := prompt_ids(tokenizer, c)) <= MAX_PROMPT_TOKENS]
-        return _spread_over(short, MAX_PROMPTS)
+        some = _spread_over(short, MAX_PROMPTS)
+        first = _spread_over(some, MIN_PROMPTS)
+        return first + [p for p in some if p not in first]
 
     def _calibrated(self, flat: Tensor, case: _Case, texts: Sequence[str]) -> Calibrated:
         """The first of reading and taste, and taste alone, that makes the labels' shares more even."""
@@ -145,7 +161,7 @@ class LabelPrior:
         yield False, (case.A, B)
 
     def _similarity(self, texts: Sequence[str], labels: list[str]) -> Tensor:
-        """(n, K) cosine between what each prompt has of its own and the nearest phrase that each label may stand for."""
+        """(n, K) cosine between what each prompt has of its own and the nearest phrase a label may stand for."""
         frame = Frame.of(texts)
         spelled = [(i, phrase) for i, label in enumerate(labels) for phrase in phrases(texts, label)]
         own, named = self._embed([*map(frame.own_part, texts)]), self._embed([phrase for _, phrase in spelled])
