@@ -79,7 +79,7 @@ def bench_adapt(
         clock: seconds, rising.
 
     Returns the JSON-able report that `dnd bench adapt --json` prints: seconds, milliseconds and rates by name,
-    `adapt_over_encode`, `decode_over_base` (time per token with one adapter / without) and `peak_rss_mb`.
+    `adapt_over_encode` (as the session adapts), `uncalibrated_over_encode`, `decode_over_base` (time per token with one adapter / without) and `peak_rss_mb`.
     """
     if dnd.generator is None:
         raise GeneratorError("there is no generator to measure", fix="load a session with a generator for this base")
@@ -107,7 +107,8 @@ def render(report: dict[str, Any]) -> str:
         (
             f"adapt by generation  {1e3 * report['adapt_s']:8.1f} ms  ({report['n_prompts']} prompts; ms: {steps})",
             f"encode alone         {1e3 * report['encode_s']:8.1f} ms  (sentence-transformers)",
-            f"adapt / encode       {report['adapt_over_encode']:8.2f} x",
+            f"adapt / encode       {report['adapt_over_encode']:8.2f} x  ({report['uncalibrated_over_encode']:.2f} x "
+            "without calibration)",
             f"reuse, same prompts  {report['reuse_ms']:8.2f} ms",
             f"decode, base         {report['decode_base_tokens_s']:8.1f} tokens/s",
             f"decode, one adapter  {report['decode_adapter_tokens_s']:8.1f} tokens/s",
@@ -143,8 +144,12 @@ def _time_adapting(dnd: DnD, prompts: list[str], repeats: int, clock: Callable[[
         steps.append(own.adapt(prompts, "generate"))
 
     try:
-        encode_s, adapt_s = _in_turn(
-            (lambda: encoder.encode(prompts), lambda: None), (adapt, own.remove), repeats=repeats, clock=clock
+        encode_s, plain_s, adapt_s = _in_turn(
+            (lambda: encoder.encode(prompts), lambda: None),
+            (lambda: own.adapt(prompts, "generate", calibrate=False), own.remove),
+            (adapt, own.remove),
+            repeats=repeats,
+            clock=clock,
         )
         own.adapt(prompts, "generate")
         (reuse_s,) = _in_turn((lambda: own.adapt(prompts, "auto"), lambda: None), repeats=repeats, clock=clock)
@@ -155,6 +160,7 @@ def _time_adapting(dnd: DnD, prompts: list[str], repeats: int, clock: Callable[[
         "adapt_s": statistics.median(adapt_s),
         "adapt_steps_s": {k: statistics.median(s[k] for s in steps[WARM_UPS:]) for k in steps[0]},
         "adapt_over_encode": _ratio(adapt_s, encode_s),
+        "uncalibrated_over_encode": _ratio(plain_s, encode_s),
         "reuse_ms": 1e3 * statistics.median(reuse_s),
     }
 
@@ -167,9 +173,11 @@ class _OwnAdapters:
         self._before = {a.name for a in dnd.store.ls()}
         self._added: list[Adapter] = []
 
-    def adapt(self, prompts: list[str], mode: Literal["auto", "generate"]) -> dict[str, float]:
+    def adapt(
+        self, prompts: list[str], mode: Literal["auto", "generate"], calibrate: bool | None = None
+    ) -> dict[str, float]:
         """Adapt once and return the seconds per step; raises `GeneratorError` unless it went as asked."""
-        result = self._dnd.adapt(prompts, mode=mode)
+        result = self._dnd.adapt(prompts, mode=mode, calibrate=calibrate)
         wanted = "generate" if mode == "generate" else "reuse"
         if result.adapter is None or result.decision != wanted:
             raise GeneratorError(f"expected to {wanted}, the session decided {result.decision!r}: {result.reason}")

@@ -12,7 +12,7 @@ import torch
 from dnd_sdk import bench
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 
-ADAPT_S, ENCODE_S, REUSE_S, TOKEN_S, ADAPTER_TOKEN_S = 0.3, 0.2, 0.004, 0.01, 0.0105
+ADAPT_S, PLAIN_S, ENCODE_S, REUSE_S, TOKEN_S, ADAPTER_TOKEN_S = 0.3, 0.25, 0.2, 0.004, 0.01, 0.0105
 
 
 @dataclass
@@ -42,11 +42,11 @@ class FakeSession:
         self.now += ENCODE_S if self.cold == 0 else 5.0
         self.cold = max(0, self.cold - 1)
 
-    def adapt(self, prompts: list[str], *, mode: str) -> SimpleNamespace:
+    def adapt(self, prompts: list[str], *, mode: str, calibrate: bool | None) -> SimpleNamespace:
         fresh = mode == "generate"
         assert not fresh or "new" not in self.stored, "generation was timed on a store that had the adapter"
         assert not fresh or "id-new" not in self.resident, "the swap was timed on a bank that had the adapter"
-        self.now += ADAPT_S if fresh else REUSE_S
+        self.now += (ADAPT_S if calibrate is None else PLAIN_S) if fresh else REUSE_S
         if fresh:
             self.stored.append("new")
             self.added.append("new")
@@ -73,6 +73,7 @@ def run(session: FakeSession, monkeypatch: pytest.MonkeyPatch, **changes: Any) -
 def test_ratios_are_of_warm_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads(json.dumps(run(FakeSession(), monkeypatch, repeats=1), allow_nan=False))
     assert report["adapt_over_encode"] == pytest.approx(ADAPT_S / ENCODE_S)
+    assert report["uncalibrated_over_encode"] == pytest.approx(PLAIN_S / ENCODE_S)
     assert report["reuse_ms"] == pytest.approx(1e3 * REUSE_S)
     assert report["decode_over_base"] == pytest.approx(ADAPTER_TOKEN_S / TOKEN_S)
     assert report["decode_base_tokens_s"] == pytest.approx(1 / TOKEN_S)
@@ -80,7 +81,7 @@ def test_ratios_are_of_warm_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (report["schema_version"], report["n_prompts"], report["repeats"]) == (1, 64, 1)
     assert {"cpu", "cores", "torch", "torch_threads", "device", "dtype", "base"} <= set(report["machine"])
     text = bench.render(report)
-    assert "1.50 x" in text and "1.050 x time per token" in text
+    assert "1.50 x  (1.25 x without calibration)" in text and "1.050 x time per token" in text
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
@@ -93,7 +94,7 @@ def test_the_store_and_the_engine_are_left_as_they_were(monkeypatch: pytest.Monk
     session = FakeSession()
     run(session, monkeypatch)
     assert session.stored == ["older"] and session.resident == {}
-    assert len(session.added) == 2 + 3 + 1
+    assert len(session.added) == 2 * (2 + 3) + 1
 
 
 def test_a_failure_leaves_no_adapter_behind(monkeypatch: pytest.MonkeyPatch) -> None:
