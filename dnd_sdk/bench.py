@@ -79,7 +79,8 @@ def bench_adapt(
         clock: seconds, rising.
 
     Returns the JSON-able report that `dnd bench adapt --json` prints: seconds, milliseconds and rates by name,
-    `adapt_over_encode` (as the session adapts), `uncalibrated_over_encode`, `decode_over_base` (time per token with one adapter / without) and `peak_rss_mb`.
+    `adapt_over_encode` (as the session adapts), `uncalibrated_over_encode`, `decode_over_base` (time per token with one
+    adapter / without) and `peak_rss_mb`.
     """
     if dnd.generator is None:
         raise GeneratorError("there is no generator to measure", fix="load a session with a generator for this base")

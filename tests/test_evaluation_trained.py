@@ -97,7 +97,8 @@ def test_what_was_trained_is_kept_by_what_made_it(
 def test_a_base_in_bfloat16_is_trained_on_in_float32() -> None:
     model = tiny_model().to(torch.bfloat16)
     base, layout = Base(model, tiny_tokenizer(), "tiny", "f" * 64), LoraLayout.from_model(model, r=4)
-    session = SimpleNamespace(base=base, layout=layout, engine=Engine(base, layout), generator=None, encoder=None)
+    encoder = SimpleNamespace(embed=None)
+    session = SimpleNamespace(base=base, layout=layout, engine=Engine(base, layout), generator=None, encoder=encoder)
     trained = TaskTrainer(session, SETTINGS).train(task_of("upper"), 0, steps=2)
     assert trained.dtype == torch.float32 and trained.isfinite().all()
     assert not torch.equal(trained, training_zoo.initial_adapter(layout, 0))

@@ -51,7 +51,7 @@ def complaint(line: str) -> str | None:
         command = command.commands[name]
     if hasattr(command, "commands"):
         return f"{command.name} needs a sub-command"
-    known = {o for p in command.params for o in p.opts} | {"--help", "-h"}
+    known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
     unknown = [w for w in words if w.startswith("-") and w != "-" and w.split("=")[0] not in known]
     return f"no such options: {unknown}" if unknown else None
 

@@ -56,7 +56,7 @@ def rows(*names: str) -> str:
     return "".join(rf"^\W*{re.escape(name)}\b.*\n" for name in names)
 
 
-MEASURED = ("base", "icl-16", "generated", "shuffled", "zero", "calibrated", "calibrated-shuffled", "calibrated-zero")
+MEASURED = ("base", "generated", "shuffled", "zero", "uncalibrated", "calibrated-zero")
 ADAPTED = r"^decision: generate\nadapter:  [\w-]+\n"
 ANSWERS = r"[\s\S]*base: [\s\S]*adapted: "
 RUNS = {
@@ -74,7 +74,7 @@ RUNS = {
     # the README's table and text
     "dnd adapt PROMPTS --mode auto --explain --json": Run(r'"decision": "generate".*"reason": '),
     "dnd adapt PROMPTS --role role.md": Run(ADAPTED),
-    "dnd adapt PROMPTS --calibrate": Run(ADAPTED),
+    "dnd adapt PROMPTS --no-calibrate": Run(ADAPTED),
     "dnd adapt PROMPTS --mode merge --top-k 3": Run("^decision: merge\n"),
     'dnd run "Which queue, billing or login? My card was charged twice." -a tickets --compare base': Run(
         r"^--- tickets\n[\s\S]*^--- base\n"

@@ -2,6 +2,9 @@
 
 The last MLP adds its output straight to the stream that the final norm and the head turn into logits, on most bases.
 There a change of the LoRA of `down_proj` has an effect that is known without another forward: `change @ x`.
+
+Everything here is given and returned in float32 on the CPU: what is computed of it is small, and not every device has
+float64.
 """
 
 from __future__ import annotations
@@ -116,16 +119,17 @@ class AnswerStart:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) of the stream (n, d)."""
         head: Any = self._model.get_output_embeddings()
-        logits: Tensor = head(self._stack.norm(hidden.to(self._model.dtype)))
-        return logits.float()
+        logits: Tensor = head(self._stack.norm(hidden.to(self._model.device, self._model.dtype)))
+        return logits.float().cpu()
 
     def slopes(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(n_tokens, d) how each token's logit changes with the stream at `hidden` (d,)."""
         head: Any = self._model.get_output_embeddings()
         norm, dtype = self._stack.norm, self._model.dtype
-        jacobian = torch.autograd.functional.jacobian(lambda h: norm(h.to(dtype)).float(), hidden, vectorize=True)
-        slopes: Tensor = head.weight[tokens].float() @ jacobian
-        return slopes
+        at = hidden.to(self._model.device)
+        jacobian = torch.autograd.functional.jacobian(lambda h: norm(h.to(dtype)).float(), at, vectorize=True)
+        slopes: Tensor = head.weight[tokens.to(at.device)].float() @ jacobian
+        return slopes.cpu()
 
 
 def _pad(batch: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -136,7 +140,7 @@ def _pad(batch: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 def _cut(caught: dict[str, Tensor], ends: Tensor) -> Iterator[Seen]:
     """Each row's last position, and some of those before it."""
-    hidden, stream, x, y = (caught[k].float() for k in ("hidden", "stream", "x", "y"))
+    hidden, stream, x, y = (caught[k].float().cpu() for k in ("hidden", "stream", "x", "y"))
     near = 1e-2 * (hidden.abs() + hidden.abs().mean())
     straight = bool(((hidden - stream - y).abs() <= near).all())  # false with NaN, too
     for i, end in enumerate(ends.tolist()):

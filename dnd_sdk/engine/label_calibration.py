@@ -167,7 +167,7 @@ class LabelCalibration:
         own, named = self._embed([*map(frame.own_part, texts)]), self._embed([phrase for _, phrase in spelled])
         each = own.float() @ named.float().T
         best = [each[:, [j for j, (owner, _) in enumerate(spelled) if owner == i]].amax(1) for i in range(len(labels))]
-        return torch.stack(best, 1).to(self._base.model.device)
+        return torch.stack(best, 1)
 
     def _direction(self, case: _Case, tokens: Tensor) -> Tensor:
         """(d,) what to add to the stream where answers begin to move the labels' logits by their shifts."""
@@ -233,12 +233,12 @@ def _spread_over(items: Sequence[T], most: int) -> list[T]:
 
 def _candidates(mean: Tensor, groups: dict[str, list[int]]) -> Tensor:
     likely = mean.topk(min(CANDIDATES, len(mean))).indices.tolist()
-    return torch.tensor(sorted({*likely, *(t for tokens in groups.values() for t in tokens)}), device=mean.device)
+    return torch.tensor(sorted({*likely, *(t for tokens in groups.values() for t in tokens)}))
 
 
 def _rows_of(tokens: Tensor, groups: dict[str, list[int]]) -> Tensor:
     """(n_tokens, K) one where a token begins a label."""
-    own = [torch.isin(tokens, torch.tensor(begun, device=tokens.device)) for begun in groups.values()]
+    own = [torch.isin(tokens, torch.tensor(begun)) for begun in groups.values()]
     return torch.stack(own, 1).float()
 
 
@@ -251,4 +251,4 @@ def _solve(slopes: Tensor, wanted: Tensor) -> Tensor:
 
 def _ridged(gram: Tensor, share: float) -> Tensor:
     """A Gram matrix with a `share` of its mean diagonal added to the diagonal."""
-    return gram + share * gram.trace() / len(gram) * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    return gram + share * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)

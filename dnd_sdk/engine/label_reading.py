@@ -53,7 +53,7 @@ def readout(x: Tensor, elsewhere: Tensor, opinion: Tensor, size: float) -> Tenso
     """
     mean = x.mean(0)
     rows = torch.cat([x - mean, mean[None] * len(x) ** 0.5, elsewhere * (len(x) / max(1, len(elsewhere))) ** 0.5])
-    wanted = torch.zeros(len(rows), opinion.shape[1], dtype=torch.float64, device=x.device)
+    wanted = torch.zeros(len(rows), opinion.shape[1], dtype=torch.float64)
     wanted[: len(x)] = opinion.double()
     rows = rows.double()
     gram = rows @ rows.T

@@ -172,19 +172,18 @@ class Adaptation:
     ) -> tuple[RouteDecision, tuple[str, ...]]:
         generator = self._dnd.generator
         assert generator is not None and encoded.states is not None
-        with watch.step("generate"):
-            flat = generator.generate(encoded.states)
-        made = _Made(flat, self._mean, "generated", generator.id)
         notes: tuple[str, ...] = ()
-        if self._dnd.calibrate if request.calibrate is None else request.calibrate:
-            made, notes = self._calibrate(made, request, watch)
+        with watch.step("generate"):
+            made = _Made(generator.generate(encoded.states), self._mean, "generated", generator.id)
+            if self._dnd.calibrate if request.calibrate is None else request.calibrate:
+                made, notes = self._calibrate(made, request)
         return self._finish(made, request, encoded.pooled, route, watch), notes
 
-    def _calibrate(self, made: _Made, request: Request, watch: Stopwatch) -> tuple[_Made, tuple[str, ...]]:
+    def _calibrate(self, made: _Made, request: Request) -> tuple[_Made, tuple[str, ...]]:
         prompts = request.prompts.prompts
-        chats = [with_role(p, request.role, None) for p in prompts]
-        with watch.step("calibrate"):
-            done = self._label_calibration.calibrate(made.flat, prompts, chats)
+        done = self._label_calibration.calibrate(
+            made.flat, prompts, [with_role(p, request.role, None) for p in prompts]
+        )
         if not done.shares:
             return made, ((f"not calibrated: {done.reason}",) if request.calibrate else ())
         told = ", ".join(f"{label} {share:.2f}" for label, share in done.shares.items())
