@@ -1,0 +1,41 @@
+"""The figures of the README's tables are those of the committed JSON files that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_readme import ROOT, TEXT
+
+from dnd_sdk.embedded import DEFAULT_BASE
+
+SHIPPED = ROOT / "dnd_sdk" / "generators" / DEFAULT_BASE / "evaluation.json"
+METRICS = ("exact_match", "option_accuracy", "valid_format")
+ROW = re.compile(r"^\| ([a-z0-9-]+) \| [^|]+ \| ([0-9.]+) \| ([0-9.]+) \| ([0-9.]+) \|$", re.MULTILINE)
+
+
+def tables() -> list[tuple[Path, list[tuple[str, ...]]]]:
+    """Each table of figures and the last JSON file that is named before it."""
+    found: list[tuple[Path, list[tuple[str, ...]]]] = []
+    for part in re.split(r"\n\n(?=\| method \|)", TEXT)[1:]:
+        before = TEXT[: TEXT.index(part)]
+        named = re.findall(r"`?((?:docs/)?evaluation\w*\.json)`?", before)[-1]
+        path = SHIPPED if named == SHIPPED.name else ROOT / named
+        found.append((path, ROW.findall(part.split("\n\n")[0])))
+    return found
+
+
+def test_there_are_tables() -> None:
+    assert tables() and all(len(rows) >= 3 for _, rows in tables())
+
+
+@pytest.mark.parametrize(("path", "rows"), tables(), ids=lambda x: x.name if isinstance(x, Path) else "")
+def test_every_figure_is_of_the_file_that_is_named(path: Path, rows: list[tuple[str, ...]]) -> None:
+    methods: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    assert {name for name, *_ in rows} == set(methods)  # all of them, also where ours loses
+    for name, *figures in rows:
+        for metric, figure in zip(METRICS, figures, strict=True):
+            assert float(figure) == pytest.approx(100 * methods[name]["mean"][metric], abs=0.0501), (name, metric)
