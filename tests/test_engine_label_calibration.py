@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,11 +9,10 @@ import torch
 from helpers import random_flat, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from dnd_sdk.bare_prompts import Frame
 from dnd_sdk.engine import LabelCalibration
 from dnd_sdk.engine.answer_start import AnswerStart
 from dnd_sdk.engine.chat import prompt_ids
-from dnd_sdk.engine.label_calibration import MIN_PROMPTS, Embed, gate, shifts
+from dnd_sdk.engine.label_calibration import MAX_PROMPTS, MIN_PROMPTS, gate, shifts
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import Base
@@ -23,11 +21,9 @@ PROMPTS = [f"Is {7 * i % 13} more than {5 * i % 11}? Say y or n. {'Think. ' * (i
 LABELS = {"y": 9.0, "n": 7.0}
 
 
-def make_base(apart: float) -> Base:
-    """Begins most answers to `PROMPTS` with "y" or "n", and far more often with "y".
-
-    The larger `apart`, the more its answers differ between prompts.
-    """
+@pytest.fixture(scope="module")
+def base() -> Base:
+    """Begins most answers to `PROMPTS` with "y" or "n", and far more often with "y"."""
     model: Any = tiny_model()
     rng = torch.Generator().manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -37,13 +33,8 @@ def make_base(apart: float) -> Base:
         for text, size in LABELS.items():
             own = torch.randn(len(end), generator=rng)
             own -= own @ end / end.square().sum() * end
-            model.get_output_embeddings().weight[token_of(text)] += size * end / end.square().sum() + apart * own
+            model.get_output_embeddings().weight[token_of(text)] += size * end / end.square().sum() + 0.3 * own
     return Base(model, tokenizer, "tiny", "f" * 64)
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return make_base(apart=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +47,6 @@ def layout(base: Base) -> LoraLayout:
 @pytest.fixture(scope="module")
 def flat(layout: LoraLayout) -> Tensor:
     return random_flat(layout, std=0.02)
-
-
-def no_opinion(texts: Sequence[str]) -> Tensor:
-    """An encoder to which everything is alike."""
-    return torch.ones(len(texts), 1)
-
-
-def embedding_by(sides: dict[str, float]) -> Embed:
-    """An encoder that knows two sides."""
-    return lambda texts: torch.tensor([[1.0, 0.0] if sides[t] > 0 else [0.0, 1.0] for t in texts])
 
 
 def token_of(text: str) -> int:
@@ -89,7 +70,7 @@ def label_shares(logprobs: Tensor) -> Tensor:
 
 
 def test_the_labels_are_said_evenly_afterwards(base: Base, layout: LoraLayout, flat: Tensor) -> None:
-    done = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
     before, after = (label_shares(next_token(base, layout, f, PROMPTS)) for f in (flat, done.flat))
     assert set(done.shares) == set(LABELS)
     assert done.shares["y"] == pytest.approx(float(before[0]), abs=0.05)
@@ -98,7 +79,7 @@ def test_the_labels_are_said_evenly_afterwards(base: Base, layout: LoraLayout, f
 
 
 def test_other_tokens_keep_their_order(base: Base, layout: LoraLayout, flat: Tensor) -> None:
-    done = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
     old, new = (next_token(base, layout, f, PROMPTS) for f in (flat, done.flat))
     others = [t for t in range(260) if t not in map(token_of, LABELS)]
     moved = (new - old)[:, others]
@@ -109,7 +90,7 @@ def test_other_tokens_keep_their_order(base: Base, layout: LoraLayout, flat: Ten
 
 def test_only_b_of_the_last_down_projection_changes(base: Base, layout: LoraLayout, flat: Tensor) -> None:
     before = flat.clone()
-    done = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
     changed = [
         (segment.module, segment.part)
         for (segment, old), (_, new) in zip(layout.views(flat), layout.views(done.flat), strict=True)
@@ -120,49 +101,13 @@ def test_only_b_of_the_last_down_projection_changes(base: Base, layout: LoraLayo
     assert torch.equal(flat, before)
 
 
-def margins(base: Base, layout: LoraLayout, flat: Tensor) -> Tensor:
-    """(n,) how much likelier "y" is than "n" after each prompt, against the mean prompt."""
-    logprobs = next_token(base, layout, flat, PROMPTS)
-    margin = logprobs[:, token_of("y")] - logprobs[:, token_of("n")]
-    return margin - margin.mean()
-
-
-def test_an_encoder_that_agrees_with_the_base_is_read_into_the_adapter(layout: LoraLayout, flat: Tensor) -> None:
-    base = make_base(apart=2.0)
-    attach_lora(base.model, layout)
-    frame, leaning = Frame.of(PROMPTS), margins(base, layout, flat).sign()
-    sides = {frame.own_part(p): side for p, side in zip(PROMPTS, leaning.tolist(), strict=True)} | {"y": 1.0, "n": -1.0}
-
-    plain = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
-    done = LabelCalibration(base, layout, embedding_by(sides)).calibrate(flat, PROMPTS, PROMPTS)
-    assert done.read and not plain.read and done.shares == plain.shares
-    gained = margins(base, layout, done.flat) * leaning
-    assert gained.mean() > 1.3 * (margins(base, layout, plain.flat) * leaning).mean()
-    before, after = (label_shares(next_token(base, layout, f, PROMPTS)) for f in (flat, done.flat))
-    assert after.max() / after.min() < 0.7 * before.max() / before.min()
-    same = [torch.equal(a, b) for (_, a), (_, b) in zip(layout.views(flat), layout.views(done.flat), strict=True)]
-    changed = [(s.module, s.part) for s, alike in zip(layout.segments, same, strict=True) if not alike]
-    assert changed == [("model.layers.1.mlp.down_proj", part) for part in ("lora_A", "lora_B")]
-
-
-def test_an_encoder_that_knows_better_than_chance_of_nothing_is_not_read(
-    base: Base, layout: LoraLayout, flat: Tensor
-) -> None:
-    plain = LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
-    against = -margins(base, layout, plain.flat).sign()
-    sides = dict(zip(map(Frame.of(PROMPTS).own_part, PROMPTS), against.tolist(), strict=True)) | {"y": 1.0, "n": -1.0}
-
-    done = LabelCalibration(base, layout, embedding_by(sides)).calibrate(flat, PROMPTS, PROMPTS)
-    assert not done.read and torch.equal(done.flat, plain.flat)
-
-
 def changed_views(layout: LoraLayout, old: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
     pairs = zip(layout.views(old), layout.views(new), strict=True)
     return [(a, b) for (_, a), (_, b) in pairs if not torch.equal(a, b)]
 
 
 def test_the_order_of_the_prompts_does_not_matter(base: Base, layout: LoraLayout, flat: Tensor) -> None:
-    prior = LabelCalibration(base, layout, no_opinion)
+    prior = LabelCalibration(base, layout)
     assert torch.equal(
         prior.calibrate(flat, PROMPTS, PROMPTS).flat, prior.calibrate(flat, PROMPTS[::-1], PROMPTS[::-1]).flat
     )
@@ -171,7 +116,7 @@ def test_the_order_of_the_prompts_does_not_matter(base: Base, layout: LoraLayout
 def test_nothing_is_taken_out_without_labels_prompts_or_a_fitting_base(
     base: Base, layout: LoraLayout, flat: Tensor
 ) -> None:
-    prior = LabelCalibration(base, layout, no_opinion)
+    prior = LabelCalibration(base, layout)
     free = [f"{i} tell me a story about {i * i}" for i in range(12)]
     long = [f"{p} {'and on ' * 400}" for p in PROMPTS]
     few = PROMPTS[: MIN_PROMPTS - 1]
@@ -182,7 +127,7 @@ def test_nothing_is_taken_out_without_labels_prompts_or_a_fitting_base(
         (prior.calibrate(flat, long, long), flat, "only 0 short enough"),
         (prior.calibrate(flat, few, few), flat, "only 7 short enough"),
         (
-            LabelCalibration(base, queries, no_opinion).calibrate(small, PROMPTS, PROMPTS),
+            LabelCalibration(base, queries).calibrate(small, PROMPTS, PROMPTS),
             small,
             "no LoRA on a last MLP",
         ),
@@ -196,10 +141,10 @@ def test_of_free_answers_a_few_are_read_and_of_labels_all(
     read, sizes = AnswerStart.read, list[int]()
     monkeypatch.setattr(AnswerStart, "read", lambda self, flat, rows: sizes.append(len(rows)) or read(self, flat, rows))
     free = [f"{i} tell me a story about {i * i}" for i in range(20)]
-    LabelCalibration(base, layout, no_opinion).calibrate(flat, free, free)
+    LabelCalibration(base, layout).calibrate(flat, free, free)
     assert sizes == [MIN_PROMPTS]
-    LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
-    assert sizes[1:] == [MIN_PROMPTS, len(PROMPTS) - MIN_PROMPTS]
+    LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
+    assert sizes[1:] == [MIN_PROMPTS, MAX_PROMPTS - MIN_PROMPTS]
 
 
 def test_a_base_of_another_build_is_left_alone() -> None:
@@ -208,9 +153,7 @@ def test_a_base_of_another_build_is_left_alone() -> None:
     layout = LoraLayout.from_model(model, r=4)
     attach_lora(model, layout)
     flat = random_flat(layout)
-    done = LabelCalibration(Base(model, tiny_tokenizer(), "gemma", "f" * 64), layout, no_opinion).calibrate(
-        flat, PROMPTS, PROMPTS
-    )
+    done = LabelCalibration(Base(model, tiny_tokenizer(), "gemma", "f" * 64), layout).calibrate(flat, PROMPTS, PROMPTS)
     assert done.flat is flat and "final norm" in done.reason
 
 
@@ -219,10 +162,10 @@ def test_no_hook_stays(base: Base, layout: LoraLayout, flat: Tensor, monkeypatch
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.model.modules())
 
     before = hooks()
-    LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
+    LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
     monkeypatch.setattr("dnd_sdk.engine.answer_start._cut", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        LabelCalibration(base, layout, no_opinion).calibrate(flat, PROMPTS, PROMPTS)
+        LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
     assert hooks() == before
 
 

@@ -1,13 +1,12 @@
-"""What counts as a label of a task, and what it may be in full."""
+"""What counts as a label of a task."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-from dnd_sdk.engine.label_words import label_tokens, phrases, shared_words
+from dnd_sdk.engine.label_words import label_tokens, shared_words
 
 
 def test_shared_words_are_in_nearly_every_prompt() -> None:
@@ -28,25 +27,3 @@ def test_tokens_begin_the_longest_shared_word_they_can() -> None:
         "ironic": [1, 2, 5],
     }
     assert label_tokens(mean / 2, tokenizer, words) == {}  # free answers: labels are 40 % of them
-
-
-@pytest.mark.parametrize(
-    ("text", "word", "full"),
-    [
-        ("Pick: card lost, carry on or travel alert.", "card", ["card lost"]),
-        ("Pick: card lost, carry on or travel alert.", "carry", ["carry on"]),
-        ("Pick: card lost, travel notice or travel alert.", "travel", ["travel alert", "travel notice"]),
-        ("travel_alert / travel_notice: ", "travel_notice", ["travel notice"]),
-        ('Label it "subjective" or "objective".', "subjective", ["subjective"]),
-        ("true and false", "true", ["true"]),
-        ("one two three four five six", "one", ["one two three four"]),
-        ("nothing of it", "yes", ["yes"]),
-    ],
-)
-def test_a_label_in_full_goes_on_to_the_next_mark_or_conjunction(text: str, word: str, full: list[str]) -> None:
-    assert phrases([text] * 10, word) == full
-
-
-def test_a_phrase_that_prompts_do_not_share_is_no_label() -> None:
-    assert phrases([f"say yes {i}" for i in range(10)], "yes") == ["yes"]
-    assert phrases([*["say yes please"] * 9, "say yes"], "yes") == ["yes please"]  # 9 of 10

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from dnd_sdk.models import Base
 
 BATCH_TOKENS = 2048
-ELSEWHERE = 8
-"""Other positions kept of every prompt, evenly spaced."""
+ELSEWHERE = 32
+"""Other positions kept of every prompt at most, evenly spaced."""
 
 
 @dataclass(frozen=True)

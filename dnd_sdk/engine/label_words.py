@@ -20,9 +20,6 @@ FUNCTION_WORDS = frozenset(
 )
 """Nearly all prompts hold some of these, and free answers begin with them: no labels ("a" is one often)."""
 
-MAX_MORE_WORDS = 3
-"""Of a label, after its first."""
-
 
 def shared_words(texts: Sequence[str]) -> set[str]:
     """The words (case folded) that nearly all of `texts` hold, without function words."""
@@ -45,22 +42,3 @@ def label_tokens(mean: Tensor, tokenizer: Any, words: set[str]) -> dict[str, lis
     labels = {w: tokens for w, tokens in found.items() if mean[tokens].sum() >= MIN_SHARE}
     total = sum(float(mean[tokens].sum()) for tokens in labels.values())
     return labels if total >= MIN_TOTAL else {}
-
-
-def phrases(texts: Sequence[str], word: str) -> list[str]:
-    """What a label that begins with `word` may be in full: the word and what nearly all of `texts` have after it.
-
-    A phrase ends at punctuation or before "or" and "and". The word alone where they differ.
-    """
-    found = Counter(p for t in texts for p in {_clean(m) for m in _after(word).findall(t.casefold())})
-    shared = [p for p, n in found.items() if n >= SHARED_BY * len(texts)]
-    return sorted(shared) or [word]
-
-
-def _after(word: str) -> re.Pattern[str]:
-    # looked ahead at, not consumed: another label that begins with the word may follow within
-    return re.compile(rf"\b(?=({re.escape(word)}\b(?:[ _-]\w+){{0,{MAX_MORE_WORDS}}}))")
-
-
-def _clean(phrase: str) -> str:
-    return re.split(r" (?:or|and) ", phrase.replace("_", " "))[0]

@@ -124,7 +124,7 @@ class PaperTrainer:
             base_name=self.base.name,
             base_fingerprint=self.base.fingerprint,
             encoder=self.encoder,
-            label_calibration=LabelCalibration(self.base, self.layout, self.encoder.embed),
+            label_calibration=LabelCalibration(self.base, self.layout),
             numerics=numerics_of(self.base),
         )
 

@@ -129,7 +129,7 @@ class Parts:
             base_fingerprint=base.fingerprint,
             generator=dnd.generator,
             encoder=dnd.encoder,
-            label_calibration=LabelCalibration(base, dnd.layout, dnd.encoder.embed),
+            label_calibration=LabelCalibration(base, dnd.layout),
             numerics=numerics_of(base),
         )
 

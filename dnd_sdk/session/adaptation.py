@@ -89,7 +89,7 @@ class Adaptation:
 
     def __init__(self, dnd: DnD, limits: Limits) -> None:
         self._dnd, self._vetting = dnd, Vetting(dnd.base, dnd.layout, limits)
-        self._label_calibration = LabelCalibration(dnd.base, dnd.layout, dnd.encoder.embed)
+        self._label_calibration = LabelCalibration(dnd.base, dnd.layout)
         self._one_at_a_time = threading.Lock()
 
     def run(
@@ -188,9 +188,7 @@ class Adaptation:
             return made, ((f"not calibrated: {done.reason}",) if request.calibrate else ())
         told = ", ".join(f"{label} {share:.2f}" for label, share in done.shares.items())
         scores = {f"label_share.{label}": share for label, share in done.shares.items()}
-        return replace(made, flat=done.flat, scores=scores), (
-            f"calibrated{' and read by the encoder' if done.read else ''}; the labels were said: {told}",
-        )
+        return replace(made, flat=done.flat, scores=scores), (f"calibrated; the labels were said: {told}",)
 
     def _merge(self, request: Request, pooled: Tensor, watch: Stopwatch) -> RouteDecision:
         """The similarity-weighted mean of the nearest adapters; one that was merged itself is no parent again."""
