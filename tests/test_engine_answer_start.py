@@ -31,7 +31,7 @@ def test_reading_is_as_one_plain_forward_a_prompt(base: Base, prompts: list[str]
     attach_lora(base.model, layout)
     flat, start, model = random_flat(layout), AnswerStart(base, layout), base.model
     rows = [prompt_ids(base.tokenizer, p) for p in prompts]
-    seen = start.read(flat, rows)
+    seen = start.reader(flat, rows)(rows)
     assert seen.straight and seen.hidden.shape[0] == seen.x.shape[0] == len(rows)
     inner: list[Any] = []
     down: Any = model.get_submodule(start.module or "")
@@ -53,13 +53,13 @@ def test_a_change_of_the_factors_moves_the_stream_as_it_says(base: Base) -> None
     attach_lora(base.model, layout)
     start, rows = AnswerStart(base, layout), [prompt_ids(base.tokenizer, p) for p in APART]
     before = random_flat(layout)
-    seen, after = start.read(before, rows), before.clone()
+    seen, after = start.reader(before, rows)(rows), before.clone()
     old = [f.clone() for f in start.factors(before)]
     A, B = start.factors(after)
     A.mul_(1.5)
     B.add_(0.1)
     change = layout.scaling * (seen.x @ A.T @ B.T - seen.x @ old[0].T @ old[1].T)
-    torch.testing.assert_close(start.read(after, rows).hidden, seen.hidden + change, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(start.reader(after, rows)(rows).hidden, seen.hidden + change, atol=1e-4, rtol=1e-4)
 
 
 def test_slopes_are_what_a_small_step_changes(base: Base) -> None:

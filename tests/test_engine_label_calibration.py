@@ -12,7 +12,7 @@ from torch import Tensor
 from dnd_sdk.engine import LabelCalibration
 from dnd_sdk.engine.answer_start import AnswerStart
 from dnd_sdk.engine.chat import prompt_ids
-from dnd_sdk.engine.label_calibration import MAX_PROMPTS, MIN_PROMPTS, gate, shifts
+from dnd_sdk.engine.label_calibration import MAX_PROMPTS, MIN_PROMPTS, PSEUDO_COUNT, gate, shifts
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import Base
@@ -38,6 +38,22 @@ def base() -> Base:
 
 
 @pytest.fixture(scope="module")
+def marking(base: Base) -> Base:
+    """Answers as `base` does, but only after a bracket, with which it begins every answer."""
+    model: Any = tiny_model()
+    head, stack, rng = model.get_output_embeddings().weight, model.base_model, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        ids = prompt_ids(base.tokenizer, PROMPTS[0])
+        at, after = (stack(input_ids=torch.tensor([i])).last_hidden_state[0, -1] for i in (ids, [*ids, token_of("[")]))
+        after = after - after @ at / at.square().sum() * at
+        head[token_of("[")] = 14 * at / at.square().sum() - 9 * after / after.square().sum()
+        for text, size in LABELS.items():
+            own = 0.3 * torch.randn(len(at), generator=rng)
+            head[token_of(text)] = own + size * after / after.square().sum() - 9 * at / at.square().sum()
+    return Base(model, base.tokenizer, "marking", "f" * 64)
+
+
+@pytest.fixture(scope="module")
 def layout(base: Base) -> LoraLayout:
     made = LoraLayout.from_model(base.model, r=8)
     attach_lora(base.model, made)
@@ -55,12 +71,13 @@ def token_of(text: str) -> int:
 
 
 @torch.no_grad()
-def next_token(base: Base, layout: LoraLayout, flat: Tensor, prompts: list[str]) -> Tensor:
-    """(n, V) log-probabilities where the answer begins, one plain forward a prompt."""
+def next_token(base: Base, layout: LoraLayout, flat: Tensor, prompts: list[str], begun: str = "") -> Tensor:
+    """(n, V) log-probabilities where the answer begins, or goes on after `begun`, one plain forward a prompt."""
+    start = [token_of(begun)] if begun else []
     out = []
     for prompt in prompts:
         with use_lora(tables_from_flat(layout, flat[None]), 0):
-            logits = base.model(input_ids=torch.tensor([prompt_ids(base.tokenizer, prompt)])).logits
+            logits = base.model(input_ids=torch.tensor([prompt_ids(base.tokenizer, prompt) + start])).logits
         out.append(logits[0, -1].log_softmax(-1))
     return torch.stack(out)
 
@@ -76,6 +93,17 @@ def test_the_labels_are_said_evenly_afterwards(base: Base, layout: LoraLayout, f
     assert done.shares["y"] == pytest.approx(float(before[0]), abs=0.05)
     assert before[0] > 4 * before[1] and 0.8 * after[1] < after[0] < 2 * after[1]
     assert float(after.sum()) == pytest.approx(float(before.sum()), abs=0.1)
+
+
+def test_labels_are_evened_out_after_the_mark_that_all_answers_begin_with(marking: Base, flat: Tensor) -> None:
+    layout = LoraLayout.from_model(marking.model, r=8)
+    attach_lora(marking.model, layout)
+    done = LabelCalibration(marking, layout).calibrate(flat, PROMPTS, PROMPTS)
+    old, new = (next_token(marking, layout, f, PROMPTS, "[") for f in (flat, done.flat))
+    before, after = label_shares(old), label_shares(new)
+    assert next_token(marking, layout, flat, PROMPTS)[:, token_of("[")].exp().mean() > 0.8
+    assert set(done.shares) == set(LABELS)
+    assert before.max() > 4 * before.min() and after.max() < 2 * after.min() and after.sum() > 0.8 * before.sum()
 
 
 def test_other_tokens_keep_their_order(base: Base, layout: LoraLayout, flat: Tensor) -> None:
@@ -138,8 +166,8 @@ def test_nothing_is_taken_out_without_labels_prompts_or_a_fitting_base(
 def test_of_free_answers_a_few_are_read_and_of_labels_all(
     base: Base, layout: LoraLayout, flat: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, sizes = AnswerStart.read, list[int]()
-    monkeypatch.setattr(AnswerStart, "read", lambda self, flat, rows: sizes.append(len(rows)) or read(self, flat, rows))
+    read, sizes = AnswerStart._read, list[int]()
+    monkeypatch.setattr(AnswerStart, "_read", lambda self, rows, *a: sizes.append(len(rows)) or read(self, rows, *a))
     free = [f"{i} tell me a story about {i * i}" for i in range(20)]
     LabelCalibration(base, layout).calibrate(flat, free, free)
     assert sizes == [MIN_PROMPTS]
@@ -173,7 +201,7 @@ def test_no_hook_stays(base: Base, layout: LoraLayout, flat: Tensor, monkeypatch
 def test_shifts_divide_by_the_smoothed_shares(n: int) -> None:
     before = torch.tensor([0.6, 0.2, 0.05])
     shift = shifts(before, n)
-    smoothed = [(n * s / 0.85 + 1) / (n + 3) for s in (0.6, 0.2, 0.05)]
+    smoothed = [n * s / 0.85 + PSEUDO_COUNT for s in (0.6, 0.2, 0.05)]
     for i in range(3):
         assert float(shift[i] - shift[0]) == pytest.approx(
             float(torch.tensor(smoothed[0] / smoothed[i]).log()), rel=1e-4

@@ -10,7 +10,7 @@ float64.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,10 @@ class Seen:
         return cls(hidden, x, elsewhere, all(p.straight for p in parts))
 
 
+Reader = Callable[[Sequence[list[int]]], Seen]
+"""Tokenised prompts -> what the base did at them, in their order."""
+
+
 class AnswerStart:
     """Reads prompts on one base with LoRA attached."""
 
@@ -76,16 +80,26 @@ class AnswerStart:
         views = {s.part: view for s, view in self._layout.views(flat) if s.module == self.module}
         return views["lora_A"], views["lora_B"]
 
-    def read(self, flat: Tensor, rows: Sequence[list[int]]) -> Seen:
-        """Read tokenised prompts under the adapter `flat` (P,); what they all begin with is read once."""
+    def reader(self, flat: Tensor, rows: Sequence[list[int]]) -> Reader:
+        """Something that reads `rows`, any of them or with more tokens after them, under the adapter `flat` (P,).
+
+        What all `rows` (tokenised prompts) begin with is read once.
+        """
         model = self._model
         tables = tables_from_flat(self._layout, flat[None].to(model.device, model.dtype))
         prefix = shared_prefix(model, rows, [""] * len(rows))
+
+        def read(some: Sequence[list[int]]) -> Seen:
+            with self._watching() as caught, use_lora(tables, 0):
+                return self._read(some, prefix, caught)
+
+        return read
+
+    def _read(self, rows: Sequence[list[int]], prefix: Prefix | None, caught: dict[str, Tensor]) -> Seen:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         parts: dict[int, Seen] = {}
-        with self._watching() as caught, use_lora(tables, 0):
-            for some in grouped(order, lambda g: len(g) * len(rows[g[-1]]) <= BATCH_TOKENS):
-                parts |= zip(some, self._read_batch([rows[i] for i in some], prefix, caught), strict=True)
+        for some in grouped(order, lambda g: len(g) * len(rows[g[-1]]) <= BATCH_TOKENS):
+            parts |= zip(some, self._read_batch([rows[i] for i in some], prefix, caught), strict=True)
         return Seen.joined([parts[i] for i in range(len(rows))])
 
     def _read_batch(self, rows: list[list[int]], prefix: Prefix | None, caught: dict[str, Tensor]) -> Iterator[Seen]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dnd_sdk.engine.answer_start import AnswerStart, Seen
 from dnd_sdk.engine.chat import Messages, prompt_ids
-from dnd_sdk.engine.label_words import label_tokens, shared_words
+from dnd_sdk.engine.label_words import label_tokens, opening_mark, shared_words
 
 if TYPE_CHECKING:
     from dnd_sdk.lora_layout import LoraLayout
@@ -34,6 +34,10 @@ MIN_PROMPTS, MAX_PROMPTS = 8, 16
 """Fewer prompts say too little of an average; more add next to nothing."""
 MAX_PROMPT_TOKENS = 512
 """Longer prompts are passed over: they cost most and say no more."""
+MAX_MARKS = 2
+"""Marks that an answer may begin with before its label."""
+PSEUDO_COUNT = 0.5
+"""Times that every label counts as said beside what was measured: few prompts and many labels correct less."""
 CANDIDATES = 512
 """Tokens, the likeliest first, whose logits the direction must not move unless they begin a label."""
 
@@ -54,13 +58,15 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class _Case:
-    """One label task as it was read."""
+    """A task as it was read; with less than two labels its answers are free."""
 
     seen: Seen
     logits: Tensor
     """(n, V) where answers begin."""
+    mean: Tensor
+    """(V,) mean probability of each token there."""
     groups: dict[str, list[int]]
-    """Label to the tokens that begin it."""
+    """Label to the tokens that begin it; empty where answers are free."""
     before: Tensor
     """(K,) share of each label."""
 
@@ -86,33 +92,44 @@ class LabelCalibration:
         picked = self._pick(prompts, chats)
         if len(picked) < MIN_PROMPTS:
             return Calibrated(flat, reason=f"only {len(picked)} short enough prompts, {MIN_PROMPTS} are needed")
-        words = shared_words([text for text, _ in picked])
-        seen = self._read(flat, [ids for _, ids in picked], words)
-        logits, groups = self._labels(seen, words)
+        case = self._read(flat, picked)
+        seen = case.seen
         if not seen.straight:
             return Calibrated(flat, reason=_UNFIT)
-        if len(groups) < 2:
+        if len(case.groups) < 2:
             return Calibrated(flat, reason="the prompts show no labels that the answers begin with")
-        probs = logits.softmax(-1)
-        case = _Case(seen, logits, groups, shares(probs, groups))
         direction, (A, _) = self._direction(case), self._start.factors(flat)
         combine = gate(*(x @ A.to(x).T for x in (seen.x, seen.elsewhere)))
         if not self._better(case, (seen.x @ A.to(seen.x).T @ combine)[:, None] * direction):
             return Calibrated(flat, reason="the labels are said about equally often")
-        told = dict(zip(groups, case.before.tolist(), strict=True))
+        told = dict(zip(case.groups, case.before.tolist(), strict=True))
         return Calibrated(self._with(flat, torch.outer(direction, combine)), told)
 
-    def _read(self, flat: Tensor, rows: list[list[int]], words: set[str]) -> Seen:
-        """Read the first few prompts, and the others if any of `words` is a label there: free answers are soon seen."""
-        seen, others = self._start.read(flat, rows[:MIN_PROMPTS]), rows[MIN_PROMPTS:]
-        if others and seen.straight and self._labels(seen, words)[1]:
-            return Seen.joined([seen, self._start.read(flat, others)])
-        return seen
+    def _read(self, flat: Tensor, picked: Sequence[tuple[str, list[int]]]) -> _Case:
+        """Read the first few prompts, and the others if they have labels: free answers are soon seen.
 
-    def _labels(self, seen: Seen, words: set[str]) -> tuple[Tensor, dict[str, list[int]]]:
-        """(n, V) logits where answers begin, and what tokens begin which of `words` there."""
+        Where all answers begin with the same mark, such as a bracket, it is read on to where the labels begin.
+        """
+        words, rows = shared_words([text for text, _ in picked]), [ids for _, ids in picked]
+        read = self._start.reader(flat, rows)
+        case = self._case(read(rows[:MIN_PROMPTS]), words)
+        for _ in range(MAX_MARKS):
+            if (mark := opening_mark(case.mean, self._base.tokenizer)) is None:
+                break
+            rows = [[*r, mark] for r in rows]
+            case = self._case(read(rows[:MIN_PROMPTS]), words)
+        if case.groups and case.seen.straight and len(rows) > MIN_PROMPTS:
+            return self._case(read(rows[MIN_PROMPTS:]), words, case)
+        return case
+
+    def _case(self, seen: Seen, words: set[str], first: _Case | None = None) -> _Case:
+        """What was `seen`, after the prompts of `first`, and what of `words` begins answers there."""
         logits = self._start.logits(seen.hidden)
-        return logits, label_tokens(logits.softmax(-1).mean(0), self._base.tokenizer, words)
+        if first is not None:
+            seen, logits = Seen.joined([first.seen, seen]), torch.cat([first.logits, logits])
+        probs = logits.softmax(-1)
+        groups = label_tokens(probs.mean(0), self._base.tokenizer, words)
+        return _Case(seen, logits, probs.mean(0), groups, shares(probs, groups))
 
     def _pick(self, prompts: Sequence[str], chats: Sequence[Messages]) -> list[tuple[str, list[int]]]:
         """At most `MAX_PROMPTS` prompts spread over the sorted set, the first few of them too, with their tokens."""
@@ -127,7 +144,7 @@ class LabelCalibration:
     def _direction(self, case: _Case) -> Tensor:
         """(d,) what to add to the stream where answers begin to move the labels' logits by their shifts."""
         hidden, logits = case.seen.hidden, case.logits
-        tokens = _candidates(logits.softmax(-1).mean(0), case.groups)
+        tokens = _candidates(case.mean, case.groups)
         wanted = torch.zeros(len(tokens))
         for begun, shift in zip(case.groups.values(), shifts(case.before, len(hidden)), strict=True):
             wanted[torch.isin(tokens, torch.tensor(begun))] = shift
@@ -154,16 +171,16 @@ class LabelCalibration:
 
 def shares(probs: Tensor, groups: dict[str, list[int]]) -> Tensor:
     """(G,) mean probability that an answer begins with each label; `probs` (n, V)."""
-    return torch.stack([probs[:, tokens].sum(1).mean() for tokens in groups.values()])
+    return torch.tensor([float(probs[:, tokens].sum(1).mean()) for tokens in groups.values()])
 
 
 def shifts(before: Tensor, n: int) -> Tensor:
     """(G,) what to add to the labels' logits: minus their log share, keeping their total probability on average.
 
-    A share measured on `n` prompts counts as if every label had been said once more: few prompts and many labels
-    correct less.
+    A share measured on `n` prompts counts as if every label had been said `PSEUDO_COUNT` times more.
     """
-    shift = -((n * before / before.sum() + 1.0) / (n + len(before))).log()
+    count = n * before / before.sum() + PSEUDO_COUNT
+    shift = -(count / count.sum()).log()
     return shift + (before.sum() / (before * shift.exp()).sum()).log()
 
 
