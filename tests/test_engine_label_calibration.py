@@ -12,7 +12,7 @@ from torch import Tensor
 from dnd_sdk.engine import LabelCalibration
 from dnd_sdk.engine.answer_start import AnswerStart
 from dnd_sdk.engine.chat import prompt_ids
-from dnd_sdk.engine.label_calibration import MAX_PROMPTS, MIN_PROMPTS, PSEUDO_COUNT, gate, shifts
+from dnd_sdk.engine.label_calibration import MAX_PROMPTS, MIN_PROMPTS, PSEUDO_COUNT, STRENGTH, gate, shifts
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import Base
@@ -91,7 +91,7 @@ def test_the_labels_are_said_evenly_afterwards(base: Base, layout: LoraLayout, f
     before, after = (label_shares(next_token(base, layout, f, PROMPTS)) for f in (flat, done.flat))
     assert set(done.shares) == set(LABELS)
     assert done.shares["y"] == pytest.approx(float(before[0]), abs=0.05)
-    assert before[0] > 4 * before[1] and 0.8 * after[1] < after[0] < 2 * after[1]
+    assert before[0] > 4 * before[1] and after.max() < 2 * after.min()
     assert float(after.sum()) == pytest.approx(float(before.sum()), abs=0.1)
 
 
@@ -204,7 +204,7 @@ def test_shifts_divide_by_the_smoothed_shares(n: int) -> None:
     smoothed = [n * s / 0.85 + PSEUDO_COUNT for s in (0.6, 0.2, 0.05)]
     for i in range(3):
         assert float(shift[i] - shift[0]) == pytest.approx(
-            float(torch.tensor(smoothed[0] / smoothed[i]).log()), rel=1e-4
+            STRENGTH * float(torch.tensor(smoothed[0] / smoothed[i]).log()), rel=1e-4
         )
     assert float((before * shift.exp()).sum()) == pytest.approx(0.85, rel=1e-5)
     assert not shifts(torch.tensor([0.4, 0.4]), n).abs().gt(1e-6).any()

@@ -36,8 +36,11 @@ MAX_PROMPT_TOKENS = 512
 """Longer prompts are passed over: they cost most and say no more."""
 MAX_MARKS = 2
 """Marks that an answer may begin with before its label."""
-PSEUDO_COUNT = 0.5
+PSEUDO_COUNT = 2.0
 """Times that every label counts as said beside what was measured: few prompts and many labels correct less."""
+STRENGTH = 1.75
+"""Of the correction: an average of probabilities understates a taste, the more so the more the prompts differ. With this
+and `PSEUDO_COUNT`, tasks did best that an adapter had not been trained on (docs/LOG.md, seventh session)."""
 CANDIDATES = 512
 """Tokens, the likeliest first, whose logits the direction must not move unless they begin a label."""
 
@@ -175,12 +178,12 @@ def shares(probs: Tensor, groups: dict[str, list[int]]) -> Tensor:
 
 
 def shifts(before: Tensor, n: int) -> Tensor:
-    """(G,) what to add to the labels' logits: minus their log share, keeping their total probability on average.
+    """(G,) what to add to the labels' logits: `STRENGTH` times minus their log share, keeping their total probability.
 
     A share measured on `n` prompts counts as if every label had been said `PSEUDO_COUNT` times more.
     """
     count = n * before / before.sum() + PSEUDO_COUNT
-    shift = -(count / count.sum()).log()
+    shift = -STRENGTH * (count / count.sum()).log()
     return shift + (before.sum() / (before * shift.exp()).sum()).log()
 
 
