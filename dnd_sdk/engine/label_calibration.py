@@ -4,11 +4,13 @@ A small base under an adapter often answers every prompt of a label task with th
 answers on average over a batch of the task's prompts shows that taste, and dividing by it ("batch calibration",
 arXiv 2309.17249) brings the prompts' own differences out. Here it becomes part of the LoRA, in closed form:
 
-* The labels are read off the batch (`label_words`). A task without such words (free answers) is left alone.
+* The labels are read off the batch (`label_words`): words of the prompts with which answers begin, after a bracket or
+  such a mark if all begin with it. A task without such words (free answers) is left alone.
 * Only B of the last layer's `down_proj` changes, by one rank-one term: a direction that moves the labels' logits by
   what they are over- or under-said, and little else, times a combination of the LoRA's own r inner values that is
   about 1 where an answer begins and about 0 elsewhere. Shape, rank and the shared A stay.
-* It assumes that the labels are about equally frequent. It reads each prompt once and takes no gradient step.
+* It assumes that the labels are about equally frequent. It reads a prompt once, or once more after a mark, and takes no
+  gradient step.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ MAX_MARKS = 2
 PSEUDO_COUNT = 2.0
 """Times that every label counts as said beside what was measured: few prompts and many labels correct less."""
 STRENGTH = 1.75
-"""Of the correction: an average of probabilities understates a taste, the more so the more the prompts differ. With this
-and `PSEUDO_COUNT`, tasks did best that an adapter had not been trained on (docs/LOG.md, seventh session)."""
+"""Of the correction: an average of probabilities understates a taste, the more so the more the prompts differ. With
+this and `PSEUDO_COUNT`, tasks did best that an adapter had not been trained on (docs/LOG.md, seventh session)."""
 CANDIDATES = 512
 """Tokens, the likeliest first, whose logits the direction must not move unless they begin a label."""
 
