@@ -12,12 +12,12 @@ from torch import Tensor
 from dnd_sdk.engine import LabelCalibration
 from dnd_sdk.engine.answer_start import AnswerStart
 from dnd_sdk.engine.chat import prompt_ids
-from dnd_sdk.engine.label_calibration import MAX_PROMPTS, MIN_PROMPTS, PSEUDO_COUNT, STRENGTH, gate, shifts
+from dnd_sdk.engine.label_calibration import MAX_PROMPTS, MIN_PROMPTS, PSEUDO_COUNT, gate, shifts
 from dnd_sdk.lora_layout import LoraLayout
 from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import Base
 
-PROMPTS = [f"Is {7 * i % 13} more than {5 * i % 11}? Say y or n. {'Think. ' * (i % 3)}" for i in range(20)]
+PROMPTS = [f"Is {7 * i % 13} more than {5 * i % 11}? Say y or n. {'Think. ' * (i % 3)}" for i in range(40)]
 LABELS = {"y": 9.0, "n": 7.0}
 
 
@@ -168,7 +168,7 @@ def test_of_free_answers_a_few_are_read_and_of_labels_all(
 ) -> None:
     read, sizes = AnswerStart._read, list[int]()
     monkeypatch.setattr(AnswerStart, "_read", lambda self, rows, *a: sizes.append(len(rows)) or read(self, rows, *a))
-    free = [f"{i} tell me a story about {i * i}" for i in range(20)]
+    free = [f"{i} tell me a story about {i * i}" for i in range(40)]
     LabelCalibration(base, layout).calibrate(flat, free, free)
     assert sizes == [MIN_PROMPTS]
     LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
@@ -204,7 +204,7 @@ def test_shifts_divide_by_the_smoothed_shares(n: int) -> None:
     smoothed = [n * s / 0.85 + PSEUDO_COUNT for s in (0.6, 0.2, 0.05)]
     for i in range(3):
         assert float(shift[i] - shift[0]) == pytest.approx(
-            STRENGTH * float(torch.tensor(smoothed[0] / smoothed[i]).log()), rel=1e-4
+            float(torch.tensor(smoothed[0] / smoothed[i]).log()), rel=1e-4
         )
     assert float((before * shift.exp()).sum()) == pytest.approx(0.85, rel=1e-5)
     assert not shifts(torch.tensor([0.4, 0.4]), n).abs().gt(1e-6).any()

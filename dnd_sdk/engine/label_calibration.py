@@ -32,17 +32,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MIN_PROMPTS, MAX_PROMPTS = 8, 16
+MIN_PROMPTS, MAX_PROMPTS = 8, 32
 """Fewer prompts say too little of an average; more add next to nothing."""
 MAX_PROMPT_TOKENS = 512
 """Longer prompts are passed over: they cost most and say no more."""
 MAX_MARKS = 2
 """Marks that an answer may begin with before its label."""
-PSEUDO_COUNT = 2.0
+PSEUDO_COUNT = 1.0
 """Times that every label counts as said beside what was measured: few prompts and many labels correct less."""
-STRENGTH = 1.75
-"""Of the correction: an average of probabilities understates a taste, the more so the more the prompts differ. With
-this and `PSEUDO_COUNT`, tasks did best that an adapter had not been trained on (docs/LOG.md, seventh session)."""
 CANDIDATES = 512
 """Tokens, the likeliest first, whose logits the direction must not move unless they begin a label."""
 
@@ -140,7 +137,7 @@ class LabelCalibration:
         """At most `MAX_PROMPTS` prompts spread over the sorted set, the first few of them too, with their tokens."""
         tokenizer = self._base.tokenizer
         ordered = sorted(zip(prompts, chats, strict=True), key=lambda pair: pair[0])
-        spread = _spread_over(ordered, 4 * MAX_PROMPTS)
+        spread = _spread_over(ordered, 2 * MAX_PROMPTS)
         short = [(t, ids) for t, c in spread if len(ids := prompt_ids(tokenizer, c)) <= MAX_PROMPT_TOKENS]
         some = _spread_over(short, MAX_PROMPTS)
         first = _spread_over(some, MIN_PROMPTS)
@@ -180,12 +177,12 @@ def shares(probs: Tensor, groups: dict[str, list[int]]) -> Tensor:
 
 
 def shifts(before: Tensor, n: int) -> Tensor:
-    """(G,) what to add to the labels' logits: `STRENGTH` times minus their log share, keeping their total probability.
+    """(G,) what to add to the labels' logits: minus their log share, keeping their total probability on average.
 
     A share measured on `n` prompts counts as if every label had been said `PSEUDO_COUNT` times more.
     """
     count = n * before / before.sum() + PSEUDO_COUNT
-    shift = -STRENGTH * (count / count.sum()).log()
+    shift = -(count / count.sum()).log()
     return shift + (before.sum() / (before * shift.exp()).sum()).log()
 
 
