@@ -14,7 +14,7 @@ from dnd_sdk.evaluation.job import MAX_SHOT_TOKENS
 from dnd_sdk.evaluation.methods import example_rows
 from dnd_sdk.evaluation.report import Unit, build_report
 from dnd_sdk.evaluation.runner import unrelated_tasks
-from dnd_sdk.evaluation.scoring import METRICS, mean_ci95
+from dnd_sdk.evaluation.scoring import METRICS, mean_ci95, row_means
 from dnd_sdk.tasks import Row
 
 
@@ -25,7 +25,8 @@ def test_the_report_keeps_the_contract() -> None:
     assert report["settings"]["limit"] == 4 and report["settings"]["n_tasks"] == 3
     for name, block in report["methods"].items():
         assert set(block["tasks"]) == {"alpha", "beta", "gamma"}
-        assert set(block["tasks"]["alpha"]) == {"exact_match", "rouge_l", "option_accuracy", "valid_format", "n"}
+        paired = set() if name == "base" else {"vs_base"}
+        assert set(block["tasks"]["alpha"]) == {*METRICS, "n", *paired}
         assert block["tasks"]["alpha"]["rouge_l"] is None and block["tasks"]["alpha"]["n"] == 4
         assert block["tasks"]["beta"]["option_accuracy"] is None
         assert set(block["ci95"]) == {"exact_match", "rouge_l", "option_accuracy", "valid_format"}
@@ -40,7 +41,7 @@ def test_scores_follow_what_the_engine_said() -> None:
     assert methods["generated"]["mean"]["exact_match"] == pytest.approx(2 / 3)
     delta = methods["generated"]["mean"]["delta_vs_base"]["exact_match"]
     assert delta["mean"] == pytest.approx(2 / 3)
-    assert delta["ci95"] == mean_ci95([1.0, 0.0, 1.0])[1] == (0.0, 1.0)
+    assert delta["ci95"] == mean_ci95([1.0, 0.0, 1.0])[1] == [0.0, 1.0]
     assert methods["base"]["mean"]["rouge_l"] == 0.0
     # of three tasks the base is in the asked format on one, the generated adapter on all
     assert methods["base"]["mean"]["valid_format"] == pytest.approx(1 / 3)
@@ -192,6 +193,23 @@ def test_the_share_of_the_oracles_gain_is_reported() -> None:
     assert "recovered" not in blocks["base"] and "| 50 % |" in render(report)
     without = build_report(make_parts().made, ["base", "generated"], EvalSettings(), units)
     assert "recovered" not in without["methods"]["generated"]
+
+
+def test_a_task_is_compared_with_the_base_over_its_own_rows() -> None:
+    rows = {"base": [[1.0, 0.0, 0.0, 1.0]], "generated": [[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]}
+    blank = dict.fromkeys(METRICS)
+    units = [
+        Unit("t", method, seed, 4, row_means(scores := {**blank, "exact_match": values}), rows=scores)
+        for method, runs in rows.items()
+        for seed, values in enumerate(runs)
+    ]
+    blocks = build_report(make_parts().made, list(rows), EvalSettings(seeds=2), units)["methods"]
+    mean, ci95 = mean_ci95([0.0, 1.0, 0.5, -1.0])  # seeds averaged
+    assert blocks["generated"]["tasks"]["t"]["vs_base"] == {
+        "exact_match": {"mean": mean, "ci95": ci95, "n": 4},
+        "option_accuracy": None,
+    }
+    assert "vs_base" not in blocks["base"]["tasks"]["t"]
 
 
 def test_a_task_without_rows_is_not_trained_on() -> None:

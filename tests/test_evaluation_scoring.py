@@ -90,4 +90,4 @@ def test_interval_covers_the_mean_and_shrinks_with_more_tasks() -> None:
     assert lo1 < m1 < hi1 and lo2 < m2 < hi2
     assert hi2 - lo2 == pytest.approx(2 * 1.96 * 0.1 / 1000**0.5, rel=0.15)
     assert (hi1 - lo1) > 3 * (hi2 - lo2)
-    assert mean_ci95([0.25]) == (0.25, (0.25, 0.25))
+    assert mean_ci95([0.25]) == (0.25, [0.25, 0.25])

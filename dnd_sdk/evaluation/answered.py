@@ -11,6 +11,7 @@ from dnd_sdk.evaluation.job import asked_rows, row_id
 from dnd_sdk.evaluation.methods import parse
 from dnd_sdk.evaluation.report import Made, Unit, build_report
 from dnd_sdk.evaluation.runner import EvalSettings, check_plan, scores_of
+from dnd_sdk.evaluation.scoring import row_means
 from dnd_sdk.tasks import Row, Task
 
 
@@ -63,4 +64,5 @@ def _unit(cache: AnswerCache, task: Task, rows: Sequence[Row], method: str, seed
     missing = sum(row_id(r) not in known for r in rows)
     if missing:
         return Unit(task.name, method, seed, 0, None, f"{missing} of {len(rows)} rows are not answered yet")
-    return Unit(task.name, method, seed, len(rows), scores_of(task, rows, known))
+    scores = scores_of(task, rows, known)
+    return Unit(task.name, method, seed, len(rows), row_means(scores), rows=scores)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dnd_sdk.evaluation.scoring import COMPARED, METRICS, mean_ci95
+from dnd_sdk.evaluation.scoring import COMPARED, METRICS, RowScores, mean_ci95
 
 if TYPE_CHECKING:
     from dnd_sdk.evaluation.runner import EvalSettings
@@ -31,6 +31,8 @@ class Unit:
     error: str | None = None
     unrelated: Scores | None = None
     """Mean change of scores on tasks of other families; None where no adapter was asked about any."""
+    rows: RowScores | None = None
+    """What `scores` are the means of; None where they are means of other means."""
 
 
 class Made(NamedTuple):
@@ -47,6 +49,7 @@ def build_report(made: Made, methods: Sequence[str], settings: EvalSettings, uni
     * `vs` holds, for `base` and for `settings.against` where they were run, the mean paired difference of each metric
       over the tasks that both methods have, with its 95 % interval and their number; a method is not compared with
       itself. `mean["delta_vs_base"]` is the part of it for `base`, without the number.
+    * A task's `vs_base`, where its rows are known, is the same over its own rows: with the interval of one task alone.
     * `recovered`, where `base` and some oracle were run, is the share of the (first) oracle's gain over the base that
       the method reaches, by metric: None where the oracle gains nothing.
     * With `settings.unrelated`, tasks and means also hold `unrelated`: the change of scores on tasks of other families.
@@ -55,6 +58,8 @@ def build_report(made: Made, methods: Sequence[str], settings: EvalSettings, uni
     references = {r: tables[r] for r in dict.fromkeys(("base", settings.against)) if r in tables}
     oracle = next((t for m, t in tables.items() if m.split("-")[0] == "oracle"), None)
     blocks = {m: _method_block(table, {r: t for r, t in references.items() if r != m}) for m, table in tables.items()}
+    if "base" in tables:
+        _compare_rows(tables, units)
     for name, block in blocks.items():
         if "base" in block["vs"] and oracle is not None:
             block["recovered"] = {m: _recovered(tables[name], tables["base"], oracle, m) for m in METRICS}
@@ -142,6 +147,26 @@ def _method_block(table: Table, references: dict[str, Table]) -> dict[str, Any]:
     if any("unrelated" in row for row in table.values()):
         mean["unrelated"] = {metric: _elsewhere(table, metric) for metric in COMPARED}
     return {"tasks": table, "mean": mean, "ci95": ci95, "vs": vs}
+
+
+def _compare_rows(tables: dict[str, Table], units: Sequence[Unit]) -> None:
+    """Give every task of every other method its paired difference to the base, over its rows (seeds averaged)."""
+    rows: dict[tuple[str, str], list[RowScores]] = {}
+    for unit in units:
+        if unit.rows is not None:
+            rows.setdefault((unit.method, unit.task), []).append(unit.rows)
+    for (method, task), runs in rows.items():
+        if method != "base" and ("base", task) in rows:
+            base = rows["base", task][0]
+            tables[method][task]["vs_base"] = {metric: _row_difference(runs, base, metric) for metric in COMPARED}
+
+
+def _row_difference(runs: Sequence[RowScores], base: RowScores, metric: str) -> dict[str, Any] | None:
+    before, after = base[metric], [run[metric] for run in runs]
+    if before is None or None in after:
+        return None
+    each = zip(*(values for values in after if values is not None), strict=True)
+    return _summary([sum(values) / len(values) - b for values, b in zip(each, before, strict=True)])
 
 
 def _difference(table: Table, other: Table, metric: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from dnd_sdk.evaluation.job import TaskJob, row_id
 from dnd_sdk.evaluation.methods import MAX_PROMPTS, METHODS, Method, Treatment, build_methods, check_names
 from dnd_sdk.evaluation.parts import AdapterZoo, LoraTrainer, Parts
 from dnd_sdk.evaluation.report import Scores, Unit, build_report
-from dnd_sdk.evaluation.scoring import mean_change, score_answers
+from dnd_sdk.evaluation.scoring import RowScores, mean_change, row_means, row_scores
 from dnd_sdk.tasks import Row, Task
 
 log = logging.getLogger(__name__)
@@ -149,11 +149,11 @@ def unrelated_tasks(task: Task, tasks: Sequence[Task], n: int, seed: int) -> lis
     return random.Random(f"{seed}/unrelated/{task.name}").sample(others, min(n, len(others)))
 
 
-def scores_of(task: Task, rows: Sequence[Row], known: Mapping[str, Answer]) -> Scores:
-    """What the answers to `rows`, found in `known` by row id, come to."""
+def scores_of(task: Task, rows: Sequence[Row], known: Mapping[str, Answer]) -> RowScores:
+    """What the answers to `rows`, found in `known` by row id, come to, row by row."""
     answers = [known[row_id(row)] for row in rows]
     choices = [a.choice for a in answers if a.choice is not None]  # all of a label task, none of another
-    return score_answers(task, rows, [a.output for a in answers], choices or None)
+    return row_scores(task, rows, [a.output for a in answers], choices or None)
 
 
 class _Run:
@@ -194,12 +194,13 @@ class _Run:
             treatment = method.make(task, seed)
             scores, cached = self._scores(task, treatment, method.name, seed)
             unrelated, also_cached = self._unrelated(task, treatment, method.name, seed)
-            return Unit(task.name, method.name, seed, n, scores, unrelated=unrelated), cached and also_cached
+            unit = Unit(task.name, method.name, seed, n, row_means(scores), unrelated=unrelated, rows=scores)
+            return unit, cached and also_cached
         except FAILURES as e:
             log.warning("task %s, method %s, seed %d failed: %s", task.name, method.name, seed, e)
             return Unit(task.name, method.name, seed, 0, None, f"{type(e).__name__}: {e}"), False
 
-    def _scores(self, task: Task, treatment: Treatment, method: str, seed: int) -> tuple[Scores, bool]:
+    def _scores(self, task: Task, treatment: Treatment, method: str, seed: int) -> tuple[RowScores, bool]:
         job = self._job(task)
         key = job.key(treatment, self.parts)
         known = self.cache.get(key)
@@ -221,7 +222,7 @@ class _Run:
             except FAILURES as e:  # the other task's trouble is no fault of this one
                 log.warning("unrelated task %s is left out: %s", other.name, e)
                 continue
-            changes.append((before, after))
+            changes.append((row_means(before), row_means(after)))
             all_cached = all_cached and known and cached
         return mean_change(changes), all_cached
 

@@ -3,7 +3,8 @@
 * Exact match forgives case, spacing, one trailing period and one pair of quotes, but not where the label *is* its
   form: for labels that are single letters or bracketed, "[A]" means "[A]" and "a" is not "A".
 * The format a task asks for is read from its labels and train split only, never from the test split.
-* Intervals are percentiles of a bootstrap over tasks, since rows of one task are no independent evidence on others.
+* Intervals are percentiles of a bootstrap over tasks, since rows of one task are no independent evidence on others;
+  those of a single task are over its rows.
 """
 
 from __future__ import annotations
@@ -108,23 +109,37 @@ def _number_pattern(responses: Sequence[str]) -> re.Pattern[str]:
     return re.compile(f"-?{digits}{fraction}")
 
 
-def score_answers(
-    task: Task, rows: Sequence[Row], outputs: Sequence[str], choices: Sequence[int] | None
-) -> dict[str, float | None]:
-    """Mean scores over `rows` by metric (`METRICS`); None where a metric does not apply to the task.
+RowScores = dict[str, list[float] | None]
+"""Scores of single rows by metric (`METRICS`), in their order; None where a metric does not apply to the task."""
+
+
+def row_scores(task: Task, rows: Sequence[Row], outputs: Sequence[str], choices: Sequence[int] | None) -> RowScores:
+    """What every answer to `rows` comes to.
 
     `choices` holds the index of the likeliest label per row, None for a task without labels.
     """
     form = AnswerFormat.of(task)
     pairs = list(zip(outputs, (r.response for r in rows), strict=True))
-    scores: dict[str, float | None] = dict.fromkeys(METRICS)
-    scores["exact_match"] = _mean([form.matches(p, r) for p, r in pairs])
-    scores["valid_format"] = _mean([form.accepts(p) for p, _ in pairs])
+    scores: RowScores = dict.fromkeys(METRICS)
+    scores["exact_match"] = [float(form.matches(p, r)) for p, r in pairs]
+    scores["valid_format"] = [float(form.accepts(p)) for p, _ in pairs]
     if task.metric == "rouge_l":
-        scores["rouge_l"] = _mean([rouge_l(p, r) for p, r in pairs])
+        scores["rouge_l"] = [rouge_l(p, r) for p, r in pairs]
     if choices is not None and task.labels is not None:
-        scores["option_accuracy"] = _mean([task.labels[c] == r for c, (_, r) in zip(choices, pairs, strict=True)])
+        scores["option_accuracy"] = [float(task.labels[c] == r) for c, (_, r) in zip(choices, pairs, strict=True)]
     return scores
+
+
+def score_answers(
+    task: Task, rows: Sequence[Row], outputs: Sequence[str], choices: Sequence[int] | None
+) -> dict[str, float | None]:
+    """Means of `row_scores`; None where a metric does not apply to the task."""
+    return row_means(row_scores(task, rows, outputs, choices))
+
+
+def row_means(scores: RowScores) -> dict[str, float | None]:
+    """The mean of every metric over its rows."""
+    return {metric: None if values is None else _mean(values) for metric, values in scores.items()}
 
 
 def mean_change(
@@ -145,10 +160,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def mean_ci95(values: Sequence[float], *, resamples: int = 5000, seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """Mean and 95 % bootstrap interval over `values` (one per task); with one value the interval is that value."""
+def mean_ci95(values: Sequence[float], *, resamples: int = 5000, seed: int = 0) -> tuple[float, list[float]]:
+    """Mean and 95 % bootstrap interval over `values` (one per task or row); of one value, that value."""
     x = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     means = x[rng.integers(0, len(x), size=(resamples, len(x)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(x.mean()), (float(low), float(high))
+    return float(x.mean()), [float(low), float(high)]
