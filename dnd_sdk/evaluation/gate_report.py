@@ -68,7 +68,7 @@ def _mean(events: Sequence[Event], holds: Callable[[Event], bool]) -> dict[str, 
     if not shares:
         return None
     mean, interval = mean_ci95(shares)
-    return {"mean": mean, "ci95": list(interval)}
+    return {"mean": mean, "ci95": interval}
 
 
 def _share(events: Sequence[Event], outcome: str) -> float:
