@@ -91,7 +91,7 @@ def test_the_labels_are_said_evenly_afterwards(base: Base, layout: LoraLayout, f
     before, after = (label_shares(next_token(base, layout, f, PROMPTS)) for f in (flat, done.flat))
     assert set(done.shares) == set(LABELS)
     assert done.shares["y"] == pytest.approx(float(before[0]), abs=0.05)
-    assert before[0] > 4 * before[1] and after.max() < 2 * after.min()
+    assert before[0] > 4 * before[1] and 0.8 * after[1] < after[0] < 2 * after[1]
     assert float(after.sum()) == pytest.approx(float(before.sum()), abs=0.1)
 
 

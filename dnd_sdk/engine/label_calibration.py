@@ -130,8 +130,9 @@ class LabelCalibration:
         if first is not None:
             seen, logits = Seen.joined([first.seen, seen]), torch.cat([first.logits, logits])
         probs = logits.softmax(-1)
-        groups = label_tokens(probs.mean(0), self._base.tokenizer, words)
-        return _Case(seen, logits, probs.mean(0), groups, shares(probs, groups))
+        mean = probs.mean(0)
+        groups = label_tokens(mean, self._base.tokenizer, words)
+        return _Case(seen, logits, mean, groups, shares(probs, groups))
 
     def _pick(self, prompts: Sequence[str], chats: Sequence[Messages]) -> list[tuple[str, list[int]]]:
         """At most `MAX_PROMPTS` prompts spread over the sorted set, the first few of them too, with their tokens."""

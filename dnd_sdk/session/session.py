@@ -139,8 +139,8 @@ class DnD:
             role: The system prompt these prompts come under (`Role`, or text of any form): part of the task, kept with
                 the adapter. None: none.
             top_k: How many adapters `"merge"` takes at most.
-            calibrate: Whether a generated adapter also loses its taste for one label of a label task, which up to 16 of
-                the prompts, read once by the base, show (`engine.label_calibration`). Adapters made before stay.
+            calibrate: Whether a generated adapter also loses its taste for one label of a label task, which up to 32 of
+                the prompts, read by the base, show (`engine.label_calibration`). Adapters made before stay.
                 None: as the session was loaded.
 
         Raises `InputError` for unusable prompts or role, `ConfigError` for a bad mode, name or top_k, `StorageError`
