@@ -10,7 +10,7 @@ import typer
 from dnd_sdk.cli.completion import adapter_names
 from dnd_sdk.cli.options import ModelOptions
 from dnd_sdk.cli.output import EXIT_PROBLEM, Output, sized, table
-from dnd_sdk.roles import Role
+from dnd_sdk.prompts import Role
 
 if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter, AdapterStore
@@ -91,7 +91,7 @@ def import_(
     prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts of its task, so that it is found.")] = None,
 ) -> None:
     """Check a LoRA folder made for this base (peft, XTuner, LLaMA-Factory, trl, Axolotl) and take it into the store."""
-    from dnd_sdk.adapters.foreign import find_adapter, import_notes
+    from dnd_sdk.adapters import find_adapter, import_notes
     from dnd_sdk.prompts import read_prompts
 
     find_adapter(folder)  # before the slow part

@@ -28,7 +28,7 @@ def doctor(out: Output, models: ModelOptions) -> None:
 
 def env(out: Output) -> None:
     """Print versions, machine and folders, to paste into a bug report; holds no secrets."""
-    from dnd_sdk.environment import describe
+    from dnd_sdk.doctor import describe
 
     try:
         home = out.find_home()

@@ -65,7 +65,7 @@ def evaluate(
     """Compare methods on labelled tasks: exact match, option likelihood, valid format."""
     wanted_role = check_role(role)
     from dnd_sdk.evaluation import EvalSettings, render, report_answered
-    from dnd_sdk.generator_card import record_evaluation
+    from dnd_sdk.generator import record_evaluation
     from dnd_sdk.tasks import read_tasks
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
@@ -119,9 +119,8 @@ def paper(
     """
     check_config(config)
     from dnd_sdk.evaluation import EvalSettings
-    from dnd_sdk.evaluation.paper import compare, render_paper
-    from dnd_sdk.evaluation.paper_training import PaperTrainer
-    from dnd_sdk.training.settings import read_settings
+    from dnd_sdk.evaluation.paper import PaperTrainer, compare, render_paper
+    from dnd_sdk.training import read_settings
 
     settings = EvalSettings(limit=limit, seeds=seeds, run_dir=run_dir)
     quiet_libraries(out)
@@ -175,7 +174,7 @@ def bench_adapt(
 ) -> None:
     """Time adapting, reusing, swapping and decoding, against encoding alone and against the plain base."""
     from dnd_sdk.bench import bench_adapt as measure
-    from dnd_sdk.bench import render
+    from dnd_sdk.bench import render_adapting as render
     from dnd_sdk.prompts import read_prompts
 
     chosen = list(read_prompts(prompts).prompts) if prompts else None

@@ -23,8 +23,7 @@ def bench_gate(
     """Measure the router on tasks it was not fitted on; needs their prompts and the encoder, no base model."""
     wanted_role = check_role(role)
     settings, home = models.settings(out), out.find_home()
-    from dnd_sdk.evaluation.gate import Gate, pooled_noise, pooled_prompts, try_gate
-    from dnd_sdk.evaluation.gate_report import build_gate_report, render_gate
+    from dnd_sdk.evaluation.gate import Gate, build_gate_report, pooled_noise, pooled_prompts, render_gate, try_gate
     from dnd_sdk.models import pick_device
     from dnd_sdk.tasks import read_tasks
 

@@ -14,8 +14,7 @@ from dnd_sdk.cli.output import Output, table
 from dnd_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dnd_sdk.decision_log import Decision
-    from dnd_sdk.routing import Thresholds
+    from dnd_sdk.routing import Decision, Thresholds
 
 SHOWN = 20
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -33,7 +32,7 @@ def logs(
     ] = None,
 ) -> None:
     """Show the decisions that were made: adapt, auto-routing and observe."""
-    from dnd_sdk.decision_log import read_decisions
+    from dnd_sdk.routing import read_decisions
 
     found, n_bad = read_decisions(out.find_home().logs, since=None if since is None else moment(since))
     if n_bad:
@@ -58,11 +57,11 @@ def moment(text: str) -> datetime:
 
 def _replay(out: Output, decisions: list[Decision], generator: Path | None) -> None:
     from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
-    from dnd_sdk.routing.replay import replay
-    from dnd_sdk.session.loading import generator_folder, measured
+    from dnd_sdk.routing import replay_decisions
+    from dnd_sdk.session import generator_folder, measured
 
     thresholds, _ = measured(generator_folder(DEFAULT_BASE, generator), DEFAULT_ENCODER)
-    changes, n_scored = replay(decisions, thresholds)
+    changes, n_scored = replay_decisions(decisions, thresholds)
     limits = _limits(thresholds)
     found = [{"now": c.now, **asdict(c.logged)} for c in changes]
 

@@ -42,11 +42,12 @@ def pull(
     ] = None,
 ) -> None:
     """Fetch models now, so that everything after works offline."""
-    from dnd_sdk import models
+    from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
+    from dnd_sdk.models import pull as fetch
 
     pulled = {}
-    for name in names or [models.DEFAULT_BASE, models.DEFAULT_ENCODER]:
+    for name in names or [DEFAULT_BASE, DEFAULT_ENCODER]:
         with out.step(f"pulling {name}"):
-            pulled[name] = str(models.pull(name, out.find_home(), progress=out.note))
+            pulled[name] = str(fetch(name, out.find_home(), progress=out.note))
     rows = [{"name": n, "path": p} for n, p in pulled.items()]
     out.emit({"models": rows}, "\n".join(p if out.quiet else f"{n}  {p}" for n, p in pulled.items()))

@@ -22,7 +22,7 @@ from dnd_sdk.cli.output import Output
 from dnd_sdk.config import SamplingOptions
 
 if TYPE_CHECKING:
-    from dnd_sdk.roles import Role
+    from dnd_sdk.prompts import Role
     from dnd_sdk.session import DnD
     from dnd_sdk.settings import Settings
 
@@ -48,7 +48,7 @@ RoleFile = Annotated[Path | None, typer.Option("--role", help="A role (LangGPT m
 
 def read_role_option(path: Path | None) -> Role | None:
     """The role in the file that `--role` names; raises `InputError`."""
-    from dnd_sdk.roles import read_role
+    from dnd_sdk.prompts import read_role
 
     return None if path is None else read_role(path)
 

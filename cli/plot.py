@@ -18,7 +18,7 @@ def plot(
     folder: Annotated[Path, typer.Option("--out", help="Folder for report.md and its pictures (SVG).")] = Path("plots"),
 ) -> None:
     """Draw a report of dnd eval (methods, tasks, format against knowledge) or of dnd bench gate (reliability)."""
-    from dnd_sdk.evaluation.plot import read_report, write_plots
+    from dnd_sdk.evaluation import read_report, write_plots
 
     written = write_plots(read_report(report), folder)
     out.emit({"files": [str(p) for p in written]}, "\n".join(map(str, written)))

@@ -15,7 +15,7 @@ from dnd_sdk.errors import ConfigError, DndError
 
 if TYPE_CHECKING:
     from dnd_sdk.adapters import AdapterStore
-    from dnd_sdk.roles import Role
+    from dnd_sdk.prompts import Role
     from dnd_sdk.session import Completion, CompletionStream, DnD
 
 BASE = "base"

@@ -56,9 +56,9 @@ def bench_train(
 ) -> None:
     """Time one training step and one generation of a recipe: any base, any sizes; nothing is kept."""
     check_config(config)
-    from dnd_sdk.training.bench import bench_train as measure
-    from dnd_sdk.training.bench import render
-    from dnd_sdk.training.settings import read_settings
+    from dnd_sdk.bench import bench_train as measure
+    from dnd_sdk.bench import render_training as render
+    from dnd_sdk.training import read_settings
 
     with out.progress("preparing") as report:
         result = measure(tasks, read_settings(config), out.find_home(), with_eta(report), repeats=repeats)

@@ -21,8 +21,8 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSourc
 from pydantic_settings import PydanticBaseSettingsSource as Source
 
 from dnd_sdk.config import SAMPLING, SamplingOptions
-from dnd_sdk.embedded import DEFAULT_BASE
 from dnd_sdk.errors import ConfigError
+from dnd_sdk.models import DEFAULT_BASE
 
 PREFIX = "DND_"
 PROJECT_FILE = Path("dnd.toml")

@@ -65,7 +65,7 @@ def dnd_command(*arguments: str) -> str:
 
 def fetch_weights(home: Any) -> None:
     """Fetch what is missing, by the command."""
-    from dnd_sdk.embedded import EMBEDDED, is_pulled
+    from dnd_sdk.models import EMBEDDED, is_pulled
 
     if all(is_pulled(name, home) for name in EMBEDDED):
         print(f"  {', '.join(EMBEDDED)}: already in {home.models}")

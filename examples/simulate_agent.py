@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dnd_sdk import DnD, Home
-from dnd_sdk.encoder import Encoded, Encoder
-from dnd_sdk.observe import MAX_KEPT_CHARS
+from dnd_sdk.models import Encoded, Encoder
+from dnd_sdk.observing import MAX_KEPT_CHARS
 from dnd_sdk.tasks import read_tasks
 
 ENCODE_BATCH = 64

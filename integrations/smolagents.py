@@ -10,13 +10,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from dnd_sdk.chat import ToolCall, read_answer, renders_tools
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.engine import renders_tools
 from dnd_sdk.errors import ConfigError, InputError, MissingExtraError
-from dnd_sdk.integrations.options import call_options
-from dnd_sdk.integrations.tool_calls import ToolCall, read_answer
-from dnd_sdk.session import DnD
-from dnd_sdk.session.session import AUTO, AdapterChoice
+from dnd_sdk.session import AUTO, AdapterChoice, DnD, call_options
 
 try:
     from smolagents.models import (

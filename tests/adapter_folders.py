@@ -11,7 +11,7 @@ from helpers import random_flat
 from safetensors.torch import save_file
 
 from dnd_sdk.adapters import Adapter, AdapterStore
-from dnd_sdk.lora_layout import LoraLayout, LoraModule
+from dnd_sdk.lora.layout import LoraLayout, LoraModule
 
 TINY = LoraLayout(4, 8.0, ("q_proj", "v_proj"), (LoraModule("m.0.q_proj", 6, 10), LoraModule("m.0.v_proj", 6, 5)))
 BASE = "b" * 64

@@ -42,7 +42,7 @@ def real_home() -> Home:
 @pytest.fixture
 def warm_home(real_home: Home, tmp_path: Path) -> Home:
     """An empty home that shares only the weights of `real_home`."""
-    from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, pull
+    from dnd_sdk.models.loading import DEFAULT_BASE, DEFAULT_ENCODER, pull
 
     for name in (DEFAULT_BASE, DEFAULT_ENCODER):
         pull(name, real_home)

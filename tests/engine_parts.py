@@ -10,8 +10,8 @@ from helpers import random_flat, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from dnd_sdk.engine import Engine
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.models import Base
+from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.models.loading import Base
 
 SAME_LOGITS = {"rtol": 1e-5, "atol": 2e-5}
 """The same fp32 operations in another order, under adapters that magnify the rounding (logits of about 1)."""

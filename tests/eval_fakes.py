@@ -13,7 +13,7 @@ from torch import Tensor
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import EvalSettings, Parts, evaluate
-from dnd_sdk.tasks import Row, Task
+from dnd_sdk.tasks.reading import Row, Task
 
 LABELS = ("yes", "no")
 

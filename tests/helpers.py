@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.lora.layout import LoraLayout
 
 SAME_MATHS = {"rtol": 1e-5, "atol": 1e-6}
 """fp32 on CPU, the same operations in another order."""

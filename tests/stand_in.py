@@ -13,12 +13,12 @@ from helpers import tiny_model, tiny_tokenizer
 from tiny_world import prompts_of, save_encoder, save_generator
 
 from dnd_sdk.config import Home
-from dnd_sdk.embedded import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, SOURCE_FILE
-from dnd_sdk.encoder import Encoder
-from dnd_sdk.models import load_base
+from dnd_sdk.models.embedded import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, SOURCE_FILE
+from dnd_sdk.models.encoder import Encoder
+from dnd_sdk.models.loading import load_base
+from dnd_sdk.models.wheels import sha256_file
 from dnd_sdk.routing import Calibration, Support, Thresholds
 from dnd_sdk.session import loading
-from dnd_sdk.wheel_fetch import sha256_file
 
 
 def shortened(recipe: str) -> str:

@@ -13,12 +13,12 @@ from helpers import SAME_MATHS, random_flat, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnd_sdk.adapters.merge import merge
 from dnd_sdk.adapters.peft_config import config_text
 from dnd_sdk.adapters.peft_folder import write_weights
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.lora.merge import merge_flats
 
 IDS = torch.tensor([[5, 9, 40, 77, 130, 200]])
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -67,7 +67,7 @@ def peft_logits(folder: Path, layout: LoraLayout, flats: list[torch.Tensor], how
 def test_merging_is_what_peft_does(tmp_path: Path, shared: bool, how: str) -> None:
     layout = LoraLayout.from_model(tiny_model(), r=3, lora_alpha=7.5)
     flats = with_shared_a(layout) if shared else [random_flat(layout, seed=i) for i in range(3)]
-    merged, kept = merge(flats, WEIGHTS, layout)
+    merged, kept = merge_flats(flats, WEIGHTS, layout)
     assert kept == pytest.approx(1.0) if shared else 0.3 < kept < 0.99
     found = logits(layout, merged)
     assert not torch.allclose(found, logits(layout, flats[0]), atol=1e-3)
@@ -79,7 +79,7 @@ def test_merging_is_what_peft_does(tmp_path: Path, shared: bool, how: str) -> No
 def test_the_change_is_the_weighted_sum_of_changes(n: int, seed: int, shared: bool) -> None:
     flats = with_shared_a(TINY, n) if shared else [random_flat(TINY, seed=seed + i) for i in range(n)]
     weights = [1 / (i + 1) for i in range(n)]
-    merged, kept = merge(flats, weights, TINY)
+    merged, kept = merge_flats(flats, weights, TINY)
     changes = [deltas(TINY, f) for f in flats]
     sums = [sum(w * d[i] for w, d in zip(weights, changes, strict=True)) for i in range(len(TINY.modules))]
     best = [_rank(s, TINY.r) for s in sums]
@@ -96,19 +96,19 @@ def _rank(matrix: torch.Tensor, r: int) -> torch.Tensor:
 
 def test_one_adapter_is_itself_and_zeros_stay_zeros() -> None:
     flat = random_flat(TINY)
-    merged, kept = merge([flat], [1.0], TINY)
+    merged, kept = merge_flats([flat], [1.0], TINY)
     assert torch.equal(merged, flat) and kept == 1.0
-    assert merge([torch.zeros_like(flat)] * 2, [0.5, 0.5], TINY)[1] == 1.0
+    assert merge_flats([torch.zeros_like(flat)] * 2, [0.5, 0.5], TINY)[1] == 1.0
 
 
 @pytest.mark.parametrize("n", [0, 2])
 def test_weights_pair_up(n: int) -> None:
     with pytest.raises(ConfigError, match="one weight per adapter"):
-        merge([random_flat(TINY)] * n, [1.0], TINY)
+        merge_flats([random_flat(TINY)] * n, [1.0], TINY)
 
 
 def test_the_inputs_are_left_alone() -> None:
     flats = [random_flat(TINY, seed=i) for i in range(2)]
     before = [f.clone() for f in flats]
-    merge(flats, [0.5, 0.5], TINY)
+    merge_flats(flats, [0.5, 0.5], TINY)
     torch.testing.assert_close(flats, before, **SAME_MATHS)

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from dnd_sdk.adapters.peft_config import config_text
 from dnd_sdk.adapters.peft_folder import adapter_id, check_flat, read_weights, write_weights
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
-from dnd_sdk.lora_layout import LoraLayout, LoraModule
-from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.lora.layout import LoraLayout, LoraModule
+from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
 
 WEIGHTS = "adapter_model.safetensors"
 A0, B0 = (s.peft_key for s in TINY.segments[:2])

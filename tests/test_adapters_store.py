@@ -37,7 +37,7 @@ from dnd_sdk.errors import (
     LayoutMismatchError,
     StorageError,
 )
-from dnd_sdk.lora_layout import LoraLayout, LoraModule
+from dnd_sdk.lora.layout import LoraLayout, LoraModule
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -8,10 +8,10 @@ import pytest
 from eval_fakes import make_task
 from training_parts import config_file, make_world, silent
 
-from dnd_sdk.bare_prompts import Frame, bare_task
 from dnd_sdk.config import Home
-from dnd_sdk.models import load_base
-from dnd_sdk.tasks import Row, Task
+from dnd_sdk.models.loading import load_base
+from dnd_sdk.tasks.bare import Frame, bare_task
+from dnd_sdk.tasks.reading import Row, Task
 from dnd_sdk.training import run_generator, run_zoo
 from dnd_sdk.training.batches import TokenRow
 from dnd_sdk.training.run_dir import RunDir

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dnd_sdk import bench
+from dnd_sdk.bench import adapting as bench
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 
 ADAPT_S, PLAIN_S, ENCODE_S, REUSE_S, TOKEN_S, ADAPTER_TOKEN_S = 0.3, 0.25, 0.2, 0.004, 0.01, 0.0105
@@ -80,7 +80,7 @@ def test_ratios_are_of_warm_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["adapt_steps_s"] == {"encode": 0.1, "total": 0.3}
     assert (report["schema_version"], report["n_prompts"], report["repeats"]) == (1, 64, 1)
     assert {"cpu", "cores", "torch", "torch_threads", "device", "dtype", "base"} <= set(report["machine"])
-    text = bench.render(report)
+    text = bench.render_adapting(report)
     assert "1.50 x  (1.25 x without calibration)" in text and "1.050 x time per token" in text
 
 

@@ -17,12 +17,12 @@ from routing_parts import FakeStore, adapter, task_vectors, unit
 from tiny_world import World, prompts_of
 
 from dnd_sdk.errors import InputError
-from dnd_sdk.evaluation.gate import KNOWN, MISSING, OUTCOMES, STORED, UNSEEN, Event, Gate, try_gate
-from dnd_sdk.evaluation.gate_noise import held_out_noise
-from dnd_sdk.evaluation.gate_plot import reliability_plot
-from dnd_sdk.evaluation.gate_report import build_gate_report
+from dnd_sdk.evaluation.gate.gate import KNOWN, MISSING, OUTCOMES, STORED, UNSEEN, Event, Gate, try_gate
+from dnd_sdk.evaluation.gate.noise import held_out_noise
+from dnd_sdk.evaluation.gate.plot import reliability_plot
+from dnd_sdk.evaluation.gate.reliability import auroc, brier, ece, measure, table
+from dnd_sdk.evaluation.gate.report import build_gate_report
 from dnd_sdk.evaluation.plot import read_report, write_plots
-from dnd_sdk.evaluation.reliability import auroc, brier, ece, measure, table
 from dnd_sdk.routing import (
     Calibration,
     Probabilities,
@@ -41,7 +41,7 @@ LIMITS = Thresholds(0.9, 0.4, -0.1, {}, MAPS)
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnd_sdk.evaluation.reliability.RESAMPLES", 60)
+    monkeypatch.setattr("dnd_sdk.evaluation.gate.reliability.RESAMPLES", 60)
 
 
 def events(n: int = 60, seed: int = 0) -> tuple[Any, Any, Any]:
@@ -218,9 +218,9 @@ def tasks_folder(root: Path) -> Path:
 
 
 def test_the_command_needs_no_base(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnd_sdk.models.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("dnd_sdk.models.loading.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     monkeypatch.setattr("dnd_sdk.session.loading.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
-    monkeypatch.setattr("dnd_sdk.evaluation.gate.SIZES", (1, 8))
+    monkeypatch.setattr("dnd_sdk.evaluation.gate.gate.SIZES", (1, 8))
     folder = shutil.copytree(world.generator, tmp_path / "generator")
     Calibration(LIMITS, Support(torch.eye(32)[:3], torch.eye(32)[3:6])).save(folder)
     options = ["--base", tmp_path / "none", "--generator", folder, "--home", world.home.root]
@@ -229,7 +229,7 @@ def test_the_command_needs_no_base(world: World, tmp_path: Path, monkeypatch: py
     assert found["kind"] == "gate" and found["settings"] == {"role": "train", "seeds": 1, "n_tasks": 3, "sizes": [1, 8]}
     assert found["sizes"]["8"]["n_queries"] == 3 * 2 and str(tmp_path) not in json.dumps(found)
     assert len(list(kept.iterdir())) == 3 + 14 + 5
-    monkeypatch.setattr("dnd_sdk.encoder.Encoder.encode", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr("dnd_sdk.models.encoder.Encoder.encode", lambda *_, **__: pytest.fail("encoded again"))
     assert found == dnd_json("bench", "gate", tasks, "--role", "train", "--seeds", 1, "--run-dir", kept, *options)
     shown = dnd("bench", "gate", tasks, "--role", "train", "--seeds", 1, "--run-dir", kept, *options).stdout
     assert "| prompts | recall | false reuse |" in shown and "| shuffled words |" in shown

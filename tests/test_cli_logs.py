@@ -10,8 +10,8 @@ from cli_runner import dnd, dnd_json
 from test_decision_log import decision
 
 from dnd_sdk.config import Home
-from dnd_sdk.decision_log import LOG_FILE, DecisionLog
 from dnd_sdk.routing import Thresholds
+from dnd_sdk.routing.decision_log import LOG_FILE, DecisionLog
 
 
 @pytest.fixture

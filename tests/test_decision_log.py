@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dnd_sdk.decision_log import LOG_FILE, OLD_FILE, Decision, DecisionLog, read_decisions
+from dnd_sdk.routing.decision_log import LOG_FILE, OLD_FILE, Decision, DecisionLog, read_decisions
 
 
 def decision(**changes: Any) -> Decision:

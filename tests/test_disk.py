@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dnd_sdk.disk import replacing, sweep, write_atomic
 from dnd_sdk.errors import StorageError
+from dnd_sdk.files.atomic import replacing, sweep, write_atomic
 
 
 def test_an_error_while_writing_leaves_the_old_content_alone(tmp_path: Path) -> None:

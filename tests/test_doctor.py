@@ -15,10 +15,10 @@ from cli_runner import dnd, dnd_json
 from helpers import random_flat
 from tiny_world import World, prompts_of, save_base
 
-from dnd_sdk import doctor
 from dnd_sdk.config import Home
-from dnd_sdk.doctor import TESTED, Check, _numbers, examine
-from dnd_sdk.embedded import EMBEDDED, SOURCE_FILE
+from dnd_sdk.doctor import checks as doctor
+from dnd_sdk.doctor.checks import TESTED, Check, _numbers, examine
+from dnd_sdk.models.embedded import EMBEDDED, SOURCE_FILE
 
 
 def looked(home: Home, **which: Any) -> dict[str, Check]:

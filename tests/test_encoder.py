@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from dnd_sdk.config import Home
-from dnd_sdk.encoder import Encoder, _length_buckets
 from dnd_sdk.errors import ConfigError, InputError, WeightsUnavailableError
-from dnd_sdk.models import DEFAULT_ENCODER, resolve
+from dnd_sdk.models.encoder import Encoder, _length_buckets
+from dnd_sdk.models.loading import DEFAULT_ENCODER, resolve
 
 SAME_VECTORS = {"rtol": 0, "atol": 1e-5}
 """The same maths in batches of other shapes; vectors have length 1."""

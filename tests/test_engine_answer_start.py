@@ -8,12 +8,12 @@ import pytest
 import torch
 from helpers import random_flat, tiny_model, tiny_tokenizer
 
-from dnd_sdk.engine.answer_start import ELSEWHERE, AnswerStart
-from dnd_sdk.engine.chat import prompt_ids
+from dnd_sdk.adaptation.answer_start import ELSEWHERE, AnswerStart
+from dnd_sdk.chat.template import prompt_ids
 from dnd_sdk.engine.prefix import MIN_SHARED
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
-from dnd_sdk.models import Base
+from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.models.loading import Base
 
 APART = ["ab", "c", "some longer words " * 3, "d e"]
 ALIKE = [f"Pick one of the {MIN_SHARED} words below: {p}" for p in APART]

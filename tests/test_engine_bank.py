@@ -11,7 +11,7 @@ from helpers import SAME_MATHS
 
 from dnd_sdk.engine import SlotBank
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, BankFullError, ConfigError, LayoutMismatchError
-from dnd_sdk.lora_linear import tables_from_flat
+from dnd_sdk.lora.linear import tables_from_flat
 
 LAYOUT = tiny_layout(tiny_base())
 A, B, C = (strong(LAYOUT, seed) for seed in (1, 2, 3))

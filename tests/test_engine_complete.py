@@ -14,7 +14,7 @@ from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import Engine
 from dnd_sdk.engine.decoding import _sampling, left_padded
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, InputError, LayoutMismatchError
-from dnd_sdk.lora_linear import use_lora
+from dnd_sdk.lora.linear import use_lora
 
 SHORT = SamplingOptions(max_new_tokens=8)
 

@@ -9,13 +9,13 @@ import torch
 from helpers import random_flat, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from dnd_sdk.engine import LabelCalibration
-from dnd_sdk.engine.answer_start import AnswerStart
-from dnd_sdk.engine.chat import prompt_ids
-from dnd_sdk.engine.label_calibration import MAX_PROMPTS, MIN_PROMPTS, PSEUDO_COUNT, gate, shifts
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
-from dnd_sdk.models import Base
+from dnd_sdk.adaptation import LabelCalibration
+from dnd_sdk.adaptation.answer_start import AnswerStart
+from dnd_sdk.adaptation.label_calibration import MAX_PROMPTS, MIN_PROMPTS, PSEUDO_COUNT, gate, shifts
+from dnd_sdk.chat.template import prompt_ids
+from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.models.loading import Base
 
 PROMPTS = [f"Is {7 * i % 13} more than {5 * i % 11}? Say y or n. {'Think. ' * (i % 3)}" for i in range(40)]
 LABELS = {"y": 9.0, "n": 7.0}
@@ -191,7 +191,7 @@ def test_no_hook_stays(base: Base, layout: LoraLayout, flat: Tensor, monkeypatch
 
     before = hooks()
     LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
-    monkeypatch.setattr("dnd_sdk.engine.answer_start._cut", lambda *_: 1 / 0)
+    monkeypatch.setattr("dnd_sdk.adaptation.answer_start._cut", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
     assert hooks() == before

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from dnd_sdk.engine.label_words import label_tokens, opening_mark, shared_words
+from dnd_sdk.adaptation.label_words import label_tokens, opening_mark, shared_words
 
 
 def test_shared_words_are_in_enough_prompts() -> None:

@@ -19,10 +19,10 @@ from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import EvalSettings
 from dnd_sdk.evaluation.job import TaskJob
 from dnd_sdk.evaluation.methods import conditioning_prompts
-from dnd_sdk.evaluation.paper import METHODS, SEVEN, compare, make_plan, render_paper
-from dnd_sdk.evaluation.paper_training import OWN, PaperTrainer, Seconds, apart
-from dnd_sdk.generator import Generator
-from dnd_sdk.tasks import Row, Task, read_tasks
+from dnd_sdk.evaluation.paper.comparison import METHODS, SEVEN, compare, make_plan, render_paper
+from dnd_sdk.evaluation.paper.training import OWN, PaperTrainer, Seconds, apart
+from dnd_sdk.generator.generator import Generator
+from dnd_sdk.tasks.reading import Row, Task, read_tasks
 from dnd_sdk.training import workbench
 from dnd_sdk.training.settings import read_settings
 from dnd_sdk.training.zoo import initial_adapter

@@ -14,7 +14,7 @@ from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import EvalSettings, Progress, evaluate, report_answered
 from dnd_sdk.evaluation.job import TaskJob
 from dnd_sdk.evaluation.methods import Treatment, example_rows
-from dnd_sdk.tasks import Row, data_hash
+from dnd_sdk.tasks.reading import Row, data_hash
 
 
 def test_examples_change_the_cache_key_and_nothing_else_does() -> None:

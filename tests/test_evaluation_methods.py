@@ -22,8 +22,8 @@ from dnd_sdk.evaluation.methods import (
     instruction,
     needs_training,
 )
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.tasks import Row
+from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.tasks.reading import Row
 
 TASKS = [make_task(n, n=100) for n in ("alpha", "beta", "gamma", "delta")]
 

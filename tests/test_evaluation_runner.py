@@ -15,7 +15,7 @@ from dnd_sdk.evaluation.methods import example_rows
 from dnd_sdk.evaluation.report import Unit, build_report
 from dnd_sdk.evaluation.runner import unrelated_tasks
 from dnd_sdk.evaluation.scoring import METRICS, mean_ci95, row_means
-from dnd_sdk.tasks import Row
+from dnd_sdk.tasks.reading import Row
 
 
 def test_the_report_keeps_the_contract() -> None:

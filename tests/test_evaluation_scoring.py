@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dnd_sdk.evaluation.scoring import AnswerFormat, lcs_length, mean_ci95, normalise, rouge_l
-from dnd_sdk.tasks import Row, Task
+from dnd_sdk.tasks.reading import Row, Task
 
 WORDS = st.lists(st.sampled_from("abcd"), max_size=9)
 

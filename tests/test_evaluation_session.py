@@ -9,13 +9,13 @@ from cli_runner import dnd_json
 from eval_fakes import LABELS
 from tiny_world import World, prompts_of
 
-from dnd_sdk.bench import bench_adapt, render
+from dnd_sdk.bench.adapting import bench_adapt, render_adapting
 from dnd_sdk.config import Home
 from dnd_sdk.evaluation import EvalSettings, Zoo, default_methods, evaluate
 from dnd_sdk.evaluation.methods import conditioning_prompts, donors
 from dnd_sdk.routing import choose_exemplars
 from dnd_sdk.session import DnD
-from dnd_sdk.tasks import Row, Task
+from dnd_sdk.tasks.reading import Row, Task
 
 
 def task_of(name: str) -> Task:
@@ -99,5 +99,5 @@ def test_bench_measures_a_session_and_leaves_no_trace(world: World) -> None:
     numbers = ("encode_s", "adapt_s", "reuse_ms", "decode_base_tokens_s", "decode_adapter_tokens_s", "peak_rss_mb")
     assert all(report[k] > 0 for k in numbers)
     assert set(report["adapt_steps_s"]) >= {"encode", "generate", "store", "swap", "total"}
-    assert report["machine"]["base"] == dnd.base.name and "adapt / encode" in render(report)
+    assert report["machine"]["base"] == dnd.base.name and "adapt / encode" in render_adapting(report)
     assert dnd.store.ls() == [kept] and dnd.engine.resident() == [kept.id]

@@ -25,10 +25,10 @@ from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.evaluation import EvalSettings, TaskTrainer, Zoo, evaluate
 from dnd_sdk.evaluation.runner import Progress
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.models import Base
+from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.models.loading import Base
 from dnd_sdk.session import DnD
-from dnd_sdk.tasks import Row, Task
+from dnd_sdk.tasks.reading import Row, Task
 from dnd_sdk.training import zoo as training_zoo
 from dnd_sdk.training.settings import PerTaskSettings
 from dnd_sdk.training.workbench import Workbench
@@ -71,13 +71,13 @@ def test_what_was_trained_is_kept_by_what_made_it(
 ) -> None:
     dnd, task = world.session(), task_of("upper")
     trainer, start = TaskTrainer(dnd, SETTINGS, tmp_path / "kept"), random_flat(dnd.layout, std=0.02)
-    stages, train_tasks = [], training_zoo.train_tasks
+    stages = []
 
     def watched(bench: Workbench, stage: PerTaskSettings, *args: Any) -> None:
         stages.append((stage.steps, stage.rows, stage.checkpoints, bench.run.seed))
         train_tasks(bench, stage, *args)
 
-    monkeypatch.setattr(training_zoo, "train_tasks", watched)
+    monkeypatch.setattr("dnd_sdk.training.train_tasks", watched)
     first = trainer.train(task, 0, start)
     other = [trainer.train(task, 1, start), trainer.train(task, 0, start, 1), trainer.train(task, 0, start * 2)]
     assert stages == [(2, 2, 2, 0), (2, 2, 2, 1), (1, 2, 1, 0), (2, 2, 2, 0)]
@@ -87,7 +87,7 @@ def test_what_was_trained_is_kept_by_what_made_it(
     def never(*_: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(training_zoo, "train_tasks", never)
+    monkeypatch.setattr("dnd_sdk.training.train_tasks", never)
     again = TaskTrainer(dnd, SETTINGS, tmp_path / "kept")
     assert torch.equal(again.train(task, 0, start), first)
     with pytest.raises(AssertionError, match="trained again"):
@@ -158,7 +158,7 @@ def test_every_method_runs_together_and_resumes_without_training(
             said.setdefault(record["key"], []).append(record["method"])
     assert all(len(found) == 1 for found in said.values())
 
-    monkeypatch.setattr(training_zoo, "train_tasks", None)
+    monkeypatch.setattr("dnd_sdk.training.train_tasks", None)
     told: list[Progress] = []
     assert evaluate(dnd, tasks, methods, settings, told.append, zoo=zoo, trainer=trainer) == report
     assert all(p.cached for p in told)

@@ -14,7 +14,7 @@ import pytest
 
 import dnd_sdk
 from dnd_sdk.config import Home
-from dnd_sdk.tasks import read_tasks
+from dnd_sdk.tasks.reading import read_tasks
 
 EXAMPLES = Path(dnd_sdk.__file__).parents[1] / "examples"
 JOBS = ("support_tickets", "meeting_deadlines")

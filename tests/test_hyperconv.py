@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dnd_sdk.hyperconv import HyperConvDecoder, HyperConvLayer
+from dnd_sdk.generator.hyperconv import HyperConvDecoder, HyperConvLayer
 
 GOLDEN = Path(__file__).parent / "hyperconv_golden.safetensors"
 

@@ -1,11 +1,13 @@
-"""Import weight and import direction: what may load torch, and which module may import which."""
+"""Import weight and import direction: what may load torch, which room may import which, and by which door."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,48 +16,30 @@ import pytest
 import dnd_sdk
 
 ROOT = Path(dnd_sdk.__file__).parents[1]
+TREES = ("dnd_sdk", "cli", "integrations")
 HEAVY = ("torch", "transformers", "peft", "faiss", "sentence_transformers", "llama_index", "numpy", "pydantic_settings")
 
 ROWS = {
-    **dict.fromkeys(("errors", "protocols"), 0),
-    **dict.fromkeys(
+    room: row
+    for row, rooms in enumerate(
         (
-            "config",
-            "decision_log",
-            "disk",
-            "embedded",
-            "lora_layout",
-            "models",
-            "prompts",
-            "roles",
-            "tasks",
-            "wheel_fetch",
-        ),
-        1,
-    ),
-    **dict.fromkeys(
-        ("adapters", "bare_prompts", "encoder", "hyperconv", "lora_linear", "settings", "weight_tokenizer"), 2
-    ),
-    **dict.fromkeys(("environment", "generator", "generator_card", "routing"), 3),
-    **dict.fromkeys(("engine", "observe", "stream_state", "training"), 4),
-    **dict.fromkeys(("bench", "doctor", "evaluation", "session"), 5),
-    **dict.fromkeys(("cli", "integrations"), 6),
+            "errors protocols machine",
+            "config files lora prompts tasks",
+            "chat models adapters",
+            "generator settings",
+            "engine routing",
+            "adaptation training",
+            "observing",
+            "session",
+            "evaluation bench doctor",
+            "cli integrations",
+        )
+    )
+    for room in rooms.split()
 }
-"""The row of each module or package: an import goes to a lower row, or to a neighbour that SIDEWAYS names."""
+"""The row of each room: an import goes to a lower row. There are no exceptions."""
 
-SIDEWAYS = {
-    ("embedded", "config"),
-    ("embedded", "wheel_fetch"),
-    ("models", "config"),
-    ("models", "embedded"),
-    ("models", "wheel_fetch"),
-    ("stream_state", "observe"),
-    ("bench", "session"),
-    ("doctor", "session"),
-    ("evaluation", "session"),
-}
-
-SERVING = ("session", "engine", "routing", "generator", "adapters", "encoder")
+SERVING = ("session", "engine", "routing", "generator", "adapters", "models")
 
 
 def loaded_after(code: str) -> set[str]:
@@ -99,52 +83,79 @@ def test_all_is_sorted_and_resolves() -> None:
     assert list(dnd_sdk.__all__) == sorted(dnd_sdk.__all__)
     for name in dnd_sdk.__all__:
         assert getattr(dnd_sdk, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+    with pytest.raises(AttributeError, match="dnd_sdk attribute Nothing"):
         _ = dnd_sdk.Nothing
 
 
-def module_of(path: Path) -> str:
-    """`dnd_sdk/engine/slots.py` and `cli/run.py` -> `engine`, `cli`."""
-    first, *rest = path.relative_to(ROOT).parts
-    return first if first in ("cli", "integrations") else rest[0].removesuffix(".py")
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the three trees by its installed name: `cli/run.py` is `dnd_sdk.cli.run`."""
+    found = {}
+    for path in (p for tree in TREES for p in (ROOT / tree).rglob("*.py")):
+        parts = [p for p in path.relative_to(ROOT).with_suffix("").parts if p != "__init__"]
+        found[".".join(parts if parts[0] == "dnd_sdk" else ["dnd_sdk", *parts])] = path
+    return found
 
 
-def imported(source: str, *, package: str) -> set[str]:
-    """The dnd_sdk modules (first name below the package) that `source` imports, anywhere in the file."""
-    found: set[str] = set()
+def room_of(module: str) -> str:
+    """`dnd_sdk.engine.bank` -> `engine`; the package itself has none."""
+    return (module.split(".") + [""])[1]
+
+
+def imports(source: str) -> Iterator[tuple[str, str]]:
+    """(module, name) of what `source` imports from dnd_sdk, anywhere in the file, also for types alone."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("dnd_sdk.")}
-        elif isinstance(node, ast.ImportFrom) and node.level == 1 and package:
-            found.add(package)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "") == "dnd_sdk":
-            found |= {a.name for a in node.names if a.name in ROWS} | {
-                dnd_sdk._HOMES[a.name] for a in node.names if a.name in dnd_sdk._HOMES
-            }
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dnd_sdk."):
-            found.add(str(node.module).split(".")[1])
-    return found
+            yield from ((a.name, "") for a in node.names if a.name.split(".")[0] == "dnd_sdk")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dnd_sdk":
+            yield from ((str(node.module), a.name) for a in node.names)
+
+
+@cache
+def faces() -> dict[tuple[str, str], str]:
+    """(package, name) -> the module that a face takes the name from."""
+    return {
+        (package, alias.name): f"{package}.{node.module}"
+        for package, path in modules().items()
+        if (stub := path.with_suffix(".pyi")).exists()
+        for node in ast.parse(stub.read_text("utf-8")).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def target_of(module: str, name: str) -> str:
+    """The module an import ends at, through faces."""
+    while (module, name) in faces():
+        module = faces()[module, name]
+    return f"{module}.{name}" if f"{module}.{name}" in modules() else module
 
 
 @cache
 def graph() -> dict[str, set[str]]:
-    """Every module's imports of its neighbours."""
-    arrows: dict[str, set[str]] = {}
-    for tree in ("dnd_sdk", "cli", "integrations"):
-        for path in (ROOT / tree).rglob("*.py"):
-            if path != ROOT / "dnd_sdk" / "__init__.py":
-                name = module_of(path)
-                arrows.setdefault(name, set()).update(imported(path.read_text("utf-8"), package=name) - {name})
-    return arrows
+    """Every module's imports of other modules."""
+    return {
+        module: {target_of(*found) for found in imports(path.read_text("utf-8"))} - {module}
+        for module, path in modules().items()
+    }
+
+
+def by_room(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same between rooms."""
+    rooms: dict[str, set[str]] = {}
+    for module, targets in arrows.items():
+        if room := room_of(module):
+            rooms.setdefault(room, set()).update({room_of(t) for t in targets} - {room, ""})
+    return rooms
 
 
 def violations(arrows: dict[str, set[str]]) -> list[str]:
-    """Arrows that go up, or sideways without leave."""
+    """Arrows that go up or sideways."""
     return [
         f"{a} (row {ROWS[a]}) imports {b} (row {ROWS[b]})"
         for a in sorted(arrows)
         for b in sorted(arrows[a])
-        if ROWS[b] >= ROWS[a] and (a, b) not in SIDEWAYS
+        if ROWS[b] >= ROWS[a]
     ]
 
 
@@ -159,32 +170,74 @@ def reachable(start: str, arrows: dict[str, set[str]]) -> set[str]:
     return seen
 
 
-def test_every_module_has_a_row() -> None:
-    named = {*graph(), *(b for targets in graph().values() for b in targets)}
-    assert named <= ROWS.keys(), f"give these a row: {sorted(named - ROWS.keys())}"
+def circles(arrows: dict[str, set[str]]) -> list[str]:
+    """What imports itself through others."""
+    return sorted(m for m in arrows if m in reachable(m, arrows))
+
+
+def past_faces(module: str, source: str) -> list[str]:
+    """Imports that go to another room by another way than its face."""
+    mine = room_of(module)
+    return [
+        f"{module} imports {name} from {found}"
+        for found, name in imports(source)
+        if (room := room_of(found)) and room != mine and room not in ("cli", "integrations")
+        if modules().get(found, Path()).name != "__init__.py" and len(found.split(".")) > 2
+    ]
+
+
+def test_every_room_has_a_row() -> None:
+    named = {room_of(m) for m in modules()} - {""}
+    assert named == ROWS.keys()
 
 
 def test_imports_go_down_only() -> None:
-    assert violations(graph()) == []
+    assert violations(by_room(graph())) == []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert circles(graph()) == []
+
+
+def test_rooms_are_entered_by_their_face() -> None:
+    assert [p for m, path in modules().items() for p in past_faces(m, path.read_text("utf-8"))] == []
+
+
+def test_every_room_has_a_face_that_keeps_its_word() -> None:
+    for package in (m for m, path in modules().items() if path.name == "__init__.py" and path.parts[-3] == "dnd_sdk"):
+        loaded = importlib.import_module(package)
+        assert loaded.__doc__ and (ROOT / package.replace(".", "/") / "__init__.pyi").exists(), package
+        for name in loaded.__all__:
+            getattr(loaded, name)
+
+
+def test_the_root_holds_six_modules() -> None:
+    names = {path.stem for path in (ROOT / "dnd_sdk").glob("*.py")}
+    assert names == {"__init__", "config", "errors", "machine", "protocols", "settings"}
 
 
 def test_serving_never_imports_training() -> None:
-    for module in SERVING:
-        assert "training" not in reachable(module, graph()), module
+    for room in SERVING:
+        assert "training" not in reachable(room, by_room(graph())), room
 
 
 def test_the_checks_on_arrows_can_fail() -> None:
-    assert violations({"engine": {"session"}, "session": {"engine"}}) == ["engine (row 4) imports session (row 5)"]
+    both = {"engine": {"session"}, "session": {"engine"}}
+    assert violations(both) == ["engine (row 4) imports session (row 7)"]
+    assert circles(both) == ["engine", "session"] and circles({"session": {"engine"}}) == []
     assert "training" in reachable("session", {"session": {"engine"}, "engine": {"training"}})
-    assert imported("def f():\n    from dnd_sdk.training.zoo import x", package="engine") == {"training"}
-    assert imported("from dnd_sdk import DnD\nimport dnd_sdk.engine.slots", package="cli") == {"session", "engine"}
+    typed = "if TYPE_CHECKING:\n    from dnd_sdk.training.zoo import x"
+    assert list(imports(typed)) == [("dnd_sdk.training.zoo", "x")]
+    assert past_faces("dnd_sdk.engine.bank", typed) == ["dnd_sdk.engine.bank imports x from dnd_sdk.training.zoo"]
+    assert past_faces("dnd_sdk.training.check", typed) == []
+    assert past_faces("dnd_sdk.cli.run", "from dnd_sdk.session import DnD\nfrom dnd_sdk.errors import DndError") == []
+    assert target_of("dnd_sdk", "DnD") == "dnd_sdk.session.session"
 
 
 def test_relative_imports_stay_inside_their_package() -> None:
     """Two dots or a bare `import cli` would make a second copy of a module under another name."""
-    for tree in ("dnd_sdk", "cli", "integrations"):
-        for path in (ROOT / tree).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-                if isinstance(node, ast.ImportFrom):
-                    assert node.level <= 1, f"{path}:{node.lineno}"
-                    assert (node.module or "").split(".")[0] not in ("cli", "integrations") or node.level, path
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, f"{path}:{node.lineno}"
+                assert (node.module or "").split(".")[0] not in ("cli", "integrations") or node.level, path

@@ -14,7 +14,7 @@ from tiny_world import World, prompts_of
 
 from dnd_sdk.errors import StorageError
 from dnd_sdk.integrations.llamaindex import DnDLLM
-from dnd_sdk.observe import StreamSettings
+from dnd_sdk.observing.prompt_stream import StreamSettings
 from dnd_sdk.session import DnD
 
 SHORT = {"max_tokens": 4}

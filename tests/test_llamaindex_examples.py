@@ -14,7 +14,7 @@ from test_session_observing import tell_apart
 from tiny_world import World
 
 from dnd_sdk.config import Home
-from dnd_sdk.observe import StreamSettings
+from dnd_sdk.observing.prompt_stream import StreamSettings
 from dnd_sdk.session import DnD
 
 SMALL = ["--prompts", "6", "--questions", "1"]

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from dnd_sdk.errors import ConfigError, LayoutMismatchError
-from dnd_sdk.lora_layout import ALL_LINEAR, MAX_RANK, LoraLayout, LoraModule
+from dnd_sdk.lora.layout import ALL_LINEAR, MAX_RANK, LoraLayout, LoraModule
 
 
 class OddModel(nn.Module):

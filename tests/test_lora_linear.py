@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
 
 RANK = 3
 

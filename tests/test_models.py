@@ -20,11 +20,13 @@ import torch
 from helpers import FAMILIES, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
-from dnd_sdk import embedded, models, wheel_fetch
 from dnd_sdk.config import Home
-from dnd_sdk.embedded import EMBEDDED, EmbeddedModel
 from dnd_sdk.errors import ConfigError, StorageError, WeightsUnavailableError
-from dnd_sdk.wheel_fetch import WheelSpec, install_folder, safe_relative
+from dnd_sdk.models import embedded
+from dnd_sdk.models import loading as models
+from dnd_sdk.models import wheels as wheel_fetch
+from dnd_sdk.models.embedded import EMBEDDED, EmbeddedModel
+from dnd_sdk.models.wheels import WheelSpec, install_folder, safe_relative
 
 
 @pytest.fixture
@@ -250,7 +252,7 @@ def test_a_home_that_is_a_file(tmp_path: Path, tiny_embedded: EmbeddedModel) -> 
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from dnd_sdk.wheel_fetch import install_folder
+from dnd_sdk.models.wheels import install_folder
 target, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 def build(folder):
     with log.open("a") as f: f.write("built\\n")
@@ -449,7 +451,7 @@ def test_dtypes() -> None:
 
 
 def test_importing_models_loads_no_torch() -> None:
-    code = "import dnd_sdk.models, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import dnd_sdk.models.loading, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,7 +11,7 @@ import torch
 from routing_parts import WIDTH, task_vectors
 
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, InputError
-from dnd_sdk.observe import MAX_KEPT_CHARS, Choice, PromptStream, StreamSettings
+from dnd_sdk.observing.prompt_stream import MAX_KEPT_CHARS, Choice, PromptStream, StreamSettings
 
 SMALL = StreamSettings(min_prompts=10, max_prompts=16)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dnd_sdk import prompts as module
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.prompts import MAX_PROMPTS, clean_prompts, prompt_set_hash, read_prompts
+from dnd_sdk.prompts import reading as module
+from dnd_sdk.prompts.reading import MAX_PROMPTS, clean_prompts, prompt_set_hash, read_prompts
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -62,7 +62,7 @@ def test_standard_input_is_told_apart(content: str, as_text: bool) -> None:
 
 
 def test_standard_input_of_the_process() -> None:
-    code = "from dnd_sdk.prompts import read_prompts; print(read_prompts('-').prompts)"
+    code = "from dnd_sdk.prompts.reading import read_prompts; print(read_prompts('-').prompts)"
     run = subprocess.run([sys.executable, "-c", code], input="a\nb\n", capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "('a', 'b')"
 
@@ -202,5 +202,5 @@ def test_hash_ignores_order_duplicates_and_whitespace_only() -> None:
 
 
 def test_reading_prompts_loads_no_torch() -> None:
-    code = "import sys, dnd_sdk.prompts; sys.exit('torch' in sys.modules)"
+    code = "import sys, dnd_sdk.prompts.reading; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

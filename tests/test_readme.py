@@ -110,7 +110,7 @@ def test_the_llamaindex_lines_are_the_three_added_ones_of_the_example() -> None:
 def test_the_library_example_runs(
     real_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, pull
+    from dnd_sdk.models.loading import DEFAULT_BASE, DEFAULT_ENCODER, pull
 
     for name in (DEFAULT_BASE, DEFAULT_ENCODER):
         pull(name, real_home)

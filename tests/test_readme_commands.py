@@ -30,7 +30,7 @@ from stand_in import furnish, install
 from test_readme import ROOT, TEXT, blocks
 
 from dnd_sdk.config import Home
-from dnd_sdk.embedded import DEFAULT_BASE, DEFAULT_ENCODER
+from dnd_sdk.models.embedded import DEFAULT_BASE, DEFAULT_ENCODER
 from dnd_sdk.training import settings as training_settings
 
 EXAMPLES = ROOT / "examples"
@@ -234,8 +234,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
             patch.chdir(furnish(root / name, EXAMPLES, EXAMPLES / "tiny_tasks" / "tasks", RECIPE))
             ran |= {command: run(command) for command in commands}
         # where the recipe for a CPU ended, the one for a GPU goes on from what it made as from the shipped generator
-        Path("dnd_sdk/generators").mkdir(parents=True)
-        Path("dnd_sdk/generators/smollm2-135m").symlink_to(Path("runs/generator/generator").absolute())
+        Path("dnd_sdk/generator/shipped").mkdir(parents=True)
+        Path("dnd_sdk/generator/shipped/smollm2-135m").symlink_to(Path("runs/generator/generator").absolute())
         ran |= {command: run(command) for command in header_commands(EXAMPLES / "train_gpu.toml")}
         run("dnd adapt examples/handbook/prompts.txt --name handbook")
         Path(root / "eval.json").write_text(run("dnd eval TASKS --limit 2 --json").stdout, "utf-8")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from test_readme import ROOT, TEXT
 
-from dnd_sdk.embedded import DEFAULT_BASE
+from dnd_sdk.models.embedded import DEFAULT_BASE
 
-SHIPPED = ROOT / "dnd_sdk" / "generators" / DEFAULT_BASE / "evaluation.json"
+SHIPPED = ROOT / "dnd_sdk" / "generator" / "shipped" / DEFAULT_BASE / "evaluation.json"
 METRICS = ("exact_match", "option_accuracy", "valid_format")
 ROW = re.compile(r"^\| ([a-z0-9-]+) \| [^|]+ \| ([0-9.]+) \| ([0-9.]+) \| ([0-9.]+) \|$", re.MULTILINE)
 

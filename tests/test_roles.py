@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tiny_world import World, prompts_of
 
 from dnd_sdk.adapters import AdapterStore
+from dnd_sdk.chat.messages import with_role
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.prompts import prompt_set_hash
-from dnd_sdk.roles import BRIEF_BYTES, MAX_ROLE_BYTES, Role, as_role, read_role
-from dnd_sdk.session.prompting import with_role
+from dnd_sdk.prompts.reading import prompt_set_hash
+from dnd_sdk.prompts.roles import BRIEF_BYTES, MAX_ROLE_BYTES, Role, as_role, read_role
 
 ENGLISH = """# Role: Travel Agent
 

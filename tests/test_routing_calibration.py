@@ -11,9 +11,9 @@ from routing_parts import FakeStore, adapter, task_vectors, unit
 
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 from dnd_sdk.routing import Calibration, Router, Support, Thresholds, fit_thresholds, noise_prompts
-from dnd_sdk.routing.calibration import SUPPORT_FILE, THRESHOLDS_FILE, compare_tasks, threshold_for
-from dnd_sdk.routing.similarity import similarity
+from dnd_sdk.routing.similarity import set_similarity
 from dnd_sdk.routing.support import centres_of
+from dnd_sdk.routing.thresholds import SUPPORT_FILE, THRESHOLDS_FILE, compare_tasks, threshold_for
 
 N_TASKS = 12
 WIDTH = 64
@@ -72,7 +72,7 @@ def test_trials_equal_comparing_sets_one_by_one() -> None:
     for v in given.values():
         order = torch.randperm(8, generator=rng)
         halves.append((v[order[:4]], v[order[4:]]))
-    scores = torch.tensor([[similarity(ask, kept) for kept, _ in halves] for _, ask in halves])
+    scores = torch.tensor([[set_similarity(ask, kept) for kept, _ in halves] for _, ask in halves])
     assert torch.allclose(trials.own, scores.diagonal(), atol=1e-5)
     assert torch.allclose(trials.other, (scores - 9 * torch.eye(4)).max(dim=1).values, atol=1e-5)
     assert torch.allclose(trials.family, scores[[0, 1, 2, 3], [1, 0, 3, 2]], atol=1e-5)

@@ -19,7 +19,7 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, InputError, StorageError
 from dnd_sdk.routing.index import INDEX_FILE, MANIFEST_FILE, AdapterIndex, Key
-from dnd_sdk.routing.similarity import similarity
+from dnd_sdk.routing.similarity import set_similarity
 
 KEY = Key(WIDTH, "mini", ENCODER, BASE)
 
@@ -46,7 +46,7 @@ def test_search_equals_plain_faiss() -> None:
 def test_score_equals_comparing_every_adapter(n: int) -> None:
     index, query = filled(4), task_vectors(2, n, seed=5)
     used = query if n <= 128 else query[torch.linspace(0, n - 1, 128).round().long()]
-    expected = sorted(((similarity(used, task_vectors(t, 9)), f"a{t}") for t in range(4)), reverse=True)
+    expected = sorted(((set_similarity(used, task_vectors(t, 9)), f"a{t}") for t in range(4)), reverse=True)
     found = index.score(query)
     assert [h.adapter_id for h in found] == [name for _, name in expected]
     assert [h.score for h in found] == pytest.approx([s for s, _ in expected], rel=1e-4)
@@ -223,7 +223,7 @@ def test_an_interrupted_save_never_mixes_two_states(tmp_path: Path, monkeypatch:
             raise OSError(28, "No space left on device")
         real(source, target)
 
-    monkeypatch.setattr("dnd_sdk.disk.os.replace", stop_at_manifest)
+    monkeypatch.setattr("dnd_sdk.files.atomic.os.replace", stop_at_manifest)
     with pytest.raises(StorageError, match="No space left"):
         index.save(tmp_path)
     assert AdapterIndex.load(tmp_path, KEY) is None  # the new index beside the old manifest counts for nothing

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dnd_sdk.errors import ConfigError, GeneratorError
 from dnd_sdk.routing import Calibration, Probabilities, Router, ScoreMap, Support, Thresholds, fit_thresholds
-from dnd_sdk.routing.calibration import THRESHOLDS_FILE
 from dnd_sdk.routing.probability import fit_map, reuse_map, support_map
 from dnd_sdk.routing.support import centres_of
+from dnd_sdk.routing.thresholds import THRESHOLDS_FILE
 
 MANY = (10**9, 10**9)
 """So many independent sources that nothing is smoothed."""

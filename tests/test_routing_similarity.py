@@ -7,7 +7,7 @@ import torch
 from routing_parts import task_vectors, unit
 
 from dnd_sdk.errors import InputError
-from dnd_sdk.routing.similarity import MIN_COHERENCE, check_vectors, choose_exemplars, coherence, kernel, similarity
+from dnd_sdk.routing.similarity import MIN_COHERENCE, check_vectors, choose_exemplars, coherence, kernel, set_similarity
 
 
 def loop_coherence(vectors: torch.Tensor) -> float:
@@ -19,22 +19,24 @@ def test_equals_a_loop_over_pairs() -> None:
     a, b = task_vectors(0, 5), task_vectors(1, 7)
     mean = sum(float(x @ y) * abs(float(x @ y)) for x in a for y in b) / 35
     low = max(loop_coherence(a), MIN_COHERENCE) * max(loop_coherence(b), MIN_COHERENCE)
-    assert similarity(a, b) == pytest.approx(mean / low**0.5, rel=1e-4)
-    assert similarity(a, b) == pytest.approx(similarity(b, a))
-    assert similarity(a, b, coherence_a=coherence(a), coherence_b=coherence(b)) == pytest.approx(similarity(a, b))
+    assert set_similarity(a, b) == pytest.approx(mean / low**0.5, rel=1e-4)
+    assert set_similarity(a, b) == pytest.approx(set_similarity(b, a))
+    known = set_similarity(a, b, coherence_a=coherence(a), coherence_b=coherence(b))
+    assert known == pytest.approx(set_similarity(a, b))
 
 
 @pytest.mark.parametrize("spread", [0.2, 0.6, 1.0])
 def test_samples_of_one_task_score_about_one_however_alike_its_prompts_are(spread: float) -> None:
-    same = similarity(task_vectors(0, 48, spread=spread), task_vectors(0, 48, seed=1, spread=spread))
+    same = set_similarity(task_vectors(0, 48, spread=spread), task_vectors(0, 48, seed=1, spread=spread))
     assert 0.9 < same < 1.1
-    assert similarity(task_vectors(0, 48, spread=spread), task_vectors(1, 48, spread=spread)) < 0.5
+    assert set_similarity(task_vectors(0, 48, spread=spread), task_vectors(1, 48, spread=spread)) < 0.5
 
 
 def test_one_prompt_agrees_with_itself_and_noise_is_not_amplified() -> None:
     assert coherence(task_vectors(0, 1)) == 1.0
     assert coherence(torch.eye(48)[:40]) == MIN_COHERENCE
-    assert similarity(task_vectors(0, 1), task_vectors(0, 32)) < similarity(task_vectors(0, 8), task_vectors(0, 32))
+    whole = task_vectors(0, 32)
+    assert set_similarity(task_vectors(0, 1), whole) < set_similarity(task_vectors(0, 8), whole)
 
 
 def test_opposite_prompts_are_not_alike() -> None:

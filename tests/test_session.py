@@ -12,6 +12,8 @@ import torch
 from helpers import random_flat
 from tiny_world import World, prompts_of, save_base
 
+from dnd_sdk.adaptation import Limits
+from dnd_sdk.adaptation.vetting import PROBE, PROBE_TOKENS, Vetting
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.errors import (
     AdapterNotFoundError,
@@ -22,9 +24,8 @@ from dnd_sdk.errors import (
     LayoutMismatchError,
     StorageError,
 )
-from dnd_sdk.session import DnD, Limits
+from dnd_sdk.session import DnD
 from dnd_sdk.session.results import STEPS
-from dnd_sdk.session.vetting import PROBE, PROBE_TOKENS, Vetting
 
 MESSAGES = [[{"role": "user", "content": "hello there"}]]
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_world import World, prompts_of
 
 from dnd_sdk.errors import AdapterCorruptError, InputError, LayoutMismatchError, StorageError
-from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.session import DnD
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "dnd.json"

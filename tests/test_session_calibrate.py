@@ -13,8 +13,8 @@ from cli_runner import dnd_json
 from tiny_world import World, make_world, prompts_of
 from torch import Tensor
 
-from dnd_sdk.engine import Calibrated, LabelCalibration
-from dnd_sdk.roles import Role
+from dnd_sdk.adaptation import Calibrated, LabelCalibration
+from dnd_sdk.prompts.roles import Role
 
 SHARES = {"yes": 0.75, "no": 0.125}
 

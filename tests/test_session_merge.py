@@ -7,10 +7,11 @@ from cli_runner import dnd_json
 from helpers import random_flat
 from tiny_world import World, prompts_of
 
+from dnd_sdk.adaptation import Limits
 from dnd_sdk.adapters import Adapter
-from dnd_sdk.adapters.merge import merge
 from dnd_sdk.errors import ConfigError, StorageError
-from dnd_sdk.session import DnD, Limits
+from dnd_sdk.lora.merge import merge_flats
+from dnd_sdk.session import DnD
 
 MIXED = prompts_of("upper", 6) + prompts_of("lower", 6) + prompts_of("digits", 2)
 
@@ -36,7 +37,7 @@ def test_merging_the_nearest(dnd: DnD, parents: dict[str, Adapter]) -> None:
         {a.id: s / sum(scores) for a, s in zip(chosen, scores, strict=True)}
     )
     flats = [dnd.store.load(a, dnd.layout) for a in chosen]
-    expected, _ = merge(flats, [s / sum(scores) for s in scores], dnd.layout)
+    expected, _ = merge_flats(flats, [s / sum(scores) for s in scores], dnd.layout)
     assert (dnd.store.load(made, dnd.layout) - expected).abs().max() < 1e-6
     assert made.id in dnd.engine.resident() and dnd.store.verify() == []
     card = (made.path / "README.md").read_text()

@@ -14,12 +14,13 @@ import torch
 from test_session import Interrupt
 from tiny_world import World, prompts_of
 
-from dnd_sdk.decision_log import LOG_FILE, read_decisions
 from dnd_sdk.errors import InputError, StorageError
-from dnd_sdk.observe import StreamSettings
+from dnd_sdk.observing import observer as observing
+from dnd_sdk.observing.prompt_stream import StreamSettings
 from dnd_sdk.routing import Thresholds
-from dnd_sdk.routing.replay import replay
-from dnd_sdk.session import DnD, observing
+from dnd_sdk.routing.decision_log import LOG_FILE, read_decisions
+from dnd_sdk.routing.replay import replay_decisions
+from dnd_sdk.session import DnD
 
 TASKS = ("upper", "digits", "lower")
 
@@ -223,8 +224,8 @@ def test_every_decision_is_logged_without_a_prompt(world: World, monkeypatch: py
     assert all(d.cluster is not None for d in found if d.kind == "observe")
     text = (world.home.logs / LOG_FILE).read_text()
     assert "QUESTION" not in text and "cat" not in text
-    assert replay(found, dnd.router.thresholds)[0] == []
-    assert len(replay(found, Thresholds(reuse=-1.0, reuse_single=-1.0, support=-1.0))[0]) > 0
+    assert replay_decisions(found, dnd.router.thresholds)[0] == []
+    assert len(replay_decisions(found, Thresholds(reuse=-1.0, reuse_single=-1.0, support=-1.0))[0]) > 0
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(

@@ -235,4 +235,4 @@ def test_only_the_command_line_and_its_reports_read_settings() -> None:
     package = Path(dnd_sdk.__file__).parent
     sources = [*package.rglob("*.py"), *(package.parent / "integrations").rglob("*.py")]
     readers = {p.stem for p in sources if "cli" not in p.parts and "dnd_sdk.settings import" in p.read_text("utf-8")}
-    assert len(sources) > 50 and readers == {"doctor", "environment"}
+    assert len(sources) > 50 and readers == {"checks", "environment"}

@@ -17,8 +17,8 @@ from test_llamaindex_examples import shown
 from tiny_world import World, prompts_of
 from tool_parts import HERMES_TEMPLATE, QWEN_TEMPLATE, hermes_call
 
+from dnd_sdk.chat.template import prompt_ids
 from dnd_sdk.config import Home
-from dnd_sdk.engine.chat import prompt_ids
 from dnd_sdk.errors import ConfigError, InputError, MissingExtraError
 from dnd_sdk.integrations.smolagents import DnDModel
 from dnd_sdk.session import Completion, DnD

@@ -13,10 +13,10 @@ import torch
 from routing_parts import task_vectors
 from safetensors.torch import save_file
 
-import dnd_sdk.stream_state as stream_state
+import dnd_sdk.observing.saved as stream_state
 from dnd_sdk.errors import StorageError
-from dnd_sdk.observe import Choice, PromptStream, StreamSettings
-from dnd_sdk.stream_state import STATE_FILE, load_stream, save_stream
+from dnd_sdk.observing.prompt_stream import Choice, PromptStream, StreamSettings
+from dnd_sdk.observing.saved import STATE_FILE, load_stream, save_stream
 
 SMALL = StreamSettings(min_prompts=6, max_prompts=8, max_clusters=16)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dnd_sdk.errors import InputError
-from dnd_sdk.tasks import Row, data_hash, read_tasks
+from dnd_sdk.tasks.reading import Row, data_hash, read_tasks
 
 
 def row(i: int, response: str = "yes", split: str = "train", **extra: Any) -> dict[str, Any]:
@@ -148,5 +148,5 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
 
 
 def test_reading_tasks_loads_no_torch() -> None:
-    code = "import sys, dnd_sdk.tasks; sys.exit('torch' in sys.modules)"
+    code = "import sys, dnd_sdk.tasks.reading; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnd_sdk.integrations.tool_calls import ToolCall, plain_so_far, read_answer
+from dnd_sdk.chat.tool_calls import ToolCall, plain_so_far, read_answer
 
 OFFERED = ("add", "look_up")
 ADD = ToolCall("add", {"a": 2, "b": 3})

@@ -14,13 +14,14 @@ from training_parts import config_file, make_world, silent
 
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
-from dnd_sdk.encoder import Encoder
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError, LayoutMismatchError
 from dnd_sdk.evaluation import Zoo
-from dnd_sdk.generator import Generator, GeneratorConfig
-from dnd_sdk.generator_card import record_evaluation
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.generator.card import record_evaluation
+from dnd_sdk.generator.generator import Generator, GeneratorConfig
+from dnd_sdk.generator.weight_tokenizer import WeightTokenizer
+from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.training import run_generator, run_zoo
 from dnd_sdk.training.batches import TokenRow, answer_loss, micro_batches, sample_tasks
 from dnd_sdk.training.int8_base import quantize_frozen_linears
@@ -30,7 +31,6 @@ from dnd_sdk.training.settings import read_settings
 from dnd_sdk.training.trainer import masked_mse, token_weights
 from dnd_sdk.training.workbench import prepare
 from dnd_sdk.training.zoo import initial_adapter, read_zoo
-from dnd_sdk.weight_tokenizer import WeightTokenizer
 
 
 @pytest.fixture(scope="module")

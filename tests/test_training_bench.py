@@ -15,14 +15,14 @@ from stand_in import install
 from training_parts import make_tasks, make_world, silent
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dnd_sdk.bench.training import bench_train
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.generator import GeneratorConfig, decoder_shapes
-from dnd_sdk.hyperconv import HyperConvDecoder
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.training.bench import bench_train
+from dnd_sdk.generator.generator import GeneratorConfig, decoder_shapes
+from dnd_sdk.generator.hyperconv import HyperConvDecoder
+from dnd_sdk.generator.weight_tokenizer import WeightTokenizer
+from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.training.settings import read_settings
-from dnd_sdk.weight_tokenizer import WeightTokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from training_parts import config_file, make_world, silent
 
 from dnd_sdk.config import Home
-from dnd_sdk.encoder import Encoder
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.generator import Generator
+from dnd_sdk.generator.generator import Generator
+from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.training import run_generator, run_zoo
 from dnd_sdk.training.batches import held_out, sample_rows, sample_tasks
 from dnd_sdk.training.check import Check

@@ -8,8 +8,8 @@ from helpers import FAMILIES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnd_sdk.lora_layout import LoraLayout, LoraModule
-from dnd_sdk.weight_tokenizer import BORDER, WeightTokenizer, chunk_width
+from dnd_sdk.generator.weight_tokenizer import BORDER, WeightTokenizer, chunk_width
+from dnd_sdk.lora.layout import LoraLayout, LoraModule
 
 PARTS = [("lora_A", "lora_B"), ("lora_B",), ("lora_A",)]
 

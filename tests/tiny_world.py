@@ -9,16 +9,17 @@ import torch
 from helpers import random_flat, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
+from dnd_sdk.adaptation import Limits
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
-from dnd_sdk.encoder import Encoder
 from dnd_sdk.engine import Engine
-from dnd_sdk.generator import Generator, GeneratorConfig
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.models import Base, load_base
-from dnd_sdk.observe import StreamSettings
+from dnd_sdk.generator.generator import Generator, GeneratorConfig
+from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.models.encoder import Encoder
+from dnd_sdk.models.loading import Base, load_base
+from dnd_sdk.observing.prompt_stream import StreamSettings
 from dnd_sdk.routing import Router, Thresholds
-from dnd_sdk.session import DnD, Limits
+from dnd_sdk.session import DnD
 
 ENCODER_WIDTH = 32
 

@@ -1,8 +1,8 @@
-"""Adapters as data: one PEFT folder each, content-addressed, checked before use, safe for several processes."""
+"""LoRAs as folders: one PEFT folder each, content-addressed, checked before use, safe for several processes.
 
-from __future__ import annotations
+What others may import is listed in `__init__.pyi`; each name is loaded on first use.
+"""
 
-from dnd_sdk.adapters.adapter import Adapter, Problem
-from dnd_sdk.adapters.store import AdapterStore
+import lazy_loader
 
-__all__ = ["Adapter", "AdapterStore", "Problem"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

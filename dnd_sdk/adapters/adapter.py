@@ -14,10 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dnd_sdk.adapters.safe_files import is_finite_number, read_json
 from dnd_sdk.errors import AdapterCorruptError, ConfigError, InputError, LayoutMismatchError
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.roles import Role
+from dnd_sdk.files import is_finite_number, read_json
+from dnd_sdk.lora import LoraLayout
+from dnd_sdk.prompts import Role
 
 MANIFEST = "dnd.json"
 FORMAT_VERSION = 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from dnd_sdk.adapters.adapter import Adapter
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.roles import Role
+from dnd_sdk.lora import LoraLayout
+from dnd_sdk.prompts import Role
 
 CARD = "README.md"
 

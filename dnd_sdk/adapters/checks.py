@@ -10,7 +10,7 @@ from dnd_sdk.adapters.adapter import MANIFEST, Adapter, check_name, read_layout,
 from dnd_sdk.adapters.exemplars import read_exemplars
 from dnd_sdk.adapters.peft_folder import adapter_id, read_stored_weights
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
-from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.lora import LoraLayout
 
 
 def check_folder(folder: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dnd_sdk.adapters.safe_files import open_safetensors
 from dnd_sdk.errors import AdapterCorruptError, InputError
+from dnd_sdk.files import open_safetensors
 
 EXEMPLARS = "exemplars.safetensors"
 MAX_EXEMPLARS_BYTES = 64 * 2**20

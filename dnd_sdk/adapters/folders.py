@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from dnd_sdk.disk import replacing, storage_errors
 from dnd_sdk.errors import DndError
+from dnd_sdk.files import replacing, storage_errors
 
 T = TypeVar("T")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dnd_sdk.adapters.peft_config import CONFIG, read_config
 from dnd_sdk.adapters.peft_folder import read_weights
-from dnd_sdk.disk import storage_errors
 from dnd_sdk.errors import AdapterCorruptError, InputError, LayoutMismatchError
-from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.files import storage_errors
+from dnd_sdk.lora import LoraLayout
 
 LLM_ADAPTER = "llm_adapter"
 """Where XTuner puts the language model's LoRA of a LLaVA model."""

@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dnd_sdk.adapters.safe_files import is_finite_number, read_json
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
-from dnd_sdk.lora_layout import MAX_RANK, LoraLayout
+from dnd_sdk.files import is_finite_number, read_json
+from dnd_sdk.lora import MAX_RANK, LoraLayout
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20

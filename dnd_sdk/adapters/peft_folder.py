@@ -20,17 +20,10 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.adapters.peft_config import PeftSettings, read_config
-from dnd_sdk.adapters.safe_files import (
-    FLOATS,
-    MAX_HEADER_BYTES,
-    SafetensorsReader,
-    TensorInfo,
-    open_safetensors,
-)
 from dnd_sdk.adapters.torch_file import TorchReader, open_torch
-from dnd_sdk.disk import storage_errors
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
-from dnd_sdk.lora_layout import MAX_RANK, LoraLayout, Segment
+from dnd_sdk.files import FLOATS, MAX_HEADER_BYTES, SafetensorsReader, TensorInfo, open_safetensors, storage_errors
+from dnd_sdk.lora import MAX_RANK, LoraLayout, Segment
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"

@@ -35,22 +35,16 @@ from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, exemplars_byt
 from dnd_sdk.adapters.folders import AdapterFolders, publish
 from dnd_sdk.adapters.foreign import find_adapter, other_base, read_foreign
 from dnd_sdk.adapters.peft_config import CONFIG, config_text, read_config
-from dnd_sdk.adapters.peft_folder import (
-    WEIGHTS,
-    adapter_id,
-    check_flat,
-    read_weights,
-    write_weights,
-)
+from dnd_sdk.adapters.peft_folder import WEIGHTS, adapter_id, check_flat, read_weights, write_weights
 from dnd_sdk.config import Home
-from dnd_sdk.disk import storage_errors
 from dnd_sdk.errors import (
     AdapterCorruptError,
     AdapterNotFoundError,
     ConfigError,
     DndError,
 )
-from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.files import storage_errors
+from dnd_sdk.lora import LoraLayout
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dnd_sdk.adapters.safe_files import FLOATS, MAX_HEADER_BYTES, TensorInfo, open_regular
 from dnd_sdk.errors import AdapterCorruptError
+from dnd_sdk.files import FLOATS, MAX_HEADER_BYTES, TensorInfo, open_regular
 
 FIX = "save the adapter again with safetensors (peft: save_pretrained(..., safe_serialization=True))"
 _IMPORTS = {

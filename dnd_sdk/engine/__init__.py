@@ -1,23 +1,8 @@
-"""The resident base LLM: adapters in slots, completion, streaming and option scoring."""
+"""The resident base LLM: adapters in slots, completion, streaming and option scoring.
 
-from dnd_sdk.engine.bank import SlotBank
-from dnd_sdk.engine.chat import Tools, check_renders_tools, renders_tools
-from dnd_sdk.engine.engine import Engine
-from dnd_sdk.engine.label_calibration import Calibrated, LabelCalibration
-from dnd_sdk.engine.scoring import OptionScores, option_logprobs
-from dnd_sdk.engine.stream import TextStream
-from dnd_sdk.engine.text import Generation
+What others may import is listed in `__init__.pyi`; each name is loaded on first use.
+"""
 
-__all__ = [
-    "Calibrated",
-    "Engine",
-    "Generation",
-    "LabelCalibration",
-    "OptionScores",
-    "SlotBank",
-    "TextStream",
-    "Tools",
-    "check_renders_tools",
-    "option_logprobs",
-    "renders_tools",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dnd_sdk.engine.slot_table import SlotTable
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, LayoutMismatchError
-from dnd_sdk.lora_layout import LoraLayout, Segment
+from dnd_sdk.lora import LoraLayout, Segment
 
 Loader = Callable[[], Tensor]
 """Brings an adapter's flat vector, e.g. from the store."""

@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from torch import Tensor
 
+from dnd_sdk.chat import Messages, Tools, prompt_ids
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine.bank import Loader, SlotBank
 from dnd_sdk.engine.batching import grouped
-from dnd_sdk.engine.chat import Messages, Tools, prompt_ids
 from dnd_sdk.engine.decoding import Decoder
 from dnd_sdk.engine.prefix import shared_prefix
 from dnd_sdk.engine.scoring import option_logprobs
@@ -26,8 +26,7 @@ from dnd_sdk.engine.stream import Emit, TextStream
 from dnd_sdk.engine.text import Generation
 from dnd_sdk.engine.turns import Turn, Turns
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.lora_linear import attach_lora, use_lora
+from dnd_sdk.lora import LoraLayout, attach_lora, use_lora
 from dnd_sdk.models import Base
 
 

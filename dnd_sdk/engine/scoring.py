@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dnd_sdk.chat import Messages, option_ids
 from dnd_sdk.engine.batching import grouped
-from dnd_sdk.engine.chat import Messages, option_ids
 from dnd_sdk.engine.prefix import Prefix, shared_prefix
 from dnd_sdk.errors import ConfigError, InputError
 

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dnd_sdk.bare_prompts import bare_task
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import InputError
 from dnd_sdk.evaluation.cache import Answer, flat_hash
 from dnd_sdk.evaluation.methods import Treatment
 from dnd_sdk.evaluation.parts import Messages, Parts
-from dnd_sdk.tasks import Row, Task, data_hash
+from dnd_sdk.tasks import Row, Task, bare_task, data_hash
 
 if TYPE_CHECKING:
     from dnd_sdk.evaluation.runner import EvalSettings

@@ -43,14 +43,14 @@ class CompletionEngine(Protocol):
 
 
 class PromptEncoder(Protocol):
-    """The text encoder of `dnd_sdk.encoder`."""
+    """The text encoder of `dnd_sdk.models.encoder`."""
 
     def encode(self, prompts: Sequence[str], *, state_tokens: int = 64, with_states: bool = True) -> Any:
         """Prompts -> `.states` and `.pooled`."""
 
 
 class LoraGenerator(Protocol):
-    """The generator of `dnd_sdk.generator`."""
+    """The generator of `dnd_sdk.generator.generator`."""
 
     @property
     def id(self) -> str:
@@ -68,7 +68,7 @@ class LoraGenerator(Protocol):
 
 
 class Calibrator(Protocol):
-    """The calibration of `dnd_sdk.engine.label_calibration`."""
+    """The calibration of `dnd_sdk.adaptation.label_calibration`."""
 
     def calibrate(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Any]) -> Any:
         """Flat LoRA vector -> `.flat` calibrated on these prompts."""
@@ -119,7 +119,7 @@ class Parts:
     @classmethod
     def of(cls, dnd: DnD) -> Parts:
         """The parts of a session."""
-        from dnd_sdk.engine import LabelCalibration
+        from dnd_sdk.adaptation import LabelCalibration
 
         base = dnd.base
         return cls(

@@ -45,7 +45,7 @@ class EvalSettings:
     max_new_tokens: int = 64
     """Upper bound; a task whose train responses are shorter gets less."""
     bare: bool = False
-    """Ask the test rows without what all prompts of their task share (`dnd_sdk.bare_prompts`); methods are made from
+    """Ask the test rows without what all prompts of their task share (`dnd_sdk.tasks.bare`); methods are made from
     whole prompts all the same."""
     unrelated: int = 0
     """Tasks of other families that every adapter is asked as well, to measure what it spoils; `limit` rows each."""

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dnd_sdk.session import DnD
-    from dnd_sdk.training.settings import PerTaskSettings
-    from dnd_sdk.training.workbench import Workbench
+    from dnd_sdk.training import PerTaskSettings, Workbench
 
 _NAME = "task"
 """What the one task is called in its training folder: a task's own name need not be a file name."""
@@ -50,7 +49,7 @@ class TaskTrainer:
         """
         from pydantic import ValidationError
 
-        from dnd_sdk.training.settings import TrainSettings
+        from dnd_sdk.training import TrainSettings
 
         self._dnd, self._cache = dnd, cache
         try:
@@ -70,8 +69,7 @@ class TaskTrainer:
 
         Raises `InputError` for a task without rows that fit.
         """
-        from dnd_sdk.training.run_dir import write_tensors
-        from dnd_sdk.training.zoo import initial_adapter, train_tasks
+        from dnd_sdk.training import initial_adapter, train_tasks, write_tensors
 
         bench = self._bench(task, seed)
         stage = self._settings.per_task
@@ -89,8 +87,7 @@ class TaskTrainer:
         return flat
 
     def _bench(self, task: Task, seed: int) -> Workbench:
-        from dnd_sdk.training.batches import tokenise_task
-        from dnd_sdk.training.workbench import Workbench
+        from dnd_sdk.training import Workbench, tokenise_task
 
         base, data, run = self._dnd.base, self._settings.data, self._settings.run
         task = replace(task, train=unseen_rows(task))

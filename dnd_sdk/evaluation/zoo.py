@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnd_sdk.adapters import Adapter, AdapterStore
-from dnd_sdk.adapters.peft_folder import check_flat
-from dnd_sdk.adapters.safe_files import FLOATS, MAX_HEADER_BYTES, open_safetensors, read_json
+from dnd_sdk.adapters import Adapter, AdapterStore, check_flat
 from dnd_sdk.config import Home
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.routing.similarity import check_vectors, similarity
+from dnd_sdk.files import FLOATS, MAX_HEADER_BYTES, open_safetensors, read_json
+from dnd_sdk.lora import LoraLayout
+from dnd_sdk.routing import check_vectors, set_similarity
 
 SHARED = "shared.safetensors"
 """The multi-task LoRA in the run folder: `dnd train generator` puts it beside the adapters."""
@@ -54,7 +53,7 @@ class Zoo:
     def rank(self, pooled: Tensor) -> list[tuple[str, float]]:
         """Every adapter's name and similarity to these normalised prompt vectors `(n, C)`, best first."""
         query = check_vectors(pooled)
-        scores = [(name, similarity(query, vectors)) for name, (_, vectors) in self._adapters.items()]
+        scores = [(name, set_similarity(query, vectors)) for name, (_, vectors) in self._adapters.items()]
         return sorted(scores, key=lambda s: (-s[1], s[0]))
 
     def nearest(self, pooled: Tensor) -> Tensor:

@@ -1,26 +1,8 @@
-"""Which adapter fits a set of prompts: an index of prompt embeddings, measured thresholds, a decision as a value."""
+"""Which adapter fits: an index of prompt embeddings, measured thresholds, a decision as a value, its log.
 
-from __future__ import annotations
+What others may import is listed in `__init__.pyi`; each name is loaded on first use.
+"""
 
-from dnd_sdk.routing.calibration import Calibration, Thresholds, fit_thresholds
-from dnd_sdk.routing.index import AdapterIndex, Hit
-from dnd_sdk.routing.probability import Probabilities, ScoreMap
-from dnd_sdk.routing.router import RouteDecision, Router
-from dnd_sdk.routing.similarity import MAX_EXEMPLARS, choose_exemplars
-from dnd_sdk.routing.support import Support, noise_prompts
+import lazy_loader
 
-__all__ = [
-    "MAX_EXEMPLARS",
-    "AdapterIndex",
-    "Calibration",
-    "Hit",
-    "Probabilities",
-    "RouteDecision",
-    "Router",
-    "ScoreMap",
-    "Support",
-    "Thresholds",
-    "choose_exemplars",
-    "fit_thresholds",
-    "noise_prompts",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

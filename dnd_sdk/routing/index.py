@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.adapters import Adapter
-from dnd_sdk.disk import write_atomic
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, DndError
-from dnd_sdk.routing.similarity import check_vectors, choose_exemplars, coherence, similarity
+from dnd_sdk.files import write_atomic
+from dnd_sdk.routing.similarity import check_vectors, choose_exemplars, coherence, set_similarity
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class AdapterIndex:
         k = _NEAREST * max(e.count for e in snapshot.entries)
         near = [snapshot.entries[i] for i in np.unique(_search(snapshot, query, k)[1])]
         own = coherence(query)
-        hits = [Hit(e.adapter_id, similarity(query, snapshot.vectors(e), coherence_a=own)) for e in near]
+        hits = [Hit(e.adapter_id, set_similarity(query, snapshot.vectors(e), coherence_a=own)) for e in near]
         return sorted(hits, key=lambda h: (-h.score, h.adapter_id))
 
     def sync(self, store: Store) -> bool:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dnd_sdk.adapters.safe_files import is_finite_number
 from dnd_sdk.errors import ConfigError
+from dnd_sdk.files import is_finite_number
 from dnd_sdk.routing.support import NOISE_CENTRES, NOISE_KINDS, Support, centres_of
 
 Link = Literal["identity", "logit"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from dnd_sdk.decision_log import Decision
-from dnd_sdk.routing.calibration import Thresholds
+from dnd_sdk.routing.decision_log import Decision
 from dnd_sdk.routing.router import verdict
+from dnd_sdk.routing.thresholds import Thresholds
 
 _OVERRULED = ("vetting", "no generator")
 
@@ -20,7 +20,7 @@ class Change(NamedTuple):
     """`"reuse"`, `"generate"` or `"base"`."""
 
 
-def replay(decisions: Iterable[Decision], thresholds: Thresholds) -> tuple[list[Change], int]:
+def replay_decisions(decisions: Iterable[Decision], thresholds: Thresholds) -> tuple[list[Change], int]:
     """The decisions that change under these thresholds, and how many were decided by scores at all.
 
     A generation that was refused counts as one that would be refused again. What an adapter that was never made, or was

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.errors import ConfigError, StorageError
-from dnd_sdk.routing.calibration import Thresholds
 from dnd_sdk.routing.index import AdapterIndex, Key, Store
 from dnd_sdk.routing.support import Support
+from dnd_sdk.routing.thresholds import Thresholds
 
 log = logging.getLogger(__name__)
 

@@ -65,7 +65,9 @@ def coherence(vectors: Tensor) -> float:
     return max((between + 1.0) / (n * (n - 1) + 1.0), MIN_COHERENCE)
 
 
-def similarity(a: Tensor, b: Tensor, *, coherence_a: float | None = None, coherence_b: float | None = None) -> float:
+def set_similarity(
+    a: Tensor, b: Tensor, *, coherence_a: float | None = None, coherence_b: float | None = None
+) -> float:
     """How alike two sets `(n, C)` and `(m, C)` are: about 1 for samples of one task; known coherences save time."""
     own = coherence(a) if coherence_a is None else coherence_a
     other = coherence(b) if coherence_b is None else coherence_b

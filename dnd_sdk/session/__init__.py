@@ -1,11 +1,8 @@
-"""The facade: `DnD` and the values it returns."""
+"""The facade: `DnD` and the values it returns.
 
-from __future__ import annotations
+What others may import is listed in `__init__.pyi`; each name is loaded on first use.
+"""
 
-from dnd_sdk.session.loading import DEFAULT_GENERATOR
-from dnd_sdk.session.results import AdaptResult, Completion, ObserveResult
-from dnd_sdk.session.session import DnD
-from dnd_sdk.session.stream import CompletionStream
-from dnd_sdk.session.vetting import Limits
+import lazy_loader
 
-__all__ = ["DEFAULT_GENERATOR", "AdaptResult", "Completion", "CompletionStream", "DnD", "Limits", "ObserveResult"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

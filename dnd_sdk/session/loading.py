@@ -9,18 +9,16 @@ from pathlib import Path
 
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
-from dnd_sdk.encoder import Encoder
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError
 from dnd_sdk.generator import Generator
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, Base, load_base, resolve
-from dnd_sdk.routing import Calibration, Router, Support, Thresholds
-from dnd_sdk.routing.calibration import THRESHOLDS_FILE
+from dnd_sdk.lora import LoraLayout
+from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, Base, Encoder, load_base, resolve
+from dnd_sdk.routing import THRESHOLDS_FILE, Calibration, Router, Support, Thresholds
 
 log = logging.getLogger(__name__)
 
-DEFAULT_GENERATOR = Path(__file__).parents[1] / "generators" / DEFAULT_BASE
+DEFAULT_GENERATOR = Path(__file__).parents[1] / "generator" / "shipped" / DEFAULT_BASE
 """The generator shipped for the default base."""
 
 EXACT_ONLY = Thresholds(reuse=2.0, reuse_single=2.0, support=-1.0, fitted_on={"what": "nothing"})

@@ -13,27 +13,21 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dnd_sdk.adaptation import Adaptation, Limits
 from dnd_sdk.adapters import Adapter, AdapterStore
+from dnd_sdk.chat import Prompt, Tools, last_user_text, with_role
 from dnd_sdk.config import Home, SamplingOptions
-from dnd_sdk.decision_log import DecisionLog
-from dnd_sdk.encoder import Encoder
-from dnd_sdk.engine import Engine, Tools
+from dnd_sdk.engine import Engine
 from dnd_sdk.errors import BankFullError, ConfigError, InputError
 from dnd_sdk.generator import Generator
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.models import DEFAULT_BASE, Base
-from dnd_sdk.observe import PromptStream, StreamSettings
-from dnd_sdk.prompts import PromptSet, clean_prompts
-from dnd_sdk.roles import Role, as_role, role_text
-from dnd_sdk.routing import RouteDecision, Router, choose_exemplars
-from dnd_sdk.session.adaptation import Adaptation
+from dnd_sdk.lora import LoraLayout
+from dnd_sdk.models import DEFAULT_BASE, Base, Encoder
+from dnd_sdk.observing import Observer, PromptStream, StreamSettings
+from dnd_sdk.prompts import PromptSet, Role, as_role, clean_prompts, role_text
+from dnd_sdk.routing import DecisionLog, RouteDecision, Router, choose_exemplars, log_decision
 from dnd_sdk.session.loading import load_parts
-from dnd_sdk.session.logged import log_decision
-from dnd_sdk.session.observing import Observer
-from dnd_sdk.session.prompting import Prompt, last_user_text, with_role
 from dnd_sdk.session.results import AdaptResult, Completion, Mode, ObserveResult, completion
 from dnd_sdk.session.stream import CompletionStream
-from dnd_sdk.session.vetting import Limits
 
 if TYPE_CHECKING:
     from torch import Tensor

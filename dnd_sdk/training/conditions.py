@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dnd_sdk.encoder import Encoder
 from dnd_sdk.generator import select_states
+from dnd_sdk.models import Encoder
 from dnd_sdk.protocols import Progress
 from dnd_sdk.tasks import Task
 from dnd_sdk.training.run_dir import write_tensors

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.lora import LoraLayout
 
 _EPS = 1e-12
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
-from dnd_sdk.encoder import Encoder
 from dnd_sdk.errors import ConfigError, LayoutMismatchError
-from dnd_sdk.generator import Generator, GeneratorConfig
-from dnd_sdk.generator_card import write_card
+from dnd_sdk.generator import Generator, GeneratorConfig, write_card
+from dnd_sdk.models import Encoder
 from dnd_sdk.protocols import Progress
 from dnd_sdk.routing import Calibration, choose_exemplars, fit_thresholds, noise_prompts
 from dnd_sdk.tasks import Task

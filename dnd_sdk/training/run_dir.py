@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dnd_sdk.disk import replacing, sweep, write_atomic
 from dnd_sdk.errors import ConfigError, StorageError
+from dnd_sdk.files import replacing, sweep, write_atomic
 
 _CHECKPOINT = "checkpoint.safetensors"
 

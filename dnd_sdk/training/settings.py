@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.lora_layout import ALL_LINEAR
+from dnd_sdk.lora import ALL_LINEAR
 from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
 
 
@@ -110,7 +110,7 @@ class Stage(_Section):
     """Rows per task and step (end-to-end)."""
     lr: float = 6e-4
     bare: float = Field(0, ge=0, le=1)
-    """Share of the rows asked without what all prompts of their task share (end-to-end; `dnd_sdk.bare_prompts`): there
+    """Share of the rows asked without what all prompts of their task share (end-to-end; `dnd_sdk.tasks.bare`): there
     only the condition tells the task. Conditions are always whole prompts."""
     condition_noise: float = 1e-4
     target_noise: float = 1e-5

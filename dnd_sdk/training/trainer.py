@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dnd_sdk.generator import Generator
+from dnd_sdk.generator import Generator, WeightTokenizer
 from dnd_sdk.training.batches import TokenRow
 from dnd_sdk.training.check import Check
 from dnd_sdk.training.conditions import Pools
@@ -26,7 +26,6 @@ from dnd_sdk.training.run_dir import RunDir, optimizer_tensors, restore_optimize
 from dnd_sdk.training.settings import CheckSettings, Stage
 from dnd_sdk.training.workbench import Workbench
 from dnd_sdk.training.zoo import part_mask, schedule
-from dnd_sdk.weight_tokenizer import WeightTokenizer
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dnd_sdk.bare_prompts import bare_task
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.generator import Generator
-from dnd_sdk.lora_layout import LoraLayout
-from dnd_sdk.lora_linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.lora import LoraLayout, attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import Base, load_base
 from dnd_sdk.protocols import Progress
-from dnd_sdk.tasks import Task, data_hash, read_tasks
+from dnd_sdk.tasks import Task, bare_task, data_hash, read_tasks
 from dnd_sdk.training.batches import (
     TokenRow,
     TokenTask,

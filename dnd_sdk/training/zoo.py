@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dnd_sdk.errors import InputError
-from dnd_sdk.lora_layout import LoraLayout
+from dnd_sdk.lora import LoraLayout
 from dnd_sdk.training.batches import TokenRow, sample_rows
 from dnd_sdk.training.run_dir import RunDir, optimizer_tensors, restore_optimizer, write_tensors
 from dnd_sdk.training.settings import PerTaskSettings, SharedSettings

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from dnd_sdk.integrations.tool_calls import ToolCall
+from dnd_sdk.chat import ToolCall
 from dnd_sdk.session import Completion, CompletionStream
 
 MAX_THREADS = 32

@@ -8,11 +8,9 @@ from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from dnd_sdk.config import Home
-from dnd_sdk.encoder import Encoder
 from dnd_sdk.integrations.llamaindex.calls import Lazy, in_thread
-from dnd_sdk.integrations.options import check_known
-from dnd_sdk.models import DEFAULT_ENCODER
-from dnd_sdk.session import DnD
+from dnd_sdk.models import DEFAULT_ENCODER, Encoder
+from dnd_sdk.session import DnD, check_known
 
 
 class DnDEmbedding(BaseEmbedding):

@@ -11,12 +11,11 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools import BaseTool
 
-from dnd_sdk.engine import check_renders_tools
+from dnd_sdk.chat import check_renders_tools, plain_so_far, read_answer
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.integrations.llamaindex.calls import Call, Part
 from dnd_sdk.integrations.llamaindex.llm import DnDLLM
 from dnd_sdk.integrations.llamaindex.messages import to_tool_chat
-from dnd_sdk.integrations.tool_calls import plain_so_far, read_answer
 from dnd_sdk.session import CompletionStream, DnD
 
 _ANY_TOOL = (None, "auto", "any", "required")

@@ -36,10 +36,8 @@ from dnd_sdk.integrations.llamaindex.messages import (
     to_chat,
     user_message,
 )
-from dnd_sdk.integrations.options import ALIASES, call_options, check_known, renamed
 from dnd_sdk.models import DEFAULT_BASE
-from dnd_sdk.session import CompletionStream, DnD
-from dnd_sdk.session.session import AUTO, AdapterChoice
+from dnd_sdk.session import ALIASES, AUTO, AdapterChoice, CompletionStream, DnD, call_options, check_known, renamed
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
+from dnd_sdk.chat import ToolCall
 from dnd_sdk.errors import InputError
 from dnd_sdk.integrations.llamaindex.calls import Part
-from dnd_sdk.integrations.tool_calls import ToolCall
 from dnd_sdk.session import Completion
 
 Chat = list[dict[str, Any]]

@@ -1,0 +1,10 @@
+from .messages import Prompt as Prompt, last_user_text as last_user_text, with_role as with_role
+from .template import (
+    Messages as Messages,
+    Tools as Tools,
+    check_renders_tools as check_renders_tools,
+    option_ids as option_ids,
+    prompt_ids as prompt_ids,
+    renders_tools as renders_tools,
+)
+from .tool_calls import ToolCall as ToolCall, plain_so_far as plain_so_far, read_answer as read_answer

@@ -1,0 +1,38 @@
+"""What a completion is asked: a text or chat messages, with a role in front where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dnd_sdk.errors import InputError
+from dnd_sdk.prompts import Role
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""One user message, or chat messages, oldest first; see `engine.chat.Messages`."""
+
+
+def with_role(prompt: Prompt, role: Role | None, own: str | None) -> Prompt:
+    """The prompt under `role`, else under its adapter's `own`; a system message of the caller's is never doubled.
+
+    Raises `InputError` when both `role` and the messages say what the system message is.
+    """
+    text = own if role is None else str(role)
+    if text is None:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if any(m.get("role") == "system" for m in messages if isinstance(m, Mapping)):
+        if role is not None:
+            raise InputError("the messages have a system message already", fix="leave out either it or the role")
+        return prompt
+    return [{"role": "system", "content": text}, *messages]
+
+
+def last_user_text(prompt: Prompt) -> str:
+    """The text to route a prompt by; raises `InputError` when there is none."""
+    if isinstance(prompt, str):
+        return prompt
+    texts = [m.get("content") for m in prompt if m.get("role") == "user"]
+    if not texts or not isinstance(texts[-1], str):
+        raise InputError("no user message to route by", fix="name an adapter, or add a user message")
+    return texts[-1]

@@ -1,0 +1,2 @@
+from .checks import Check as Check, examine as examine
+from .environment import describe as describe

@@ -1,0 +1,24 @@
+"""What this machine is, and how much of it this process has used; no third-party imports."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """The processor, as far as the platform tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def peak_rss_mb() -> float:
+    """The largest resident size this process has had, in MB (10^6 bytes)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # macOS counts bytes, Linux KiB

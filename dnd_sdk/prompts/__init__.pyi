@@ -1,0 +1,7 @@
+from .reading import (
+    PromptSet as PromptSet,
+    clean_prompts as clean_prompts,
+    prompt_set_hash as prompt_set_hash,
+    read_prompts as read_prompts,
+)
+from .roles import Role as Role, as_role as as_role, read_role as read_role, role_text as role_text
