@@ -12,7 +12,7 @@ from dnd_sdk.cli.options import ModelOptions, RoleFile, read_role_option
 from dnd_sdk.cli.output import Output, confidence
 
 if TYPE_CHECKING:
-    from dnd_sdk.session import AdaptResult
+    from dnd_sdk.adaptation import AdaptResult
 
 
 class Mode(StrEnum):

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         home = ScratchHome(Path(scratch), weights=Home.find(args.home).models)
         with DnD.load(**models, generator=args.generator, home=home) as dnd:
-            dnd.encoder = ReadAhead(dnd.encoder, [turn.prompt for turn in turns])
+            dnd = DnD(replace(dnd.parts, encoder=ReadAhead(dnd.encoder, [turn.prompt for turn in turns])))
             figures = feed(dnd, turns)
     about = {name: getattr(args, name) for name in ("tasks", "prompts", "role", "seed")}
     report = {"schema_version": 1, "settings": {**about, "turns": len(turns)}, **figures}

@@ -51,6 +51,10 @@ class FakeEngine:
             raise InputError("too long")
         return words
 
+    @property
+    def bank(self) -> FakeEngine:
+        return self
+
     def load(self, adapter_id: str, flat: Tensor) -> None:
         self.resident[adapter_id] = flat
 

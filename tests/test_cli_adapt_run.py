@@ -11,10 +11,10 @@ import torch
 from cli_runner import dnd, dnd_json
 from tiny_world import World, prompts_of
 
+from dnd_sdk.adaptation.results import STEPS
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.routing import Calibration, Probabilities, ScoreMap, Support, Thresholds
 from dnd_sdk.routing.decision_log import read_decisions
-from dnd_sdk.session.results import STEPS
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ SHORT = SamplingOptions(max_new_tokens=8)
 def engine() -> Engine:
     made = tiny_engine(n_slots=3)
     for i, name in enumerate("ab"):
-        made.load(name, strong(made.layout, i))
+        made.bank.load(name, strong(made.layout, i))
     return made
 
 
@@ -44,7 +44,7 @@ def test_adapters_answer_like_peft_and_the_base_like_the_plain_model(family: str
     oracles = {name: peft_model(base, layout, flat) for name, flat in flats.items()}
     engine = Engine(base, layout)
     for name, flat in flats.items():
-        engine.load(name, flat)
+        engine.bank.load(name, flat)
     ids = chat_ids(base, PROMPTS[1])
     want = {name: oracle(input_ids=ids).logits for name, oracle in oracles.items()}
     assert not torch.allclose(want["a"], want["b"], atol=0.1)
@@ -70,18 +70,18 @@ def test_a_refused_adapter_leaves_logits_as_they_were(engine: Engine, kind: str)
     bad = bad[:-3] if kind == "size" else bad.index_fill(0, torch.tensor([7]), float("nan"))
     before = {name: logits(engine, ["hi"], [name]) for name in ("a", "b", None)}
     with pytest.raises(LayoutMismatchError if kind == "size" else AdapterCorruptError):
-        engine.load("bad", bad)
+        engine.bank.load("bad", bad)
     assert all(torch.equal(logits(engine, ["hi"], [name]), was) for name, was in before.items())
-    assert engine.resident() == ["a", "b"]
+    assert engine.bank.resident() == ["a", "b"]
 
 
 def test_a_base_is_hooked_once_however_many_engines() -> None:
     base = tiny_base()
     layout = tiny_layout(base)
     engines = [Engine(base, layout) for _ in range(2)]
-    engines[0].load("a", strong(layout, 1))
+    engines[0].bank.load("a", strong(layout, 1))
     once = tiny_engine()
-    once.load("a", strong(layout, 1))
+    once.bank.load("a", strong(layout, 1))
     assert torch.equal(logits(engines[0], ["hi"], ["a"]), logits(once, ["hi"], ["a"]))
 
 
@@ -90,7 +90,7 @@ def test_mixed_batches_keep_order_and_equal_single_calls(engine: Engine) -> None
     adapters = [("a", None, "b")[i % 3] for i in range(len(prompts))]
     small = Engine(engine.base, engine.layout, n_slots=1, max_batch=4)
     for i, name in enumerate("ab"):  # one slot: the batch must be cut so that adapters fit
-        small.ensure(name, lambda i=i: strong(engine.layout, i))
+        small.bank.ensure(name, lambda i=i: strong(engine.layout, i))
     single = [engine.complete(p, a, SHORT) for p, a in zip(prompts, adapters, strict=True)]
     assert len({g.text for g in single}) > 5
     assert engine.complete_batch(prompts, adapters, SHORT) == single
@@ -190,7 +190,7 @@ def test_cancel_before_and_during(engine: Engine) -> None:
     cancel.set()
     got = engine.complete_batch(["hi"], ["a"], SHORT, cancel=cancel)[0]
     assert (got.text, got.completion_tokens, got.finish_reason) == ("", 0, "cancelled")
-    assert engine.evict("b") and engine.load("b", strong(engine.layout, 1)) is None  # nothing stayed leased
+    assert engine.bank.evict("b") and engine.bank.load("b", strong(engine.layout, 1)) is None  # nothing stayed leased
 
 
 def test_a_prompt_beyond_the_context_is_refused(engine: Engine) -> None:
@@ -232,12 +232,12 @@ def test_an_error_in_the_model_frees_lease_and_turn(engine: Engine, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             engine.complete("hi", "a", SHORT)
     assert engine.complete("hi", "a", SHORT).completion_tokens == 8
-    assert engine.evict("a")
-    engine.load("a", strong(engine.layout, 0))
+    assert engine.bank.evict("a")
+    engine.bank.load("a", strong(engine.layout, 0))
 
 
 def test_leases_and_tables_serve_a_hand_written_forward(engine: Engine) -> None:
     ids = chat_ids(engine.base, "hi")
-    with engine.lease(["b"]) as rows, use_lora(engine.bank.tables, rows), torch.no_grad():
+    with engine.bank.lease(["b"]) as rows, use_lora(engine.bank.tables, rows), torch.no_grad():
         got = engine.base.model(input_ids=ids).logits
     assert torch.equal(got, logits(engine, ["hi"], ["b"]))

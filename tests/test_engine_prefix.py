@@ -48,7 +48,7 @@ def test_answers_and_scores_are_those_of_each_prompt_alone(family: str, adapter:
     flat = strong(layout, 0)
     alone = peft_model(base, layout, flat if adapter else torch.zeros_like(flat))
     engine = Engine(base, layout, max_batch=max_batch)
-    engine.load("a", flat)
+    engine.bank.load("a", flat)
     ids = [adapter] * len(ASKED)
     said = [g.text for g in engine.complete_batch(ASKED, ids, SHORT)]
     assert said == [greedy(alone, base, p, 8) for p in ASKED]
@@ -103,7 +103,7 @@ def test_one_batch_does_not_write_into_what_the_next_one_reads() -> None:
 def test_the_default_base_answers_a_list_as_it_answers_each_prompt(real_home: Home) -> None:
     dnd = DnD.load(home=real_home)
     prompts = [row["prompt"] for row in map(json.loads, (TICKETS / "prompts.jsonl").read_text().splitlines())][:6]
-    dnd.engine.load("mean", dnd.generator.mean())
+    dnd.engine.bank.load("mean", dnd.generator.mean())
     for adapter in (None, "mean"):
         said = [g.text for g in dnd.engine.complete_batch(prompts, [adapter] * len(prompts), SHORT)]
         assert said == [dnd.engine.complete(p, adapter, SHORT).text for p in prompts] and len(set(said)) > 1

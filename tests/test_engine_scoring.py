@@ -30,7 +30,7 @@ def test_equals_scoring_each_sequence_alone(family: str, window: int | None) -> 
     models = {name: peft_model(base, layout, flat) for name, flat in flats.items()} | {None: copy.deepcopy(base.model)}
     engine = Engine(base, layout)
     for name, flat in flats.items():
-        engine.load(name, flat)
+        engine.bank.load(name, flat)
     adapters = ["a", None, "b", "a", None]
     asked = zip(PROMPTS, OPTIONS, adapters, strict=True)
     want = [[naive_logprob(models[a], base, p, o) for o in os] for p, os, a in asked]
@@ -63,7 +63,7 @@ def test_many_options_are_split_over_rows(monkeypatch: pytest.MonkeyPatch) -> No
 def test_more_adapters_than_slots() -> None:
     engine = tiny_engine(n_slots=1)
     for i, name in enumerate("ab"):
-        engine.ensure(name, lambda i=i: strong(engine.layout, i))
+        engine.bank.ensure(name, lambda i=i: strong(engine.layout, i))
     both = engine.option_logprobs(["hi", "hi", "hi"], ["a", "b", "a"], ["yes", "no"])
     assert both.shape == (3, 2) and torch.equal(both[0], both[2]) and not torch.allclose(both[0], both[1])
 
@@ -85,7 +85,7 @@ def _count_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_options_share_one_reading_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine()
-    engine.load("a", strong(engine.layout, 0))
+    engine.bank.load("a", strong(engine.layout, 0))
     rows = _count_rows(engine, monkeypatch)
     n = len(engine.prompt_ids("hi", 1))
     option_logprobs(engine, ["hi", "hi"], [["aa", "bbb"]] * 2, [None, "a"])  # two adapters share nothing else

@@ -23,7 +23,7 @@ LONG = SamplingOptions(max_new_tokens=400)
 def engine() -> Engine:
     made = tiny_engine(layers=1, n_slots=2)
     for i, name in enumerate("ab"):
-        made.load(name, strong(made.layout, i))
+        made.bank.load(name, strong(made.layout, i))
     return made
 
 
@@ -100,7 +100,7 @@ def test_a_dropped_stream_ends_even_unread(engine: Engine, fed: list[int]) -> No
 def test_the_adapter_stays_until_the_stream_ends(engine: Engine) -> None:
     one = Engine(engine.base, engine.layout, n_slots=1)
     for i, name in enumerate("ab"):
-        one.ensure(name, lambda i=i: strong(engine.layout, i))
+        one.bank.ensure(name, lambda i=i: strong(engine.layout, i))
     options = SamplingOptions(max_new_tokens=30)
     stream = one.stream("hi", "a", options)
     assert one.complete("x", "b", options) == engine.complete("x", "b", options)  # waits for the slot

@@ -29,7 +29,7 @@ def test_a_thousand_calls_from_four_threads(n_slots: int) -> None:
 
 def _fill(engine: Engine) -> None:
     for i, name in enumerate(ADAPTERS):
-        engine.ensure(name, lambda i=i: strong(engine.layout, i))
+        engine.bank.ensure(name, lambda i=i: strong(engine.layout, i))
 
 
 def test_batches_streams_and_scores_at_once() -> None:

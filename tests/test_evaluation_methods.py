@@ -13,7 +13,6 @@ from dnd_sdk.config import Home
 from dnd_sdk.errors import AdapterCorruptError, ConfigError, InputError, LayoutMismatchError
 from dnd_sdk.evaluation import Zoo
 from dnd_sdk.evaluation.methods import (
-    Treatment,
     build_methods,
     conditioning_prompts,
     default_methods,
@@ -22,6 +21,7 @@ from dnd_sdk.evaluation.methods import (
     instruction,
     needs_training,
 )
+from dnd_sdk.evaluation.treatment import Treatment
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.tasks.reading import Row
 

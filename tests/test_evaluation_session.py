@@ -50,7 +50,7 @@ def test_every_method_answers_as_a_user_of_the_session_would_see(world: World, t
     report = evaluate(dnd, tasks, methods, settings, zoo=zoo)
     assert report["failures"] == [] and list(report["methods"]) == list(methods)
     assert (report["base"], report["generator"]) == (dnd.base.name, dnd.generator.id)
-    assert dnd.engine.resident() == [] and dnd.store.ls() == []
+    assert dnd.engine.bank.resident() == [] and dnd.store.ls() == []
 
     said = {}
     for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines():
@@ -100,4 +100,4 @@ def test_bench_measures_a_session_and_leaves_no_trace(world: World) -> None:
     assert all(report[k] > 0 for k in numbers)
     assert set(report["adapt_steps_s"]) >= {"encode", "generate", "store", "swap", "total"}
     assert report["machine"]["base"] == dnd.base.name and "adapt / encode" in render_adapting(report)
-    assert dnd.store.ls() == [kept] and dnd.engine.resident() == [kept.id]
+    assert dnd.store.ls() == [kept] and dnd.engine.bank.resident() == [kept.id]

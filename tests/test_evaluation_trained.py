@@ -24,7 +24,7 @@ from dnd_sdk.config import Home
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.evaluation import EvalSettings, TaskTrainer, Zoo, evaluate
-from dnd_sdk.evaluation.runner import Progress
+from dnd_sdk.evaluation.settings import Progress
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.models.loading import Base
 from dnd_sdk.session import DnD
@@ -44,10 +44,10 @@ def task_of(name: str) -> Task:
 def likelihood(dnd: DnD, task: Task, flat: torch.Tensor | None) -> float:
     """Mean log-probability of the right answers to the task's test rows."""
     if flat is not None:
-        dnd.engine.load("probe", flat)
+        dnd.engine.bank.load("probe", flat)
     ids: Sequence[str | None] = [None if flat is None else "probe"] * len(task.test)
     scores = dnd.engine.option_logprobs([task.messages(r) for r in task.test], ids, LABELS[:1])
-    dnd.engine.evict("probe")
+    dnd.engine.bank.evict("probe")
     return scores.mean().item()
 
 
@@ -75,7 +75,7 @@ def test_what_was_trained_is_kept_by_what_made_it(
 
     def watched(bench: Workbench, stage: PerTaskSettings, *args: Any) -> None:
         stages.append((stage.steps, stage.rows, stage.checkpoints, bench.run.seed))
-        train_tasks(bench, stage, *args)
+        training_zoo.train_tasks(bench, stage, *args)
 
     monkeypatch.setattr("dnd_sdk.training.train_tasks", watched)
     first = trainer.train(task, 0, start)

@@ -99,7 +99,7 @@ def modules() -> dict[str, Path]:
 
 def room_of(module: str) -> str:
     """`dnd_sdk.engine.bank` -> `engine`; the package itself has none."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports(source: str) -> Iterator[tuple[str, str]]:

@@ -118,7 +118,7 @@ def test_an_adapter_that_went_away_is_made_again(observed: DnD) -> None:
     llm = DnDLLM(observed, observe=True)
     prompts = prompts_of("upper", 6)
     name = [ask(llm, "complete", p, **SHORT) for p in prompts[:5]][-1].raw["dnd"]["adapter"]
-    observed.engine.evict(observed.store.get(name).id)
+    observed.engine.bank.evict(observed.store.get(name).id)
     observed.store.rm(name)
     assert ask(llm, "complete", prompts[5], **SHORT).raw["dnd"]["adapter"] in {a.name for a in observed.store.ls()}
 

@@ -17,7 +17,7 @@ import dnd_sdk
 
 ROOT = Path(dnd_sdk.__file__).parents[1]
 TREES = {"dnd_sdk": "dnd_sdk", "cli": "dnd_sdk/cli", "integrations": "dnd_sdk/integrations"}
-SHIPPED = (".py", ".json", ".md", ".toml", ".safetensors")
+SHIPPED = (".py", ".pyi", ".json", ".md", ".toml", ".safetensors")
 NOT_SHIPPED = ("__pycache__", "*.pyc", "*.egg-info")
 
 

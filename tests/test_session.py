@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers import random_flat
 from tiny_world import World, prompts_of, save_base
 
 from dnd_sdk.adaptation import Limits
+from dnd_sdk.adaptation.results import STEPS
 from dnd_sdk.adaptation.vetting import PROBE, PROBE_TOKENS, Vetting
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.errors import (
@@ -25,7 +27,6 @@ from dnd_sdk.errors import (
     StorageError,
 )
 from dnd_sdk.session import DnD
-from dnd_sdk.session.results import STEPS
 
 MESSAGES = [[{"role": "user", "content": "hello there"}]]
 
@@ -39,7 +40,7 @@ def logits(dnd: DnD, adapter_id: str | None = None) -> torch.Tensor:
 
 def state(dnd: DnD) -> tuple[Any, ...]:
     """Everything an adaptation may change."""
-    return sorted(a.name for a in dnd.store.ls()), dnd.engine.resident(), dnd.store.verify()
+    return sorted(a.name for a in dnd.store.ls()), dnd.engine.bank.resident(), dnd.store.verify()
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_new_prompts_generate_store_and_swap_in(dnd: DnD) -> None:
     result = dnd.adapt(prompts_of("upper"), name="upper")
     assert (result.decision, result.n_prompts, result.notes) == ("generate", 20, ())
     assert result.adapter is not None and result.adapter == dnd.store.get("upper")
-    assert result.adapter.id in dnd.engine.resident()
+    assert result.adapter.id in dnd.engine.bank.resident()
     assert set(result.timings_s) == set(STEPS)
     assert all(result.timings_s[s] > 0 for s in STEPS)
     assert sum(v for k, v in result.timings_s.items() if k != "total") <= result.timings_s["total"]
@@ -163,7 +164,7 @@ STEPS_OF_ADAPT = [
     ("router", "route"),
     ("generator", "generate"),
     ("store", "put"),
-    ("engine", "load"),
+    ("engine.bank", "load"),
 ]
 
 
@@ -176,7 +177,7 @@ def test_an_error_or_ctrl_c_at_any_step_leaves_everything_as_it_was(
     kept = dnd.adapt(prompts_of("lower"), name="kept").adapter
     assert kept is not None
     before, base, adapted = state(dnd), logits(dnd), logits(dnd, kept.id)
-    target = getattr(dnd, part)
+    target = attrgetter(part)(dnd)
     with monkeypatch.context() as patched:
         patched.setattr(target, method, Interrupt(getattr(target, method), error, after=after), raising=True)
         with pytest.raises(type(error)):
@@ -193,7 +194,7 @@ def test_a_full_bank_is_an_error_that_leaves_nothing(world: World) -> None:
     second = dnd.adapt(prompts_of("digits")).adapter
     before = state(dnd)
     dnd.engine.bank._table._wait_s = 0.05
-    with dnd.engine.lease([first.id, second.id]), pytest.raises(BankFullError, match="adapter slots"):
+    with dnd.engine.bank.lease([first.id, second.id]), pytest.raises(BankFullError, match="adapter slots"):
         dnd.adapt(prompts_of("lower"))
     assert state(dnd) == before
 
@@ -219,7 +220,7 @@ def test_weights_that_derail_the_base_are_refused(dnd: DnD) -> None:
 
 def test_the_probe_is_the_divergence_of_two_plain_forwards(dnd: DnD) -> None:
     flat = random_flat(dnd.layout, seed=1)
-    dnd.engine.load("probe", flat)
+    dnd.engine.bank.load("probe", flat)
     ids = torch.tensor([dnd.base.tokenizer(PROBE)["input_ids"][:PROBE_TOKENS]])
     with dnd.engine.running([None]):
         base = dnd.base.model(input_ids=ids).logits[0].log_softmax(-1)
@@ -311,7 +312,7 @@ def test_adapters_beyond_the_slots_come_back_on_demand(world: World) -> None:
     fresh = {t: world.session().complete("hello", adapter=t, max_new_tokens=6) for t in ("upper", "lower", "digits")}
     for task in ("upper", "digits", "upper", "lower"):
         assert dnd.complete("hello", adapter=task, max_new_tokens=6) == fresh[task]
-        assert len(dnd.engine.resident()) == 1
+        assert len(dnd.engine.bank.resident()) == 1
 
 
 def test_four_threads_get_what_one_thread_gets(world: World) -> None:
@@ -373,8 +374,8 @@ def test_imported_adapters_are_found_by_their_prompts(dnd: DnD, tmp_path: Path) 
 def test_close_empties_the_slots_and_the_context_manager_closes(dnd: DnD) -> None:
     with dnd:
         dnd.adapt(prompts_of("upper"))
-        assert dnd.engine.resident()
-    assert dnd.engine.resident() == []
+        assert dnd.engine.bank.resident()
+    assert dnd.engine.bank.resident() == []
 
 
 def test_load_makes_a_session_from_folders(world: World) -> None:
@@ -405,7 +406,7 @@ def test_an_adapter_of_another_base_is_refused(world: World) -> None:
     before = logits(dnd)
     with pytest.raises(LayoutMismatchError, match="made for another base model"):
         dnd.complete("hello", adapter="foreign")
-    assert dnd.engine.resident() == [] and torch.equal(logits(dnd), before)
+    assert dnd.engine.bank.resident() == [] and torch.equal(logits(dnd), before)
 
 
 def test_a_store_shared_by_two_sessions_stays_in_step(world: World) -> None:

@@ -101,13 +101,13 @@ def test_a_bad_adapter_folder_is_refused_and_nothing_changes(world: World, tmp_p
     made = dnd.adapt(prompts_of("upper"), name="victim").adapter
     dnd.store.export("victim", tmp_path / "bad")
     dnd.store.rm("victim")
-    dnd.engine.evict(made.id)
+    dnd.engine.bank.evict(made.id)
     damage(tmp_path / "bad")
-    base, adapted, resident = logits(dnd), logits(dnd, kept.id), dnd.engine.resident()
+    base, adapted, resident = logits(dnd), logits(dnd, kept.id), dnd.engine.bank.resident()
     with pytest.raises(error, match=match):
         dnd.import_adapter(tmp_path / "bad", name="bad", prompts=prompts_of("upper"))
     assert [a.name for a in dnd.store.ls()] == ["kept"] and dnd.store.verify() == []
-    assert dnd.engine.resident() == resident
+    assert dnd.engine.bank.resident() == resident
     assert torch.equal(logits(dnd), base) and torch.equal(logits(dnd, kept.id), adapted)
     assert dnd.route(prompts_of("upper")).decision == "generate"
 
@@ -122,7 +122,7 @@ def test_an_adapter_damaged_in_the_store_is_not_swapped_in(world: World, kind: s
     for call in (lambda: dnd.complete("hello", adapter="victim"), lambda: dnd.adapt(prompts_of("upper"))):
         with pytest.raises(error, match=match):
             call()
-    assert dnd.engine.resident() == [] and torch.equal(logits(dnd), base)
+    assert dnd.engine.bank.resident() == [] and torch.equal(logits(dnd), base)
     assert [p.name for p in dnd.store.verify()] == ["victim"]
     dnd.store.rm("victim")
     assert dnd.adapt(prompts_of("upper")).decision == "generate"
@@ -135,7 +135,7 @@ def test_a_folder_of_another_layout_is_refused(world: World, tmp_path: Path) -> 
     dnd.store.put(flat, bigger, base_name="x", base_fingerprint=dnd.base.fingerprint, source="trained", name="big")
     with pytest.raises(LayoutMismatchError, match=r"rank|r="):
         dnd.complete("hello", adapter="big")
-    assert dnd.engine.resident() == []
+    assert dnd.engine.bank.resident() == []
 
 
 def test_importing_what_is_no_folder(world: World, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_home_that_cannot_be_written(world: World, at: str) -> None:
     base = logits(dnd)
     with pytest.raises(StorageError):
         dnd.adapt(prompts_of("upper"))
-    assert dnd.engine.resident() == [] and torch.equal(logits(dnd), base)
+    assert dnd.engine.bank.resident() == [] and torch.equal(logits(dnd), base)
     blocked.unlink()
     assert dnd.adapt(prompts_of("upper")).decision == "generate"
 
@@ -170,7 +170,7 @@ def test_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(StorageError, match=r"(?i)no space left"):
         dnd.adapt(prompts_of("upper"))
-    assert dnd.store.ls() == [] and dnd.store.verify() == [] and dnd.engine.resident() == []
+    assert dnd.store.ls() == [] and dnd.store.verify() == [] and dnd.engine.bank.resident() == []
     assert list(dnd.store.root.iterdir()) == []
 
 
@@ -217,16 +217,16 @@ def test_a_real_ctrl_c_after_the_swap_takes_it_back(world: World) -> None:
     code = """
         import signal
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-        real = dnd.engine.load
+        real = dnd.engine.bank.load
         def slow(*args):
             real(*args)
             print("swapped", flush=True)
             time.sleep(60)
-        dnd.engine.load = slow
+        dnd.engine.bank.load = slow
         try:
             dnd.adapt(prompts_of("upper"))
         except KeyboardInterrupt:
-            print(len(dnd.store.ls()), dnd.engine.resident(), dnd.store.verify(), flush=True)
+            print(len(dnd.store.ls()), dnd.engine.bank.resident(), dnd.store.verify(), flush=True)
     """
     process = in_another_process(world, code)
     assert process.stdout.readline() == "swapped\n"

@@ -39,7 +39,7 @@ def test_merging_the_nearest(dnd: DnD, parents: dict[str, Adapter]) -> None:
     flats = [dnd.store.load(a, dnd.layout) for a in chosen]
     expected, _ = merge_flats(flats, [s / sum(scores) for s in scores], dnd.layout)
     assert (dnd.store.load(made, dnd.layout) - expected).abs().max() < 1e-6
-    assert made.id in dnd.engine.resident() and dnd.store.verify() == []
+    assert made.id in dnd.engine.bank.resident() and dnd.store.verify() == []
     card = (made.path / "README.md").read_text()
     assert all(f"`{a.id[:16]}` x" in card for a in chosen) and "generator:" not in card
     assert dnd.complete("hello", "mixed", max_new_tokens=2).adapter == "mixed"
@@ -77,7 +77,7 @@ def test_a_failed_merge_leaves_nothing(dnd: DnD, parents: dict[str, Adapter], mo
         raise StorageError("disk full")
 
     before = [a.name for a in dnd.store.ls()]
-    monkeypatch.setattr(dnd.engine, "load", full)
+    monkeypatch.setattr(dnd.engine.bank, "load", full)
     with pytest.raises(StorageError):
         dnd.adapt(MIXED, mode="merge")
     assert [a.name for a in dnd.store.ls()] == before

@@ -9,7 +9,7 @@ import torch
 from helpers import random_flat, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
-from dnd_sdk.adaptation import Limits
+from dnd_sdk.adaptation import Limits, Parts
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.engine import Engine
@@ -18,7 +18,7 @@ from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.models.loading import Base, load_base
 from dnd_sdk.observing.prompt_stream import StreamSettings
-from dnd_sdk.routing import Router, Thresholds
+from dnd_sdk.routing import DecisionLog, Router, Thresholds
 from dnd_sdk.session import DnD
 
 ENCODER_WIDTH = 32
@@ -104,7 +104,8 @@ class World(NamedTuple):
         router = Router(store, encoder.name, encoder.fingerprint, base.fingerprint, limits, folder=self.home.index)
         made = Generator.from_pretrained(self.generator) if generator else None
         engine = Engine(base, layout, n_slots=n_slots)
-        return DnD(base, made, encoder, store, router, engine, stream_settings=stream, limits=vetting)
+        parts = Parts(base, made, encoder, store, router, engine, self.home, DecisionLog(self.home.logs))
+        return DnD(parts, stream_settings=stream, limits=vetting)
 
     @property
     def options(self) -> list[str]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, get_args
 from filelock import FileLock
 
 from dnd_sdk.adaptation.label_calibration import LabelCalibration
+from dnd_sdk.adaptation.parts import Parts
+from dnd_sdk.adaptation.results import AdaptResult, Mode, Stopwatch
 from dnd_sdk.adaptation.vetting import Limits, Vetting
 from dnd_sdk.adapters import check_name
 from dnd_sdk.chat import with_role
@@ -25,7 +27,6 @@ from dnd_sdk.errors import BankFullError, ConfigError, GeneratorError, StorageEr
 from dnd_sdk.lora import merge_flats
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash, role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars, log_decision
-from dnd_sdk.session import AdaptResult, Mode, Stopwatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter
     from dnd_sdk.models import Encoded
     from dnd_sdk.prompts import Role
-    from dnd_sdk.session import DnD
 
 LOCK_FILE = "adapt.lock"
 MAX_MERGED = 16
@@ -85,9 +85,11 @@ class _Made:
 class Adaptation:
     """How one session adapts."""
 
-    def __init__(self, dnd: DnD, limits: Limits) -> None:
-        self._dnd, self._vetting = dnd, Vetting(dnd.base, dnd.layout, limits)
-        self._label_calibration = LabelCalibration(dnd.base, dnd.layout)
+    def __init__(self, parts: Parts, limits: Limits, *, calibrate: bool) -> None:
+        """`calibrate`: whether generated adapters are, unless a request says otherwise."""
+        self._parts, self._calibrating = parts, calibrate
+        self._vetting = Vetting(parts.base, parts.layout, limits)
+        self._label_calibration = LabelCalibration(parts.base, parts.layout)
         self._one_at_a_time = threading.Lock()
 
     def run(
@@ -110,7 +112,8 @@ class Adaptation:
         kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
         with self._one_at_a_time:
             route, notes = self._route(Request(kept, mode, name, role, top_k, calibrate), watch)
-        log_decision(self._dnd, "adapt", kept.prompts, route, rule="set", mode=mode)
+        thresholds = self._parts.router.thresholds
+        log_decision(self._parts.log, thresholds, "adapt", kept.prompts, route, rule="set", mode=mode)
         return AdaptResult(
             adapter=route.adapter,
             decision=route.decision,
@@ -127,7 +130,7 @@ class Adaptation:
     def _route(self, request: Request, watch: Stopwatch) -> tuple[RouteDecision, tuple[str, ...]]:
         if request.mode in ("auto", "reuse"):
             with watch.step("route"):
-                known = self._dnd.router.exact(request.digest, request.role_text)
+                known = self._parts.router.exact(request.digest, request.role_text)
             if known is not None:
                 return self._reuse(known, watch), ()
         with watch.step("encode"):
@@ -143,7 +146,7 @@ class Adaptation:
         return (self._reuse(route, watch) if route.adapter is not None else route), notes
 
     def _encode(self, request: Request) -> Encoded:
-        generator, encoder = self._dnd.generator, self._dnd.encoder
+        generator, encoder = self._parts.generator, self._parts.encoder
         if generator is None or request.mode == "merge":
             return encoder.encode(request.conditions, with_states=False)
         return encoder.encode(request.conditions, state_tokens=generator.state_tokens)
@@ -151,10 +154,10 @@ class Adaptation:
     def _decide(self, pooled: Tensor, request: Request) -> RouteDecision:
         mode = request.mode
         assert mode != "merge"
-        route = self._dnd.router.route(pooled, prompt_hash=request.digest, mode=mode, role=request.role_text)
-        if route.decision != "generate" or self._dnd.generator is not None:
+        route = self._parts.router.route(pooled, prompt_hash=request.digest, mode=mode, role=request.role_text)
+        if route.decision != "generate" or self._parts.generator is not None:
             return route
-        reason = f"there is no generator for {self._dnd.base.name}; {route.reason}"
+        reason = f"there is no generator for {self._parts.base.name}; {route.reason}"
         if mode == "generate":
             raise GeneratorError(reason, fix="pass a generator made for this base")
         return replace(route, decision="base", reason=reason, by="no generator")
@@ -162,18 +165,18 @@ class Adaptation:
     def _reuse(self, route: RouteDecision, watch: Stopwatch) -> RouteDecision:
         assert route.adapter is not None
         with watch.step("swap"):
-            self._dnd.make_resident(route.adapter)
+            self._parts.make_resident(route.adapter)
         return route
 
     def _generate(
         self, request: Request, encoded: Encoded, route: RouteDecision, watch: Stopwatch
     ) -> tuple[RouteDecision, tuple[str, ...]]:
-        generator = self._dnd.generator
+        generator = self._parts.generator
         assert generator is not None and encoded.states is not None
         notes: tuple[str, ...] = ()
         with watch.step("generate"):
             made = _Made(generator.generate(encoded.states), self._mean, "generated", generator.id)
-            if self._dnd.calibrate if request.calibrate is None else request.calibrate:
+            if self._calibrating if request.calibrate is None else request.calibrate:
                 made, notes = self._calibrate(made, request)
         return self._finish(made, request, encoded.pooled, route, watch), notes
 
@@ -190,16 +193,16 @@ class Adaptation:
 
     def _merge(self, request: Request, pooled: Tensor, watch: Stopwatch) -> RouteDecision:
         """The similarity-weighted mean of the nearest adapters; one that was merged itself is no parent again."""
-        dnd = self._dnd
+        parts = self._parts
         with watch.step("route"):
-            ranked = dnd.router.nearest(pooled, request.role_text)
+            ranked = parts.router.nearest(pooled, request.role_text)
         near = [(a, score) for a, score in ranked if a.source != "merged" and score > 0.0][: request.top_k]
         names = [(a.name, s) for a, s in near]
         route = RouteDecision("base", None, None, names, "no stored adapter is near enough", by="asked")
         if not near:
             return route
         best = near[0][1]
-        route = replace(route, score=best, probability=dnd.router.thresholds.probability.own(best, "set"))
+        route = replace(route, score=best, probability=parts.router.thresholds.probability.own(best, "set"))
         if len(near) == 1:
             only = near[0][0]
             reason = f"{only.name} is the only adapter to merge"
@@ -207,10 +210,11 @@ class Adaptation:
         with watch.step("generate"):
             total = sum(score for _, score in near)
             weights = {a.id: score / total for a, score in near}
-            flats = [dnd.store.load(a, dnd.layout, base_fingerprint=dnd.base.fingerprint) for a, _ in near]
-            flat, kept = merge_flats(flats, list(weights.values()), dnd.layout)
-        parts = ", ".join(f"{a.name} x {weights[a.id]:.2f}" for a, _ in near)
-        route = replace(route, decision="merge", reason=f"merged {parts}; rank {dnd.layout.r} keeps {kept:.0%} of it")
+            flats = [parts.store.load(a, parts.layout, base_fingerprint=parts.base.fingerprint) for a, _ in near]
+            flat, kept = merge_flats(flats, list(weights.values()), parts.layout)
+        shares = ", ".join(f"{a.name} x {weights[a.id]:.2f}" for a, _ in near)
+        reason = f"merged {shares}; rank {parts.layout.r} keeps {kept:.0%} of it"
+        route = replace(route, decision="merge", reason=reason)
         made = _Made(flat, flats[0], "merged", parents=weights)
         return self._finish(made, request, pooled, route, watch)
 
@@ -218,41 +222,41 @@ class Adaptation:
         self, made: _Made, request: Request, pooled: Tensor, route: RouteDecision, watch: Stopwatch
     ) -> RouteDecision:
         """Vet and keep new weights, unless another process was faster."""
-        dnd = self._dnd
+        parts = self._parts
         with watch.step("validate"):
             problem = self._vetting.complaint(made.flat, made.usual)
         if problem is not None:
             return replace(route, decision="base", adapter=None, reason=problem, by="vetting")
         with self._no_other_process():
-            faster = dnd.router.exact(request.digest, request.role_text) if request.mode == "auto" else None
+            faster = parts.router.exact(request.digest, request.role_text) if request.mode == "auto" else None
             if faster is not None:  # another process made it while this one waited
                 return self._reuse(faster, watch)
             return replace(route, adapter=self._keep(made, request, pooled, watch))
 
     def _keep(self, made: _Made, request: Request, pooled: Tensor, watch: Stopwatch) -> Adapter:
-        dnd = self._dnd
-        before = {a.name for a in dnd.store.ls()}
+        parts = self._parts
+        before = {a.name for a in parts.store.ls()}
         try:
             with watch.step("store"):
-                adapter = dnd.store.put(
+                adapter = parts.store.put(
                     made.flat,
-                    dnd.layout,
-                    base_name=dnd.base.name,
-                    base_fingerprint=dnd.base.fingerprint,
+                    parts.layout,
+                    base_name=parts.base.name,
+                    base_fingerprint=parts.base.fingerprint,
                     source=made.source,
                     name=request.name,
                     prompt_hash=request.digest,
                     n_prompts=len(request.prompts.prompts),
                     exemplars=choose_exemplars(pooled),
                     generator=made.generator,
-                    encoder=dnd.encoder.name,
-                    encoder_fingerprint=dnd.encoder.fingerprint,
+                    encoder=parts.encoder.name,
+                    encoder_fingerprint=parts.encoder.fingerprint,
                     parents=made.parents,
                     scores=made.scores,
                     role=request.role_text,
                 )
             with watch.step("swap"):
-                dnd.engine.load(adapter.id, made.flat)
+                parts.engine.bank.load(adapter.id, made.flat)
         except BaseException:
             self._undo(before, request.digest)
             raise
@@ -260,20 +264,20 @@ class Adaptation:
 
     def _undo(self, before: set[str], digest: str) -> None:
         """Remove what an unfinished `_keep` may have left, known by its prompts: put's result may be lost to Ctrl-C."""
-        for adapter in self._dnd.store.ls():
+        for adapter in self._parts.store.ls():
             if adapter.name not in before and adapter.prompt_hash == digest:
-                self._dnd.store.rm(adapter.name)
+                self._parts.store.rm(adapter.name)
                 with suppress(BankFullError):  # another thread answers with it already
-                    self._dnd.engine.evict(adapter.id)
+                    self._parts.engine.bank.evict(adapter.id)
 
     @cached_property
     def _mean(self) -> Tensor:
-        assert self._dnd.generator is not None
-        return self._dnd.generator.mean()
+        assert self._parts.generator is not None
+        return self._parts.generator.mean()
 
     @contextmanager
     def _no_other_process(self) -> Iterator[None]:
-        root = self._dnd.store.root.parent
+        root = self._parts.home.root
         lock = FileLock(root / LOCK_FILE)
         try:
             root.mkdir(parents=True, exist_ok=True)

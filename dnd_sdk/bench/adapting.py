@@ -190,7 +190,7 @@ class _OwnAdapters:
         """Take everything added out of the engine and the store."""
         while self._added:
             adapter = self._added.pop()
-            self._dnd.engine.evict(adapter.id)  # else the next swap would find it in its slot
+            self._dnd.engine.bank.evict(adapter.id)  # else the next swap would find it in its slot
             self._dnd.store.rm(adapter.name)
 
 
@@ -205,7 +205,7 @@ def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[s
         (done,) = dnd.engine.complete_batch([[{"role": "user", "content": _STORY}]], [adapter], options)
         n_tokens[adapter] = done.completion_tokens
 
-    dnd.engine.load(adapter_id, dnd.generator.mean() * NEXT_TO_NOTHING)
+    dnd.engine.bank.load(adapter_id, dnd.generator.mean() * NEXT_TO_NOTHING)
     try:
         base_s, adapter_s = _in_turn(
             (lambda: complete(None), lambda: None),
@@ -214,7 +214,7 @@ def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[s
             clock=clock,
         )
     finally:
-        dnd.engine.evict(adapter_id)
+        dnd.engine.bank.evict(adapter_id)
     return {
         "decode_base_tokens_s": n_tokens[None] / statistics.median(base_s),
         "decode_adapter_tokens_s": n_tokens[adapter_id] / statistics.median(adapter_s),

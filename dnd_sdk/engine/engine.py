@@ -1,7 +1,5 @@
-"""The resident base with its adapters: complete, stream, score.
+"""The resident base answers: complete, stream, score.
 
-* Which adapter a request uses travels with the request (a lease and a context variable), so threads never race for it.
-* A request whose rows all use the base runs the plain model: bit-identical, no overhead.
 * Requests take turns on the model, token by token; long lists are cut into batches of similar length, and what all
   prompts of a list begin with is read once.
 """
@@ -9,28 +7,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from dnd_sdk.chat import Messages, Tools, prompt_ids
+from dnd_sdk.chat import Messages, Tools
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.engine.bank import Loader, SlotBank
 from dnd_sdk.engine.batching import grouped
 from dnd_sdk.engine.decoding import Decoder
 from dnd_sdk.engine.prefix import shared_prefix
+from dnd_sdk.engine.resident import Resident
 from dnd_sdk.engine.scoring import option_logprobs
 from dnd_sdk.engine.stream import Emit, TextStream
 from dnd_sdk.engine.text import Generation
-from dnd_sdk.engine.turns import Turn, Turns
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.lora import LoraLayout, attach_lora, use_lora
+from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import Base
 
 
-class Engine:
+class Engine(Resident):
     """One base model that answers with any of its adapters; thread-safe."""
 
     def __init__(
@@ -39,44 +36,9 @@ class Engine:
         """`max_batch` and `max_batch_tokens` bound the rows and the padded prompt tokens that run together."""
         if max_batch < 1 or max_batch_tokens < 1:
             raise ConfigError(f"max_batch and max_batch_tokens must be at least 1, got {max_batch}, {max_batch_tokens}")
-        self.base, self.layout, self.max_batch, self.max_batch_tokens = base, layout, max_batch, max_batch_tokens
-        self.bank = SlotBank(layout, n_slots, base.model.device, base.model.dtype)
-        attach_lora(base.model, layout)
+        super().__init__(base, layout, n_slots=n_slots)
+        self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
         self._decoder = Decoder(base)
-        self._turns = Turns()
-
-    @property
-    def max_tokens(self) -> int:
-        """Prompt and completion together cannot be longer (the base's context)."""
-        return int(getattr(self.base.model.config.get_text_config(), "max_position_embeddings", 2**31))
-
-    def load(self, adapter_id: str, flat: Tensor) -> None:
-        """Swap in a flat LoRA vector under an id that stands for its content; see `SlotBank.load`."""
-        self.bank.load(adapter_id, flat)
-
-    def ensure(self, adapter_id: str, loader: Loader) -> None:
-        """Swap in what `loader` brings unless resident; requests bring it back the same way if it loses its slot."""
-        self.bank.ensure(adapter_id, loader)
-
-    def lease(self, adapter_ids: Sequence[str | None]) -> AbstractContextManager[Tensor | int]:
-        """Keep adapters in their slots inside the block; see `SlotBank.lease`."""
-        return self.bank.lease(adapter_ids)
-
-    def pin(self, adapter_id: str) -> None:
-        """Never evict this adapter."""
-        self.bank.pin(adapter_id)
-
-    def unpin(self, adapter_id: str) -> None:
-        """Undo `pin`."""
-        self.bank.unpin(adapter_id)
-
-    def evict(self, adapter_id: str) -> bool:
-        """Forget an adapter; False when it was not resident."""
-        return self.bank.evict(adapter_id)
-
-    def resident(self) -> list[str]:
-        """Ids of the adapters in slots, least recently used first."""
-        return self.bank.resident()
 
     def complete(
         self, messages: Messages, adapter_id: str | None = None, options: SamplingOptions | None = None
@@ -134,7 +96,7 @@ class Engine:
             held = stack.pop_all()
 
         def work(emit: Emit, closed: threading.Event) -> Generation:
-            with held, self._forwarding(rows) as turn:
+            with held, self.forwarding(rows) as turn:
                 return self._decoder.decode(
                     [prompt], [0], options, turn, cancelled=lambda: closed.is_set() or _is_set(cancel), emit=emit
                 )[0]
@@ -155,38 +117,10 @@ class Engine:
         scores = option_logprobs(self, messages_list, [options] * len(messages_list), adapter_ids)
         return torch.tensor(scores.logprobs)
 
-    def prompt_ids(self, messages: Messages, n_new: int, tools: Tools | None = None) -> list[int]:
-        """Token ids of the templated chat; `InputError` unless `n_new` more tokens fit the base's context."""
-        ids = prompt_ids(self.base.tokenizer, messages, tools)
-        if len(ids) + n_new > self.max_tokens:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, at most {self.max_tokens - n_new} fit "
-                f"(context {self.max_tokens}, {n_new} kept for the answer)",
-                fix="shorten the prompt or lower max_new_tokens",
-            )
-        return ids
-
-    @contextmanager
-    def running(self, adapter_ids: Sequence[str | None]) -> Iterator[Turn]:
-        """Inside, this thread alone uses the model and its forwards apply these adapters per row."""
-        with self.bank.lease(adapter_ids) as rows, self._forwarding(rows) as turn:
-            yield turn
-
-    @contextmanager
-    def _forwarding(self, rows: Tensor | int) -> Iterator[Turn]:
-        plain = isinstance(rows, int) and rows == 0
-        adapted = nullcontext() if plain else use_lora(self.bank.tables, rows)
-        with self._turns.take() as turn, torch.inference_mode(), adapted:
-            yield turn
-
     def _fits(self, rows: Sequence[int], prompts: Sequence[list[int]], adapter_ids: Sequence[str | None]) -> bool:
         padded = len(rows) * max(len(prompts[i]) for i in rows)  # activations and cache grow with it
         small = len(rows) <= self.max_batch and padded <= self.max_batch_tokens
         return small and self.fits_slots([adapter_ids[i] for i in rows])
-
-    def fits_slots(self, adapter_ids: Sequence[str | None]) -> bool:
-        """Whether one batch may use all these adapters."""
-        return len(set(adapter_ids) - {None}) <= self.bank.n_slots
 
 
 def check_paired(messages_list: Sequence[Messages], adapter_ids: Sequence[str | None]) -> None:

@@ -20,7 +20,7 @@ from dnd_sdk.engine.prefix import Prefix, shared_prefix
 from dnd_sdk.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from dnd_sdk.engine.engine import Engine
+    from dnd_sdk.engine.resident import Resident
 
 LOGIT_BYTES = 128 * 2**20
 """Bound on one batch's float32 logits."""
@@ -56,7 +56,7 @@ class _Pack(NamedTuple):
 
 
 def option_logprobs(
-    engine: Engine,
+    resident: Resident,
     messages_list: Sequence[Messages],
     options_list: Sequence[Sequence[str]],
     adapter_ids: Sequence[str | None],
@@ -73,30 +73,30 @@ def option_logprobs(
             f"{len(messages_list)} chats, {len(options_list)} option lists, {len(adapter_ids)} adapter ids",
             fix="pass one of each per chat",
         )
-    _check_packable(engine.base.model)
-    most = max(1, LOGIT_BYTES // (4 * engine.base.model.config.get_text_config().vocab_size) - 1)
-    packs = [p for i, m in enumerate(messages_list) for p in _packs(engine, i, m, options_list[i], most)]
-    prefix = shared_prefix(engine.base.model, [p.prompt for p in packs], adapter_ids)
+    _check_packable(resident.base.model)
+    most = max(1, LOGIT_BYTES // (4 * resident.base.model.config.get_text_config().vocab_size) - 1)
+    packs = [p for i, m in enumerate(messages_list) for p in _packs(resident, i, m, options_list[i], most)]
+    prefix = shared_prefix(resident.base.model, [p.prompt for p in packs], adapter_ids)
     scores = OptionScores([[0.0] * len(o) for o in options_list], [[0] * len(o) for o in options_list])
 
     def fits(some: list[int]) -> bool:
         longest, widest = max(packs[i].length for i in some), max(packs[i].width for i in some)
         small = len(some) * longest <= batch_tokens and len(some) * (widest + 1) <= most + 1
-        return small and engine.fits_slots([adapter_ids[packs[i].chat] for i in some])
+        return small and resident.fits_slots([adapter_ids[packs[i].chat] for i in some])
 
     for some in grouped(sorted(range(len(packs)), key=lambda i: packs[i].length), fits):
         batch = [packs[i] for i in some]
-        with engine.running([adapter_ids[p.chat] for p in batch]):
-            _score(engine.base.model, batch, scores, prefix)
+        with resident.running([adapter_ids[p.chat] for p in batch]):
+            _score(resident.base.model, batch, scores, prefix)
     return scores
 
 
-def _packs(engine: Engine, chat: int, messages: Messages, options: Sequence[str], most: int) -> Iterator[_Pack]:
+def _packs(resident: Resident, chat: int, messages: Messages, options: Sequence[str], most: int) -> Iterator[_Pack]:
     """One pack, or several when the options together are wider than `most`."""
-    tokens = [option_ids(engine.base.tokenizer, o) for o in options]
+    tokens = [option_ids(resident.base.tokenizer, o) for o in options]
     if not tokens or not all(tokens):
         raise InputError(f"chat {chat} has no options, or one without tokens", fix="pass at least one answer per chat")
-    prompt = engine.prompt_ids(messages, max(map(len, tokens)))
+    prompt = resident.prompt_ids(messages, max(map(len, tokens)))
     for some in grouped(range(len(tokens)), lambda g: sum(len(tokens[i]) - 1 for i in g) <= most):
         yield _Pack(chat, prompt, [(i, tokens[i]) for i in some])
 

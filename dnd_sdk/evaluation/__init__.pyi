@@ -3,6 +3,7 @@ from .methods import default_methods as default_methods, needs_training as needs
 from .parts import Parts as Parts
 from .plot import read_report as read_report, write_plots as write_plots
 from .report import render as render
-from .runner import EvalSettings as EvalSettings, Progress as Progress, evaluate as evaluate
+from .runner import evaluate as evaluate
+from .settings import EvalSettings as EvalSettings, Progress as Progress
 from .trained import TaskTrainer as TaskTrainer
 from .zoo import Zoo as Zoo

@@ -9,9 +9,11 @@ from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation.cache import AnswerCache
 from dnd_sdk.evaluation.job import asked_rows, row_id
 from dnd_sdk.evaluation.methods import parse
-from dnd_sdk.evaluation.report import Made, Unit, build_report
-from dnd_sdk.evaluation.runner import EvalSettings, check_plan, scores_of
+from dnd_sdk.evaluation.report import build_report
+from dnd_sdk.evaluation.runner import check_plan, scores_of
 from dnd_sdk.evaluation.scoring import row_means
+from dnd_sdk.evaluation.settings import EvalSettings
+from dnd_sdk.evaluation.units import Made, Unit
 from dnd_sdk.tasks import Row, Task
 
 

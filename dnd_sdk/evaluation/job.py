@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import InputError
 from dnd_sdk.evaluation.cache import Answer, flat_hash
-from dnd_sdk.evaluation.methods import Treatment
 from dnd_sdk.evaluation.parts import Messages, Parts
+from dnd_sdk.evaluation.treatment import Treatment
 from dnd_sdk.tasks import Row, Task, bare_task, data_hash
 
 if TYPE_CHECKING:
-    from dnd_sdk.evaluation.runner import EvalSettings
+    from dnd_sdk.evaluation.settings import EvalSettings
 
 SPARE_TOKENS = 4
 """Tokens an answer may have beyond the longest train response: its end mark and a little slack."""
@@ -70,11 +70,11 @@ class TaskJob:
         if treatment.flat is None:
             return self._ask(None, treatment, parts, rows)
         adapter_id = f"eval-{flat_hash(treatment.flat)}"
-        parts.engine.load(adapter_id, treatment.flat)
+        parts.engine.bank.load(adapter_id, treatment.flat)
         try:
             return self._ask(adapter_id, treatment, parts, rows)
         finally:
-            parts.engine.evict(adapter_id)
+            parts.engine.bank.evict(adapter_id)
 
     def _ask(self, adapter_id: str | None, treatment: Treatment, parts: Parts, rows: Sequence[Row]) -> list[Answer]:
         asked = [self._messages(row, treatment, parts) for row in rows]

@@ -15,10 +15,12 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation.parts import AdapterZoo, LoraTrainer, Parts
+from dnd_sdk.evaluation.settings import MAX_PROMPTS
+from dnd_sdk.evaluation.treatment import Method, Treatment
 from dnd_sdk.tasks import Row, Task
 
 if TYPE_CHECKING:
@@ -28,8 +30,6 @@ METHODS = ("base", "instruction", "generated", "shuffled", "zero")
 """What a session alone can run without seeing a response, but for what tells the network and calibration apart."""
 TRAINED = ("oracle", "polish", "scratch")
 """Kinds of method that train on the task's own labelled rows."""
-MAX_PROMPTS = 64
-"""`generated` sees at most this many prompts of a task."""
 
 _SPELLINGS = (
     "base, instruction, icl-K, generated, shuffled, zero, uncalibrated, uncalibrated-shuffled, calibrated-zero, "
@@ -39,27 +39,6 @@ _APART = ("uncalibrated", "uncalibrated-shuffled", "calibrated-zero")
 """The network alone, and calibration alone."""
 _PLAIN = (*METHODS, *_APART, "nearest", "mean", "multitask", "oracle")
 _NUMBERED = re.compile(r"(icl|merge|oracle|polish|scratch)-([1-9][0-9]{0,5})")
-
-
-class Treatment(NamedTuple):
-    """What a method does to the base for one task."""
-
-    flat: Tensor | None = None
-    """Flat LoRA vector; None: the plain base."""
-    system: str | None = None
-    """Extra system text; None: none."""
-    shots: tuple[Row, ...] = ()
-    """Answered train rows shown as earlier turns of the chat; the last ones are left out where the context is full."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A named way to treat a task."""
-
-    name: str
-    seeded: bool
-    """False: the seed changes nothing, so one run is enough."""
-    make: Callable[[Task, int], Treatment]
 
 
 def build_methods(

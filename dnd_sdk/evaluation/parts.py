@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.evaluation.report import Made
+from dnd_sdk.evaluation.units import Made
 from dnd_sdk.tasks import Task
 
 if TYPE_CHECKING:
@@ -19,14 +19,22 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 
 
-class CompletionEngine(Protocol):
-    """The resident base with named adapters."""
+class AdapterBank(Protocol):
+    """Adapters in slots."""
 
     def load(self, adapter_id: str, flat: Tensor) -> Any:
         """Make `flat` usable under `adapter_id`."""
 
     def evict(self, adapter_id: str) -> Any:
         """Forget `adapter_id`."""
+
+
+class CompletionEngine(Protocol):
+    """The resident base with named adapters."""
+
+    @property
+    def bank(self) -> AdapterBank:
+        """Where its adapters are."""
 
     def complete_batch(
         self, messages_list: Sequence[Messages], adapter_ids: Sequence[str | None], options: SamplingOptions

@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from dnd_sdk.evaluation.scoring import COMPARED, METRICS, RowScores, mean_ci95
+from dnd_sdk.evaluation.units import Made, Scores, Unit
 
 if TYPE_CHECKING:
-    from dnd_sdk.evaluation.runner import EvalSettings
+    from dnd_sdk.evaluation.settings import EvalSettings
 
 SCHEMA_VERSION = 1
 
-Scores = dict[str, float | None]
 Table = dict[str, dict[str, Any]]
 """A method's scores by task."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one (task, method, seed) came to: `scores`, or `error`."""
-
-    task: str
-    method: str
-    seed: int
-    n: int
-    """Test rows asked."""
-    scores: Scores | None
-    error: str | None = None
-    unrelated: Scores | None = None
-    """Mean change of scores on tasks of other families; None where no adapter was asked about any."""
-    rows: RowScores | None = None
-    """What `scores` are the means of; None where they are means of other means."""
-
-
-class Made(NamedTuple):
-    """What answers were made with."""
-
-    base: str
-    generator: str | None
-    """Its id; None without one."""
 
 
 def build_report(made: Made, methods: Sequence[str], settings: EvalSettings, units: Sequence[Unit]) -> dict[str, Any]:

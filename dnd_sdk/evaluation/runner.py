@@ -13,81 +13,24 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dnd_sdk.errors import ConfigError, DndError
 from dnd_sdk.evaluation.cache import Answer, AnswerCache
 from dnd_sdk.evaluation.job import TaskJob, row_id
-from dnd_sdk.evaluation.methods import MAX_PROMPTS, METHODS, Method, Treatment, build_methods, check_names
+from dnd_sdk.evaluation.methods import METHODS, build_methods, check_names
 from dnd_sdk.evaluation.parts import AdapterZoo, LoraTrainer, Parts
-from dnd_sdk.evaluation.report import Scores, Unit, build_report
+from dnd_sdk.evaluation.report import build_report
 from dnd_sdk.evaluation.scoring import RowScores, mean_change, row_means, row_scores
+from dnd_sdk.evaluation.settings import EvalSettings, Progress
+from dnd_sdk.evaluation.treatment import Method, Treatment
+from dnd_sdk.evaluation.units import Scores, Unit
 from dnd_sdk.tasks import Row, Task
 
 log = logging.getLogger(__name__)
 
 FAILURES = (DndError, RuntimeError, ValueError)
 """What a task's rows or adapter may bring about: it fails that unit alone."""
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """How much is evaluated, and where its answers are kept."""
-
-    limit: int = 30
-    """Test rows per task (all of them if a task has fewer); the same rows for every method and seed."""
-    seeds: int = 1
-    """Seeds per method whose prompts are drawn; their scores are averaged."""
-    n_prompts: int = MAX_PROMPTS
-    """Prompts of a task that condition the generator or the router, at most."""
-    max_new_tokens: int = 64
-    """Upper bound; a task whose train responses are shorter gets less."""
-    bare: bool = False
-    """Ask the test rows without what all prompts of their task share (`dnd_sdk.tasks.bare`); methods are made from
-    whole prompts all the same."""
-    unrelated: int = 0
-    """Tasks of other families that every adapter is asked as well, to measure what it spoils; `limit` rows each."""
-    against: str | None = None
-    """Method that all others are compared with, besides `base`; None: `base` alone."""
-    part: tuple[int, int] = (1, 1)
-    """(K, N): ask only every N-th task, from the K-th on. Prompts of other tasks are still drawn from all of them, so
-    processes that share a `run_dir` can answer a part each, and a run of all then finds their answers."""
-    run_dir: Path | None = None
-    """Folder of `results.jsonl`; None keeps nothing."""
-
-    def __post_init__(self) -> None:
-        if self.unrelated < 0:
-            raise ConfigError(f"unrelated must be 0 or more, got {self.unrelated}")
-        for name in ("limit", "seeds", "n_prompts", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 1 <= self.part[0] <= self.part[1]:
-            raise ConfigError(
-                f"part must be K of N with K from 1 to N, got {self.part}", fix="such as 1 of 2, and 2 of 2"
-            )
-        if self.n_prompts > MAX_PROMPTS:
-            raise ConfigError(f"n_prompts must be at most {MAX_PROMPTS}, got {self.n_prompts}")
-
-    def own_tasks(self, tasks: Sequence[Task]) -> Sequence[Task]:
-        """The tasks of this `part`."""
-        first, every = self.part
-        return tasks[first - 1 :: every]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where an evaluation stands after one unit."""
-
-    done: int
-    total: int
-    task: str
-    method: str
-    seed: int
-    cached: bool
-    eta_s: float | None
-    """Seconds left at the pace of the units that were not cached; None before the first of those."""
 
 
 def evaluate(

@@ -12,19 +12,21 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dnd_sdk.errors import AdapterNotFoundError, DndError
 from dnd_sdk.observing.prompt_stream import Choice, Observation, PromptStream, StreamSettings
 from dnd_sdk.observing.saved import load_stream, save_stream
 from dnd_sdk.routing import RouteDecision, choose_exemplars, log_decision
-from dnd_sdk.session import AdaptResult, ObserveResult
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
 
+    from dnd_sdk.adaptation import AdaptResult, Parts
     from dnd_sdk.adapters import Adapter
-    from dnd_sdk.session import DnD
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,18 @@ SAVE_EVERY = 64
 """Prompts between two saves, so many at most are forgotten by a crash."""
 LOOK_EVERY = 8
 """A task that has no adapter yet is looked for each time it has grown by so many prompts."""
+
+
+@dataclass(frozen=True)
+class ObserveResult:
+    """What `DnD.observe` made of one prompt of a stream."""
+
+    adapter: Adapter | None
+    """The adapter of this prompt's task; None: complete it with the base model."""
+    cluster: int
+    """Which task of the stream the prompt was counted to."""
+    adapted: AdaptResult | None
+    """The adaptation this prompt set off; None for nearly all prompts."""
 
 
 class _Chosen(NamedTuple):
@@ -42,9 +56,12 @@ class _Chosen(NamedTuple):
 class Observer:
     """The tasks one session has met; every method may be called from any thread."""
 
-    def __init__(self, dnd: DnD, settings: StreamSettings | None) -> None:
-        self._dnd, self._settings = dnd, settings or StreamSettings()
-        self._folder = dnd.home.streams / f"{dnd.base.fingerprint[:16]}-{dnd.encoder.fingerprint[:16]}"
+    def __init__(
+        self, parts: Parts, adapt: Callable[[Sequence[str]], AdaptResult], settings: StreamSettings | None
+    ) -> None:
+        """`adapt` makes the prompts of a task an adapter, or decides for the base; `settings` None: the defaults."""
+        self._parts, self._adapt_to, self._settings = parts, adapt, settings or StreamSettings()
+        self._folder = parts.home.streams / f"{parts.base.fingerprint[:16]}-{parts.encoder.fingerprint[:16]}"
         self._opened: PromptStream | None = None
         self._busy: set[int] = set()
         """Clusters some thread is adapting to."""
@@ -58,12 +75,12 @@ class Observer:
         """What was seen, read from the home the first time."""
         with self._lock:
             if self._opened is None:
-                self._opened = load_stream(self._folder, self._settings, encoder=self._dnd.encoder.fingerprint)
+                self._opened = load_stream(self._folder, self._settings, encoder=self._parts.encoder.fingerprint)
             return self._opened
 
     def observe(self, prompt: str) -> ObserveResult:
         """See `DnD.observe`."""
-        pooled = self._dnd.encoder.embed([prompt])
+        pooled = self._parts.encoder.embed([prompt])
         prompt = prompt.encode("utf-8", "replace").decode()  # `adapt` refuses lone surrogates, and would each time
         seen = self.stream.add(prompt, pooled)
         with self._lock:
@@ -89,7 +106,7 @@ class Observer:
             if stream is None or unsaved == 0:
                 return
             try:
-                save_stream(stream, self._folder, encoder=self._dnd.encoder.fingerprint)
+                save_stream(stream, self._folder, encoder=self._parts.encoder.fingerprint)
             except DndError as e:
                 if not self._warned:
                     self._warned = True
@@ -106,7 +123,7 @@ class Observer:
         wanted, final = seen.choice.adapter_id, seen.choice.final
         if wanted is None:
             return _Chosen(None, final)
-        return next((_Chosen(a, final) for a in self._dnd.router.adapters() if a.id == wanted), None)
+        return next((_Chosen(a, final) for a in self._parts.router.adapters() if a.id == wanted), None)
 
     def _adapt(self, seen: Observation) -> AdaptResult | None:
         """Adapt to a cluster; None when another thread does or just did, or the cluster was merged away."""
@@ -117,7 +134,7 @@ class Observer:
                 prompts = self.stream.prompts(seen.cluster_id)
             except AdapterNotFoundError:
                 return None
-            result = self._dnd.adapt(prompts)
+            result = self._adapt_to(prompts)
             assert result.decision != "merge"  # only on request
             adapter_id = None if result.adapter is None else result.adapter.id
             self.stream.choose(seen.cluster_id, Choice(result.decision, adapter_id))
@@ -126,12 +143,12 @@ class Observer:
     def _by_cluster(self, prompt: str, seen: Observation, adapter: Adapter | None) -> Adapter | None:
         decision: Literal["reuse", "base"] = "base" if adapter is None else "reuse"
         route = RouteDecision(decision, None, adapter, [], "decided for its task before", by="cluster")
-        log_decision(self._dnd, "observe", [prompt], route, cluster=seen.cluster_id)
+        self._log([prompt], route, seen.cluster_id)
         return adapter
 
     def _alone(self, prompt: str, pooled: Tensor, seen: Observation) -> Adapter | None:
-        route = self._dnd.router.route_one(pooled)
-        log_decision(self._dnd, "observe", [prompt], route, cluster=seen.cluster_id)
+        route = self._parts.router.route_one(pooled)
+        self._log([prompt], route, seen.cluster_id)
         return route.adapter
 
     def _look(self, seen: Observation) -> Adapter | None:
@@ -143,10 +160,10 @@ class Observer:
             prompts, vectors = self.stream.prompts(cluster), self.stream.vectors(cluster)
         except AdapterNotFoundError:
             return None
-        route = self._dnd.router.route(vectors, mode="reuse")
+        route = self._parts.router.route(vectors, mode="reuse")
         if route.adapter is not None:
             self.stream.choose(cluster, Choice("reuse", route.adapter.id, final=False))
-            log_decision(self._dnd, "observe", prompts, route, mode="reuse", rule="set", cluster=cluster)
+            self._log(prompts, route, cluster, mode="reuse", rule="set")
         return route.adapter
 
     def _refine(self, seen: Observation, adapter: Adapter | None) -> None:
@@ -156,9 +173,12 @@ class Observer:
             return
         self.stream.choose(seen.cluster_id, choice)  # also when what follows fails: not again with every prompt
         try:
-            self._dnd.store.set_exemplars(adapter, choose_exemplars(self.stream.vectors(seen.cluster_id)))
+            self._parts.store.set_exemplars(adapter, choose_exemplars(self.stream.vectors(seen.cluster_id)))
         except DndError as e:
             log.warning("the exemplars of %r stay as they are: %s", adapter.name, e.message)
+
+    def _log(self, prompts: Sequence[str], route: RouteDecision, cluster: int, **how: str) -> None:
+        log_decision(self._parts.log, self._parts.router.thresholds, "observe", prompts, route, cluster=cluster, **how)
 
     @contextmanager
     def _claimed(self, cluster: int) -> Iterator[bool]:

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dnd_sdk.prompts import prompt_set_hash
-from dnd_sdk.routing.decision_log import Decision
+from dnd_sdk.routing.decision_log import Decision, DecisionLog
 
 if TYPE_CHECKING:
     from dnd_sdk.routing.router import RouteDecision
-    from dnd_sdk.session import DnD
+    from dnd_sdk.routing.thresholds import Thresholds
 
 
 def log_decision(
-    dnd: DnD,
+    log: DecisionLog,
+    thresholds: Thresholds,
     kind: str,
     prompts: Sequence[str],
     route: RouteDecision,
@@ -23,10 +24,9 @@ def log_decision(
     mode: str = "auto",
     cluster: int | None = None,
 ) -> None:
-    """Log one decision; see the fields of `Decision`."""
-    limits = dnd.router.thresholds
+    """Log one decision made by `thresholds`; see the fields of `Decision`."""
     texts = (p.encode("utf-8", "replace").decode() for p in prompts)  # lone surrogates cannot be hashed
-    dnd.log.append(
+    log.append(
         Decision(
             kind=kind,
             prompts=prompt_set_hash(texts),
@@ -36,7 +36,7 @@ def log_decision(
             score=route.score,
             neighbours=tuple(route.neighbours),
             support=route.support,
-            thresholds={"reuse": limits.reuse, "reuse_single": limits.reuse_single, "support": limits.support},
+            thresholds={k: getattr(thresholds, k) for k in ("reuse", "reuse_single", "support")},
             rule=rule,
             mode=mode,
             by=route.by,

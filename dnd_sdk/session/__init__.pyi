@@ -5,12 +5,6 @@ from .loading import (
     measured as measured,
 )
 from .options import ALIASES as ALIASES, call_options as call_options, check_known as check_known, renamed as renamed
-from .results import (
-    AdaptResult as AdaptResult,
-    Completion as Completion,
-    Mode as Mode,
-    ObserveResult as ObserveResult,
-    Stopwatch as Stopwatch,
-)
+from .results import Completion as Completion
 from .session import AUTO as AUTO, AdapterChoice as AdapterChoice, DnD as DnD
 from .stream import CompletionStream as CompletionStream

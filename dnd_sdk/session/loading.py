@@ -7,6 +7,7 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
+from dnd_sdk.adaptation import Parts
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.engine import Engine
@@ -14,7 +15,7 @@ from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError
 from dnd_sdk.generator import Generator
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, Base, Encoder, load_base, resolve
-from dnd_sdk.routing import THRESHOLDS_FILE, Calibration, Router, Support, Thresholds
+from dnd_sdk.routing import THRESHOLDS_FILE, Calibration, DecisionLog, Router, Support, Thresholds
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,6 @@ DEFAULT_GENERATOR = Path(__file__).parents[1] / "generator" / "shipped" / DEFAUL
 
 EXACT_ONLY = Thresholds(reuse=2.0, reuse_single=2.0, support=-1.0, fitted_on={"what": "nothing"})
 """Without measured thresholds an adapter is reused for its very prompts only: no similarity reaches these."""
-
-Parts = tuple[Base, Generator | None, Encoder, AdapterStore, Router, Engine]
 
 
 def load_parts(
@@ -48,7 +47,8 @@ def load_parts(
     layout = made.layout if made is not None else LoraLayout.from_model(resident.model)
     store = AdapterStore(home)
     router = _router(folder, prompts, resident, layout, store, home)
-    return resident, made, prompts, store, router, Engine(resident, layout, n_slots=n_slots)
+    engine = Engine(resident, layout, n_slots=n_slots)
+    return Parts(resident, made, prompts, store, router, engine, home, DecisionLog(home.logs))
 
 
 def generator_folder(base: str, generator: str | PathLike[str] | None) -> Path | None:

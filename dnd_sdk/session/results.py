@@ -1,56 +1,14 @@
-"""The values a session returns."""
+"""What a completion comes to."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dnd_sdk.adaptation import Decision
     from dnd_sdk.adapters import Adapter
     from dnd_sdk.engine import Generation
-
-STEPS = ("encode", "route", "generate", "validate", "store", "swap", "total")
-
-Mode = Literal["auto", "reuse", "generate", "merge"]
-Decision = Literal["reuse", "generate", "merge", "base"]
-
-
-@dataclass(frozen=True)
-class AdaptResult:
-    """What `DnD.adapt` decided and did."""
-
-    adapter: Adapter | None
-    """The adapter to complete with; None: the base model."""
-    decision: Decision
-    score: float | None
-    """Similarity to the nearest stored adapter, 1.0 for the same prompt set; None when nothing was compared."""
-    neighbours: tuple[tuple[str, float], ...]
-    """Nearest adapters and their scores, best first."""
-    reason: str
-    n_prompts: int
-    """Prompts used, after cleaning and sampling."""
-    notes: tuple[str, ...]
-    """What was left out of the prompts, in words."""
-    timings_s: dict[str, float]
-    """Seconds per step and in total; steps that were not needed are 0."""
-    probability: float | None = None
-    """That the nearest adapter is the job's own, as `RouteDecision.probability`; 1.0 for the same prompt set."""
-    in_distribution: float | None = None
-    """That the prompts are a job and not noise; None when that was not asked."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object `dnd adapt --json` prints."""
-        found = self.adapter
-        return {
-            "decision": self.decision,
-            "score": self.score,
-            "adapter": found and {"name": found.name, "path": str(found.path), "source": found.source},
-            "n_prompts": self.n_prompts,
-            "timings_s": dict(self.timings_s),
-        }
 
 
 @dataclass(frozen=True)
@@ -72,37 +30,3 @@ def completion(generation: Generation, adapter: Adapter | None) -> Completion:
     if adapter is None:
         return Completion(generation.text, usage, None, "base")
     return Completion(generation.text, usage, adapter.name, "reuse")
-
-
-@dataclass(frozen=True)
-class ObserveResult:
-    """What `DnD.observe` made of one prompt of a stream."""
-
-    adapter: Adapter | None
-    """The adapter of this prompt's task; None: complete it with the base model."""
-    cluster: int
-    """Which task of the stream the prompt was counted to."""
-    adapted: AdaptResult | None
-    """The adaptation this prompt set off; None for nearly all prompts."""
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent per step of one adaptation; those of `STEPS` that were not needed stay 0, others are left out."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to `name`."""
-        at = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - at
-
-    def stop(self) -> dict[str, float]:
-        """All steps and the total."""
-        steps = {k: v for k, v in self.seconds.items() if k != "total"}
-        return {**steps, "total": time.perf_counter() - self.started}

@@ -13,20 +13,18 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dnd_sdk.adaptation import Adaptation, Limits
-from dnd_sdk.adapters import Adapter, AdapterStore
+from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts
+from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import Prompt, Tools, last_user_text, with_role
 from dnd_sdk.config import Home, SamplingOptions
-from dnd_sdk.engine import Engine
 from dnd_sdk.errors import BankFullError, ConfigError, InputError
-from dnd_sdk.generator import Generator
 from dnd_sdk.lora import LoraLayout
-from dnd_sdk.models import DEFAULT_BASE, Base, Encoder
-from dnd_sdk.observing import Observer, PromptStream, StreamSettings
+from dnd_sdk.models import DEFAULT_BASE
+from dnd_sdk.observing import Observer, ObserveResult, PromptStream, StreamSettings
 from dnd_sdk.prompts import PromptSet, Role, as_role, clean_prompts, role_text
-from dnd_sdk.routing import DecisionLog, RouteDecision, Router, choose_exemplars, log_decision
+from dnd_sdk.routing import RouteDecision, choose_exemplars, log_decision
 from dnd_sdk.session.loading import load_parts
-from dnd_sdk.session.results import AdaptResult, Completion, Mode, ObserveResult, completion
+from dnd_sdk.session.results import Completion, completion
 from dnd_sdk.session.stream import CompletionStream
 
 if TYPE_CHECKING:
@@ -43,24 +41,22 @@ class DnD:
 
     def __init__(
         self,
-        base: Base,
-        generator: Generator | None,
-        encoder: Encoder,
-        store: AdapterStore,
-        router: Router,
-        engine: Engine,
+        parts: Parts,
         *,
         limits: Limits | None = None,
         stream_settings: StreamSettings | None = None,
         calibrate: bool = True,
     ) -> None:
-        """Put parts together that fit each other; `load` makes them. `generator` None: reuse or base only."""
-        self.calibrate = calibrate
-        self.base, self.generator, self.encoder = base, generator, encoder
-        self.store, self.router, self.engine = store, router, engine
-        self._adaptation = Adaptation(self, limits or Limits())
-        self.log = DecisionLog(self.home.logs)
-        self._observer = Observer(self, stream_settings)
+        """A session over parts that fit each other; `load` makes them.
+
+        `limits` bound what generated weights may be, `stream_settings` what `observe` takes for a task; None: the
+        defaults. `calibrate` as for `load`.
+        """
+        self.parts = parts
+        self.base, self.generator, self.encoder = parts.base, parts.generator, parts.encoder
+        self.store, self.router, self.engine, self.home = parts.store, parts.router, parts.engine, parts.home
+        self._adaptation = Adaptation(parts, limits or Limits(), calibrate=calibrate)
+        self._observer = Observer(parts, lambda prompts: self.adapt(prompts), stream_settings)
 
     @classmethod
     def load(
@@ -96,12 +92,7 @@ class DnD:
         """
         where = home if isinstance(home, Home) else Home.find(home)
         parts = load_parts(base, generator, encoder, where, device, dtype, n_slots, progress)
-        return cls(*parts, calibrate=calibrate)
-
-    @property
-    def home(self) -> Home:
-        """Where this session keeps its adapters."""
-        return Home(self.store.root.parent)
+        return cls(parts, calibrate=calibrate)
 
     @property
     def observed(self) -> PromptStream:
@@ -257,9 +248,7 @@ class DnD:
 
     def make_resident(self, adapter: Adapter) -> None:
         """Have an adapter swapped in, now and whenever a later call leases it; its weights are checked when read."""
-        self.engine.ensure(
-            adapter.id, lambda: self.store.load(adapter, self.layout, base_fingerprint=self.base.fingerprint)
-        )
+        self.parts.make_resident(adapter)
 
     def close(self) -> None:
         """Keep what was observed and evict every idle adapter.
@@ -267,9 +256,9 @@ class DnD:
         The models are freed with the last reference to this session.
         """
         self._observer.save()
-        for adapter_id in self.engine.resident():
+        for adapter_id in self.engine.bank.resident():
             with suppress(BankFullError):  # a running request, or one that is just ending, still has it
-                self.engine.evict(adapter_id)
+                self.engine.bank.evict(adapter_id)
 
     def __enter__(self) -> DnD:
         return self
@@ -285,7 +274,7 @@ class DnD:
         if adapter == AUTO:
             text = last_user_text(prompt)
             route = self.router.route_one(self._pooled([text], role), role_text(role))
-            log_decision(self, "auto", [text], route)
+            log_decision(self.parts.log, self.router.thresholds, "auto", [text], route)
             return route.adapter
         return self.store.get(adapter)
 

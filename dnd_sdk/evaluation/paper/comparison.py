@@ -25,12 +25,15 @@ from typing import Any, NamedTuple
 
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation.job import TaskJob
-from dnd_sdk.evaluation.methods import Method, Treatment, build_methods
+from dnd_sdk.evaluation.methods import build_methods
 from dnd_sdk.evaluation.paper.training import GENERATOR, OWN, HeldOut, PaperTrainer, Seconds
 from dnd_sdk.evaluation.parts import Parts
-from dnd_sdk.evaluation.report import Scores, Unit, build_report
-from dnd_sdk.evaluation.runner import FAILURES, EvalSettings, Progress, run_methods
+from dnd_sdk.evaluation.report import build_report
+from dnd_sdk.evaluation.runner import FAILURES, run_methods
 from dnd_sdk.evaluation.scoring import METRICS, score_answers
+from dnd_sdk.evaluation.settings import EvalSettings, Progress
+from dnd_sdk.evaluation.treatment import Method, Treatment
+from dnd_sdk.evaluation.units import Scores, Unit
 from dnd_sdk.tasks import Task, read_tasks, task_names
 
 

@@ -155,9 +155,9 @@ def test_every_figure_is_that_of_its_adapter_asked_alone(root: Path, done: dict[
     rows = TaskJob.of(task, parts, EvalSettings(**EVAL)).rows
 
     def accuracy(flat: torch.Tensor) -> float:
-        parts.engine.load("alone", flat)
+        parts.engine.bank.load("alone", flat)
         scores = parts.engine.option_logprobs([task.messages(r) for r in rows], ["alone"] * len(rows), LABELS)
-        parts.engine.evict("alone")
+        parts.engine.bank.evict("alone")
         right = [LABELS[c] == r.response for c, r in zip(scores.argmax(-1).tolist(), rows, strict=True)]
         return sum(right) / len(right)
 
@@ -187,9 +187,9 @@ def test_full_shot_learns_the_whole_set_and_few_shot_a_part(root: Path, done: di
     chat, right = [task.messages(r) for r in task.train], [LABELS.index(r.response) for r in task.train]
 
     def likelihood(flat: torch.Tensor) -> float:
-        parts.engine.load("alone", flat)
+        parts.engine.bank.load("alone", flat)
         scores = parts.engine.option_logprobs(chat, ["alone"] * len(chat), LABELS)
-        parts.engine.evict("alone")
+        parts.engine.bank.evict("alone")
         return scores[range(len(right)), right].mean().item()
 
     few, full = (own.own(held, name) for name in OWN)

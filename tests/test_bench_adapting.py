@@ -30,9 +30,8 @@ class FakeSession:
         model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
         self.base = SimpleNamespace(model=model, name="tiny")
         self.store = SimpleNamespace(ls=lambda: [SimpleNamespace(name=n) for n in self.stored], rm=self.stored.remove)
-        self.engine = SimpleNamespace(
-            load=self.resident.__setitem__, evict=lambda i: self.resident.pop(i, None), complete_batch=self.complete
-        )
+        bank = SimpleNamespace(load=self.resident.__setitem__, evict=lambda i: self.resident.pop(i, None))
+        self.engine = SimpleNamespace(bank=bank, complete_batch=self.complete)
         self.cold = 2
 
     def clock(self) -> float:

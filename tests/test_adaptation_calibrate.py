@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dnd_sdk.adaptation import Calibrated, LabelCalibration
 from dnd_sdk.prompts.roles import Role
+from dnd_sdk.session import DnD
 
 SHARES = {"yes": 0.75, "no": 0.125}
 
@@ -60,7 +61,7 @@ def test_the_session_says_whether_and_a_call_may_say_otherwise(world: World, cal
     assert len(calls) == 1
     dnd.adapt(prompts_of("digits"))  # the same set: nothing is made
     assert len(calls) == 1
-    dnd.calibrate = False
+    dnd = DnD(dnd.parts, calibrate=False)
     dnd.adapt(prompts_of("digits"), mode="generate", name="again")
     assert len(calls) == 1
     dnd.adapt(prompts_of("digits"), mode="generate", name="fair", calibrate=True)

@@ -147,7 +147,7 @@ def test_another_encoder_or_base_has_a_stream_of_its_own(world: World, monkeypat
         observed(dnd, prompts_of("upper", 3))
     other = world.session(generator=False)
     other.encoder.fingerprint = "f" * 64
-    assert DnD(other.base, None, other.encoder, other.store, other.router, other.engine).observed.sizes() == {}
+    assert DnD(replace(other.parts, generator=None)).observed.sizes() == {}
 
 
 def test_late_prompts_refine_what_the_router_knows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

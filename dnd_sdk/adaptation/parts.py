@@ -1,0 +1,41 @@
+"""The parts that a session is put together from, as one value for everything that works with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dnd_sdk.adapters import Adapter, AdapterStore
+    from dnd_sdk.config import Home
+    from dnd_sdk.engine import Engine
+    from dnd_sdk.generator import Generator
+    from dnd_sdk.lora import LoraLayout
+    from dnd_sdk.models import Base, Encoder
+    from dnd_sdk.routing import DecisionLog, Router
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts that fit each other; `dnd_sdk.session.loading` makes and checks them."""
+
+    base: Base
+    generator: Generator | None
+    """None: adapters are reused, or the base answers."""
+    encoder: Encoder
+    store: AdapterStore
+    router: Router
+    engine: Engine
+    home: Home
+    log: DecisionLog
+
+    @property
+    def layout(self) -> LoraLayout:
+        """The LoRA layout that every adapter has."""
+        return self.engine.layout
+
+    def make_resident(self, adapter: Adapter) -> None:
+        """Have an adapter swapped in, now and whenever a later call leases it; its weights are checked when read."""
+        self.engine.bank.ensure(
+            adapter.id, lambda: self.store.load(adapter, self.layout, base_fingerprint=self.base.fingerprint)
+        )

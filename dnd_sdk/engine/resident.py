@@ -1,0 +1,65 @@
+"""The resident base: one model, its slots of adapters, and whose turn it is to run it.
+
+Which adapter a forward uses travels with the work (a lease and a context variable), so threads never race for it. Where
+all rows use the base, the plain model runs: bit-identical, no overhead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from dnd_sdk.chat import Messages, Tools, prompt_ids
+from dnd_sdk.engine.bank import SlotBank
+from dnd_sdk.engine.turns import Turn, Turns
+from dnd_sdk.errors import InputError
+from dnd_sdk.lora import LoraLayout, attach_lora, use_lora
+from dnd_sdk.models import Base
+
+
+class Resident:
+    """A base with LoRA attached; thread-safe."""
+
+    def __init__(self, base: Base, layout: LoraLayout, *, n_slots: int = 8) -> None:
+        """`n_slots` adapters of `layout` can be in the bank at once."""
+        self.base, self.layout = base, layout
+        self.bank = SlotBank(layout, n_slots, base.model.device, base.model.dtype)
+        self.turns = Turns()
+        attach_lora(base.model, layout)
+
+    @property
+    def max_tokens(self) -> int:
+        """Prompt and completion together cannot be longer (the base's context)."""
+        return int(getattr(self.base.model.config.get_text_config(), "max_position_embeddings", 2**31))
+
+    def prompt_ids(self, messages: Messages, n_new: int, tools: Tools | None = None) -> list[int]:
+        """Token ids of the templated chat; `InputError` unless `n_new` more tokens fit the base's context."""
+        ids = prompt_ids(self.base.tokenizer, messages, tools)
+        if len(ids) + n_new > self.max_tokens:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, at most {self.max_tokens - n_new} fit "
+                f"(context {self.max_tokens}, {n_new} kept for the answer)",
+                fix="shorten the prompt or lower max_new_tokens",
+            )
+        return ids
+
+    @contextmanager
+    def running(self, adapter_ids: Sequence[str | None]) -> Iterator[Turn]:
+        """Inside, this thread alone uses the model and its forwards apply these adapters per row."""
+        with self.bank.lease(adapter_ids) as rows, self.forwarding(rows) as turn:
+            yield turn
+
+    @contextmanager
+    def forwarding(self, rows: Tensor | int) -> Iterator[Turn]:
+        """The same for bank rows that are leased already, as `SlotBank.lease` yields them."""
+        plain = isinstance(rows, int) and rows == 0
+        adapted = nullcontext() if plain else use_lora(self.bank.tables, rows)
+        with self.turns.take() as turn, torch.inference_mode(), adapted:
+            yield turn
+
+    def fits_slots(self, adapter_ids: Sequence[str | None]) -> bool:
+        """Whether one batch may use all these adapters."""
+        return len(set(adapter_ids) - {None}) <= self.bank.n_slots
