@@ -241,3 +241,38 @@ def test_leases_and_tables_serve_a_hand_written_forward(engine: Engine) -> None:
     with engine.bank.lease(["b"]) as rows, use_lora(engine.bank.tables, rows), torch.no_grad():
         got = engine.base.model(input_ids=ids).logits
     assert torch.equal(got, logits(engine, ["hi"], ["b"]))
+
+
+def counting(engine: Engine, n: int) -> list[str]:
+    """Give the engine loaders for adapters `0`..`n-1`; the list tells which were called."""
+    called: list[str] = []
+    for i in range(n):
+        name = str(i)
+        engine.bank.ensure(name, lambda i=i, name=name: (called.append(name), strong(engine.layout, i))[1])
+    called.clear()
+    return called
+
+
+def test_a_list_brings_every_adapter_in_once_whatever_its_order() -> None:
+    base = tiny_base()
+    engine = Engine(base, tiny_layout(base), n_slots=4, max_batch=8)
+    called, names = counting(engine, 12), [str(i * 7 % 12) for i in range(48)]
+    options = SamplingOptions(max_new_tokens=2)
+    answers = engine.complete_batch(["hi" + " there" * (i % 5) for i in range(48)], names, options)
+    assert len(called) == len(set(called)) <= 12
+    alone = [engine.complete("hi" + " there" * (i % 5), names[i], options).text for i in range(48)]
+    assert [a.text for a in answers] == alone
+
+
+def test_pinned_slots_make_smaller_batches_and_no_error() -> None:
+    base = tiny_base()
+    engine = Engine(base, tiny_layout(base), n_slots=4)
+    counting(engine, 6)
+    for name in "012":
+        engine.bank.ensure(name, lambda name=name: strong(engine.layout, int(name)))
+        engine.bank.pin(name)
+    options, names = SamplingOptions(max_new_tokens=2), ["3", "4", "0", None, "5"]
+    answers = engine.complete_batch(["hi"] * 5, names, options)
+    assert [a.text for a in answers] == [engine.complete("hi", n, options).text for n in names]
+    scores = engine.option_logprobs(["hi"] * 5, names, ["yes", "no"])
+    torch.testing.assert_close(scores, torch.cat([engine.option_logprobs(["hi"], [n], ["yes", "no"]) for n in names]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from llamaindex_parts import METHODS, ScriptedDnD, ask, call, put_adapter, wait_until
-from test_session_observing import tell_apart
+from test_observing_observer import tell_apart
 from tiny_world import World, prompts_of
 
 from dnd_sdk.errors import StorageError

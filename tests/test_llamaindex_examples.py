@@ -10,7 +10,7 @@ import pytest
 from llama_index.core import Settings
 from llamaindex_parts import roomy
 from test_examples import EXAMPLES, load
-from test_session_observing import tell_apart
+from test_observing_observer import tell_apart
 from tiny_world import World
 
 from dnd_sdk.config import Home

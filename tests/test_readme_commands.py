@@ -156,7 +156,7 @@ ELSEWHERE = {
             "dnd bench train TASKS --config examples/qwen_shaped.toml",
             "dnd bench train TASKS --config examples/qwen_shaped_paper.toml",
         ),
-        "test_training_bench.test_the_example_of_another_base_is_made_and_timed",
+        "test_bench_training.test_the_example_of_another_base_is_made_and_timed",
     ),
     'pip install "dnd-sdk[smolagents]"': "test_readme_commands.test_the_extras_that_are_named_exist",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_decision_log import decision
+from test_routing_decision_log import decision
 
 from dnd_sdk.routing import Thresholds
 from dnd_sdk.routing.replay import replay_decisions

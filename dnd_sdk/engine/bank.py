@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -76,6 +76,10 @@ class SlotBank:
         with self._writing:
             self._bring_in(adapter_id, loader)
             self._loaders[adapter_id] = loader
+
+    def room(self, adapter_ids: Iterable[str]) -> int:
+        """How many of these adapters can be resident at once, beside what is pinned."""
+        return self._table.room(adapter_ids)
 
     @contextmanager
     def lease(self, adapter_ids: Sequence[str | None]) -> Iterator[Tensor | int]:

@@ -64,7 +64,8 @@ class Engine(Resident):
         options = options or SamplingOptions()
         check_paired(messages_list, adapter_ids)
         prompts = [self.prompt_ids(m, options.max_new_tokens, tools) for m in messages_list]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        rounds = self.rounds(adapter_ids)
+        order = sorted(range(len(prompts)), key=lambda i: (rounds[i], len(prompts[i])))
         prefix = shared_prefix(self.base.model, prompts, adapter_ids)
         done: dict[int, Generation] = {}
         for rows in grouped(order, lambda some: self._fits(some, prompts, adapter_ids)):

@@ -60,6 +60,17 @@ class Resident:
         with self.turns.take() as turn, torch.inference_mode(), adapted:
             yield turn
 
+    def rounds(self, adapter_ids: Sequence[str | None]) -> list[int]:
+        """Which round of the slots each row is best run in, so that every adapter is brought in once.
+
+        Adapters that fit the slots together share a round; the base needs none and goes with the first.
+        """
+        distinct = list(dict.fromkeys(i for i in adapter_ids if i is not None))
+        at_once = max(1, min((self.bank.room([i]) for i in distinct), default=1))
+        turn: dict[str | None, int] = {i: n // at_once for n, i in enumerate(distinct)}
+        return [turn.get(i, 0) for i in adapter_ids]
+
     def fits_slots(self, adapter_ids: Sequence[str | None]) -> bool:
         """Whether one batch may use all these adapters."""
-        return len(set(adapter_ids) - {None}) <= self.bank.n_slots
+        wanted = {i for i in adapter_ids if i is not None}
+        return len(wanted) <= self.bank.room(wanted)

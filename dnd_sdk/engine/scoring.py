@@ -84,7 +84,8 @@ def option_logprobs(
         small = len(some) * longest <= batch_tokens and len(some) * (widest + 1) <= most + 1
         return small and resident.fits_slots([adapter_ids[packs[i].chat] for i in some])
 
-    for some in grouped(sorted(range(len(packs)), key=lambda i: packs[i].length), fits):
+    rounds = resident.rounds(adapter_ids)
+    for some in grouped(sorted(range(len(packs)), key=lambda i: (rounds[packs[i].chat], packs[i].length)), fits):
         batch = [packs[i] for i in some]
         with resident.running([adapter_ids[p.chat] for p in batch]):
             _score(resident.base.model, batch, scores, prefix)

@@ -128,13 +128,18 @@ class SlotTable:
             slot.pinned = pinned
             self._changed.notify_all()
 
-    def check_room(self, adapter_ids: Iterable[str]) -> None:
-        """Raise `BankFullError` when these adapters cannot be resident together, whoever else finishes."""
+    def room(self, adapter_ids: Iterable[str]) -> int:
+        """How many slots these adapters may have between them: all but those that others are pinned to."""
         with self._changed:
             wanted = set(adapter_ids)
-            room = self.n_slots - sum(s.pinned for i, s in self._slots.items() if i not in wanted)
-            if len(wanted) > room:
-                raise BankFullError(
-                    f"a batch with {len(wanted)} adapters needs as many slots, {room} of {self.n_slots} are not pinned",
-                    fix="use fewer adapters in one batch or make the engine with more n_slots",
-                )
+            return self.n_slots - sum(s.pinned for i, s in self._slots.items() if i not in wanted)
+
+    def check_room(self, adapter_ids: Iterable[str]) -> None:
+        """Raise `BankFullError` when these adapters cannot be resident together, whoever else finishes."""
+        wanted = set(adapter_ids)
+        room = self.room(wanted)
+        if len(wanted) > room:
+            raise BankFullError(
+                f"a batch with {len(wanted)} adapters needs as many slots, {room} of {self.n_slots} are not pinned",
+                fix="use fewer adapters in one batch or make the engine with more n_slots",
+            )
