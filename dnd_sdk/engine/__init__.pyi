@@ -4,4 +4,4 @@ from .engine import Engine as Engine
 from .prefix import Prefix as Prefix, shared_prefix as shared_prefix
 from .scoring import option_logprobs as option_logprobs
 from .stream import TextStream as TextStream
-from .text import Generation as Generation
+from .text import FinishReason as FinishReason, Generation as Generation

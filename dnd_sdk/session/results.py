@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dnd_sdk.adaptation import Decision
     from dnd_sdk.adapters import Adapter
-    from dnd_sdk.engine import Generation
+    from dnd_sdk.engine import FinishReason, Generation
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Completion:
     """Name of the adapter that answered; None: the base model."""
     decision: Decision
     """`"reuse"` with an adapter, `"base"` without."""
+    finish_reason: FinishReason = "stop"
+    """`"stop"`: end of turn or stop string; `"length"`: `max_new_tokens` reached; `"cancelled"`."""
 
 
 def completion(generation: Generation, adapter: Adapter | None) -> Completion:
     """The engine's generation as an answer of this adapter."""
     usage = {"prompt_tokens": generation.prompt_tokens, "completion_tokens": generation.completion_tokens}
-    if adapter is None:
-        return Completion(generation.text, usage, None, "base")
-    return Completion(generation.text, usage, adapter.name, "reuse")
+    decision: Decision
+    name, decision = (None, "base") if adapter is None else (adapter.name, "reuse")
+    return Completion(generation.text, usage, name, decision, generation.finish_reason)

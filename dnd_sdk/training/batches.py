@@ -1,7 +1,7 @@
 """Task rows as token batches, and the loss of a frozen base on their answers.
 
-* A row is the base's own chat template around (system, prompt) plus the answer and the end-of-turn token, exactly what
-  serving sends; only answer tokens carry loss, averaged per row so that long answers weigh no more than short ones.
+* A row is (system, prompt) as serving sends it, with the base's chat template where it has one, plus the answer and the
+  end of turn; only answer tokens carry loss, averaged per row so that long answers weigh no more than short ones.
 * Right padding and causal attention: padding comes after every label, so no attention mask is needed.
 * Rows of one step are split into micro-batches of similar length; logits are computed only where labels are.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dnd_sdk.chat import option_ids, prompt_ids
 from dnd_sdk.errors import InputError
 from dnd_sdk.tasks import Task
 
@@ -58,10 +59,8 @@ def tokenise_task(
 
 
 def _tokenise(chat: list[dict[str, str]], response: str, tokenizer: PreTrainedTokenizerBase) -> TokenRow:
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    tail = tokenizer(response, add_special_tokens=False)["input_ids"]
-    return TokenRow((*head, *tail, tokenizer.eos_token_id), len(head))
+    head = prompt_ids(tokenizer, chat)
+    return TokenRow((*head, *option_ids(tokenizer, response)), len(head))
 
 
 def sample_tasks(
