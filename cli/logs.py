@@ -56,9 +56,9 @@ def moment(text: str) -> datetime:
 
 
 def _replay(out: Output, decisions: list[Decision], generator: Path | None) -> None:
+    from dnd_sdk.generator import generator_folder
     from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
-    from dnd_sdk.routing import replay_decisions
-    from dnd_sdk.session import generator_folder, measured
+    from dnd_sdk.routing import measured, replay_decisions
 
     thresholds, _ = measured(generator_folder(DEFAULT_BASE, generator), DEFAULT_ENCODER)
     changes, n_scored = replay_decisions(decisions, thresholds)

@@ -13,12 +13,12 @@ from helpers import tiny_model, tiny_tokenizer
 from tiny_world import prompts_of, save_encoder, save_generator
 
 from dnd_sdk.config import Home
+from dnd_sdk.generator import finding
 from dnd_sdk.models.embedded import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, SOURCE_FILE
 from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.models.loading import load_base
 from dnd_sdk.models.wheels import sha256_file
 from dnd_sdk.routing import Calibration, Support, Thresholds
-from dnd_sdk.session import loading
 
 
 def shortened(recipe: str) -> str:
@@ -46,11 +46,11 @@ def install(root: Path, patch: pytest.MonkeyPatch) -> Home:
         if (folder / known.pinned_file).is_file():
             patch.setitem(EMBEDDED, name, replace(known, pinned_sha256=sha256_file(folder / known.pinned_file)))
     encoder = Encoder.load(DEFAULT_ENCODER, home)
-    made = save_generator(root / "generator", load_base(DEFAULT_BASE, home), encoder, r=8)
+    made = save_generator(root / "generators" / "tiny", load_base(DEFAULT_BASE, home), encoder, r=8)
     # tell the example jobs apart, which to this encoder are much alike
     limits = Thresholds(reuse=0.995, reuse_single=0.996, support=-1.0)
     Calibration(limits, Support(encoder.encode(["A job."], with_states=False).pooled)).save(made)
-    patch.setattr(loading, "DEFAULT_GENERATOR", made)
+    patch.setattr(finding, "SHIPPED", made.parent)
     return home
 
 

@@ -217,8 +217,8 @@ def _weights(s: _Subject) -> Iterator[Check]:
 
 def _models(s: _Subject) -> Iterator[Check]:
     """Base, encoder and generator: there, whole, and made for each other."""
+    from dnd_sdk.generator import check_encoder, generator_folder, load_generator
     from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, Encoder, is_pulled, load_base
-    from dnd_sdk.session import check_encoder, generator_folder, load_generator
 
     base_name = s.base or DEFAULT_BASE
     folder = generator_folder(base_name, s.generator)

@@ -1,4 +1,10 @@
 from .card import record_evaluation as record_evaluation, write_card as write_card
+from .finding import (
+    check_encoder as check_encoder,
+    generator_folder as generator_folder,
+    load_generator as load_generator,
+    shipped_folder as shipped_folder,
+)
 from .generator import (
     Generator as Generator,
     GeneratorConfig as GeneratorConfig,

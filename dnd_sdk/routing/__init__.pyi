@@ -1,6 +1,7 @@
 from .decision_log import Decision as Decision, DecisionLog as DecisionLog, read_decisions as read_decisions
 from .index import AdapterIndex as AdapterIndex, Hit as Hit, Key as Key, MANIFEST_FILE as MANIFEST_FILE
 from .logged import log_decision as log_decision
+from .measured import measured as measured
 from .probability import Probabilities as Probabilities, ScoreMap as ScoreMap
 from .replay import replay_decisions as replay_decisions
 from .router import RouteDecision as RouteDecision, Router as Router, verdict as verdict

@@ -1,9 +1,3 @@
-from .loading import (
-    check_encoder as check_encoder,
-    generator_folder as generator_folder,
-    load_generator as load_generator,
-    measured as measured,
-)
 from .options import ALIASES as ALIASES, call_options as call_options, check_known as check_known, renamed as renamed
 from .results import Completion as Completion
 from .session import AUTO as AUTO, AdapterChoice as AdapterChoice, DnD as DnD

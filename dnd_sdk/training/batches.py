@@ -50,7 +50,8 @@ def tokenise_task(
     rows = [_tokenise(task.messages(r), r.response, tokenizer) for r in picked]
     short = [r for r in rows if len(r.ids) <= max_tokens][:max_rows]
     if len(short) < 16:
-        short = [r for r in sorted(rows, key=lambda r: len(r.ids)) if len(r.ids) <= 2 * max_tokens][: max(1, max_rows // 4)]
+        fitting = [r for r in sorted(rows, key=lambda r: len(r.ids)) if len(r.ids) <= 2 * max_tokens]
+        short = fitting[: max(1, max_rows // 4)]
     if not short:
         raise InputError(
             f"task {task.name!r} has no train row of at most {2 * max_tokens} tokens", fix="raise data.max_tokens"

@@ -25,7 +25,7 @@ from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation.gate.noise import held_out_noise
 from dnd_sdk.files import write_atomic
-from dnd_sdk.generator import Generator
+from dnd_sdk.generator import Generator, check_encoder, generator_folder
 from dnd_sdk.models import DEFAULT_ENCODER, Encoder
 from dnd_sdk.prompts import clean_prompts
 from dnd_sdk.routing import (
@@ -36,10 +36,10 @@ from dnd_sdk.routing import (
     Support,
     Thresholds,
     choose_exemplars,
+    measured,
     noise_prompts,
     verdict,
 )
-from dnd_sdk.session import check_encoder, generator_folder, measured
 from dnd_sdk.tasks import Task
 
 SIZES = (1, 8, 16, 64)

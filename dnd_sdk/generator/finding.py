@@ -1,0 +1,65 @@
+"""Which generator belongs to a base: the folders that ship with the package, each named by its own `config.json`."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+
+from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError
+from dnd_sdk.generator.generator import Generator
+from dnd_sdk.lora import LoraLayout
+from dnd_sdk.models import Base, Encoder
+
+SHIPPED = Path(__file__).parent / "shipped"
+"""One folder a generator."""
+
+
+def shipped_folder(**made_for: str) -> Path | None:
+    """The shipped generator whose settings have these values; None: there is none.
+
+    Such as `base_name="smollm2-135m"`, `base_fingerprint=...` or `encoder_name=...`; see `GeneratorConfig`.
+    """
+    for config in sorted(SHIPPED.glob("*/config.json")):
+        settings = json.loads(config.read_text("utf-8")).get("generator", {})
+        if all(settings.get(name) == value for name, value in made_for.items()):
+            return config.parent
+    return None
+
+
+def generator_folder(base: str, generator: str | PathLike[str] | None) -> Path | None:
+    """The generator's folder: the named one, else the one shipped for the base of that name, else None."""
+    if generator is None:
+        return shipped_folder(base_name=base)
+    folder = Path(generator).expanduser()
+    if not folder.is_dir():
+        raise GeneratorError(f"no generator folder {folder}", fix="give the folder that dnd train generator made")
+    return folder
+
+
+def load_generator(folder: Path, base: Base) -> Generator:
+    """The generator, on the base's device. Raises `LayoutMismatchError` when it was made for another base."""
+    made = Generator.from_pretrained(folder)
+    wanted = made.layout
+    layout = LoraLayout.from_model(
+        base.model, r=wanted.r, lora_alpha=wanted.lora_alpha, target_modules=wanted.target_modules
+    )
+    if layout.digest != wanted.digest or made.base_fingerprint != base.fingerprint:
+        shapes = "shapes differ" if layout.digest != wanted.digest else "same shapes, other weights"
+        raise LayoutMismatchError(
+            f"the generator in {folder} was made for another base than {base.name!r} ({shapes}): fingerprint "
+            f"{made.base_fingerprint[:16]}, this base's is {base.fingerprint[:16]}",
+            fix="load the base it was trained on, or train one for this base with `dnd train generator`",
+        )
+    return made.to(base.model.device).eval()
+
+
+def check_encoder(encoder: Encoder, generator: Generator | None) -> None:
+    """Raise `ConfigError` unless the generator, if any, was trained with this encoder."""
+    wanted = "" if generator is None else generator.config.encoder_fingerprint
+    if generator is not None and wanted and wanted != encoder.fingerprint:
+        raise ConfigError(
+            f"encoder {encoder.name!r} is not the one the generator was trained with, {generator.encoder_name!r}: "
+            f"fingerprint {encoder.fingerprint[:16]}, wanted {wanted[:16]}",
+            fix="leave --encoder out",
+        )

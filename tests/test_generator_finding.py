@@ -1,0 +1,40 @@
+"""Which generator a base gets: the named folder, the shipped one by name, by fingerprint, or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_world import World, make_world
+
+from dnd_sdk.errors import GeneratorError
+from dnd_sdk.generator import finding
+from dnd_sdk.generator.finding import generator_folder, shipped_folder
+from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
+from dnd_sdk.session import DnD
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def test_the_shipped_ones_are_found_by_what_they_were_made_for() -> None:
+    own = shipped_folder(base_name=DEFAULT_BASE)
+    assert own is not None and own == generator_folder(DEFAULT_BASE, None)
+    assert shipped_folder(encoder_name=DEFAULT_ENCODER) is not None
+    assert shipped_folder(base_name="nobody's") is None and generator_folder("nobody's", None) is None
+
+
+def test_a_folder_that_is_named_wins_and_must_be_there(tmp_path: Path) -> None:
+    assert generator_folder(DEFAULT_BASE, tmp_path) == tmp_path
+    with pytest.raises(GeneratorError, match="no generator folder"):
+        generator_folder(DEFAULT_BASE, tmp_path / "none")
+
+
+def test_a_shipped_generators_base_is_known_under_another_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"encoder": str(world.encoder), "home": world.home}
+    assert DnD.load(str(world.base), **known).generator is None
+    monkeypatch.setattr(finding, "SHIPPED", world.generator.parent)
+    found = DnD.load(str(world.base), **known).generator
+    assert found is not None and found.base_fingerprint
