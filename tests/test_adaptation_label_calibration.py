@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dnd_sdk.adaptation import LabelCalibration
 from dnd_sdk.adaptation.answer_start import AnswerStart
-from dnd_sdk.adaptation.label_calibration import MAX_PROMPTS, MIN_PROMPTS, PSEUDO_COUNT, gate, shifts
+from dnd_sdk.adaptation.label_calibration import MAX_READ, MIN_PROMPTS, PSEUDO_COUNT, read_out, shifts
 from dnd_sdk.chat.template import prompt_ids
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
@@ -172,7 +172,7 @@ def test_of_free_answers_a_few_are_read_and_of_labels_all(
     LabelCalibration(base, layout).calibrate(flat, free, free)
     assert sizes == [MIN_PROMPTS]
     LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
-    assert sizes[1:] == [MIN_PROMPTS, MAX_PROMPTS - MIN_PROMPTS]
+    assert sizes[1:] == [MIN_PROMPTS, MAX_READ - MIN_PROMPTS]
 
 
 def test_a_base_of_another_build_is_left_alone() -> None:
@@ -214,7 +214,7 @@ def test_the_gate_is_one_where_it_should_be_and_near_zero_elsewhere() -> None:
     rng = torch.Generator().manual_seed(0)
     here = torch.randn(16, 8, generator=rng) * 0.1 + torch.tensor([1.0, 0, 0, 2.0, 0, 0, 0, 0])
     away = torch.randn(400, 8, generator=rng) * 0.5 * torch.tensor([1.0, 1, 1, 0.1, 1, 1, 1, 1])
-    combine = gate(here, away)
+    combine = read_out(here, away)
     assert float((here @ combine).mean()) == pytest.approx(1.0, rel=1e-4)
     assert (here @ combine).std() < 0.15 and (away @ combine).abs().mean() < 0.15
     # as an ordinary least-squares fit of ones and zeros, but for the ridge and the final scale

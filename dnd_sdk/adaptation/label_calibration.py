@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MIN_PROMPTS, MAX_PROMPTS = 8, 32
+MIN_PROMPTS, MAX_READ = 8, 32
 """Fewer prompts say too little of an average; more add next to nothing."""
 MAX_PROMPT_TOKENS = 512
 """Longer prompts are passed over: they cost most and say no more."""
@@ -101,7 +101,7 @@ class LabelCalibration:
         if len(case.groups) < 2:
             return Calibrated(flat, reason="the prompts show no labels that the answers begin with")
         direction, (A, _) = self._direction(case), self._start.factors(flat)
-        combine = gate(*(x @ A.to(x).T for x in (seen.x, seen.elsewhere)))
+        combine = read_out(*(x @ A.to(x).T for x in (seen.x, seen.elsewhere)))
         if not self._better(case, (seen.x @ A.to(seen.x).T @ combine)[:, None] * direction):
             return Calibrated(flat, reason="the labels are said about equally often")
         told = dict(zip(case.groups, case.before.tolist(), strict=True))
@@ -135,12 +135,12 @@ class LabelCalibration:
         return _Case(seen, logits, mean, groups, shares(probs, groups))
 
     def _pick(self, prompts: Sequence[str], chats: Sequence[Messages]) -> list[tuple[str, list[int]]]:
-        """At most `MAX_PROMPTS` prompts spread over the sorted set, the first few of them too, with their tokens."""
+        """At most `MAX_READ` prompts spread over the sorted set, the first few of them too, with their tokens."""
         tokenizer = self._base.tokenizer
         ordered = sorted(zip(prompts, chats, strict=True), key=lambda pair: pair[0])
-        spread = _spread_over(ordered, 2 * MAX_PROMPTS)
+        spread = _spread_over(ordered, 2 * MAX_READ)
         short = [(t, ids) for t, c in spread if len(ids := prompt_ids(tokenizer, c)) <= MAX_PROMPT_TOKENS]
-        some = _spread_over(short, MAX_PROMPTS)
+        some = _spread_over(short, MAX_READ)
         first = _spread_over(some, MIN_PROMPTS)
         return first + [p for p in some if p not in first]
 
@@ -187,7 +187,7 @@ def shifts(before: Tensor, n: int) -> Tensor:
     return shift + (before.sum() / (before * shift.exp()).sum()).log()
 
 
-def gate(inner: Tensor, elsewhere: Tensor) -> Tensor:
+def read_out(inner: Tensor, elsewhere: Tensor) -> Tensor:
     """(r,) the combination of inner values that is 1 on average over `inner` (n, r), nearest 0 over `elsewhere`."""
     inner, elsewhere = inner.double(), elsewhere.double()
     gram = inner.T @ inner / len(inner) + elsewhere.T @ elsewhere / max(1, len(elsewhere))

@@ -22,7 +22,7 @@ MAX_INFERRED_LABELS = 20
 """Without an index, a task with at most this many distinct train responses counts as a label task."""
 
 ANSWER_TYPES = ("label", "short-text", "number")
-METRICS = ("exact_match", "rouge_l")
+TASK_METRICS = ("exact_match", "rouge_l")
 
 
 class Row(NamedTuple):
@@ -127,7 +127,7 @@ def _check_entry(where: str, entry: Any) -> None:
     file = entry.get("file", f"{entry['name']}.jsonl")
     if not isinstance(file, str) or Path(file).name != file:
         raise InputError(f"{where}: file {file!r} must be a plain file name inside the tasks folder")
-    for key, allowed in (("answer_type", ANSWER_TYPES), ("metric", METRICS)):
+    for key, allowed in (("answer_type", ANSWER_TYPES), ("metric", TASK_METRICS)):
         if entry.get(key) is not None and entry[key] not in allowed:
             raise InputError(f"{where}: {key} is {entry[key]!r}, expected one of {', '.join(allowed)}")
     labels = entry.get("labels")

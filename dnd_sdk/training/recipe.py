@@ -111,7 +111,7 @@ def store_zoo(bench: Workbench, encoder: Encoder, pools: Pools, snapshots: dict[
         bench.progress("store zoo", i + 1, len(snapshots), 0.0)
 
 
-def calibrate(
+def fit_router(
     tasks: Mapping[str, Task], pools: Pools, encoder: Encoder, seed: int
 ) -> tuple[Calibration, dict[str, Any]]:
     """Routing thresholds and support measured on the train tasks' prompts, against prompts that mean nothing."""
@@ -132,7 +132,7 @@ def finish(
     folder, tmp = out / "generator", out / ".generator.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     generator.save_pretrained(tmp)
-    calibration, report = calibrate(bench.sources, pools, encoder, settings.run.seed)
+    calibration, report = fit_router(bench.sources, pools, encoder, settings.run.seed)
     calibration.save(tmp)
     write_json(tmp / "training.json", _training_record(generator, bench, settings, report, zoo, out))
     write_card(tmp)

@@ -44,7 +44,7 @@ from dnd_sdk.tasks import Task
 
 SIZES = (1, 8, 16, 64)
 """Prompts per query; one prompt is judged by the rule for single prompts."""
-MAX_PROMPTS = 128
+MAX_POOL = 128
 """Per task, so that a half has enough for the largest set and for all exemplars."""
 MAX_SETS, MAX_SINGLES = 4, 8
 """Disjoint queries of one size per task and seed."""
@@ -109,7 +109,7 @@ class Event(NamedTuple):
 def pooled_prompts(
     gate: Gate, tasks: Sequence[Task], progress: Progress, cache: Path | None = None
 ) -> dict[str, Tensor]:
-    """Per task the embeddings of up to `MAX_PROMPTS` distinct train-split prompts, in random order.
+    """Per task the embeddings of up to `MAX_POOL` distinct train-split prompts, in random order.
 
     Tasks with too few for the smallest set are left out. Embeddings are kept in the folder `cache` (None: nowhere), so
     that a killed run goes on where it was. Raises `InputError` when fewer than two tasks are left.
@@ -184,7 +184,7 @@ def _queries(v: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
 
 def _drawn(task: Task) -> list[str]:
     prompts = list(clean_prompts([row.prompt for row in task.train]).prompts) if task.train else []
-    return random.Random(f"gate/{task.name}").sample(prompts, min(MAX_PROMPTS, len(prompts)))
+    return random.Random(f"gate/{task.name}").sample(prompts, min(MAX_POOL, len(prompts)))
 
 
 def _encoded(
