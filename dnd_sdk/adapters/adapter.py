@@ -58,6 +58,8 @@ class Adapter:
     """The role prompt it was made under, which also is its system message; None: none."""
     refined: str | None = None
     """When its exemplars were last replaced, ISO 8601, UTC; None: never."""
+    exemplars_sha256: str | None = None
+    """Of the exemplars' file; empty: it has none; None: not recorded (stored by an earlier version)."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ _FIELDS = {
     "encoder": _is_text_or_none,
     "encoder_fingerprint": _is_text_or_none,
     "refined": lambda value: value is None or _is_time(value),
+    "exemplars_sha256": lambda value: value is None or value == "" or _is_sha256(value),
     "scores": _is_scores,
     "origin": lambda value: value is None or value in ORIGINS,
     "parents": _is_parents,

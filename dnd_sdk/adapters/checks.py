@@ -16,11 +16,9 @@ from dnd_sdk.lora import LoraLayout
 def check_folder(folder: Path) -> None:
     """Read everything a stored folder holds and hash its weights; raises what is wrong."""
     check_name(folder.name)
-    adapter, layout = read_manifest(folder), read_layout(folder)
-    if layout.digest != adapter.layout_digest:
-        raise AdapterCorruptError(f"{folder / MANIFEST}: layout_digest does not match its layout")
-    check_hash(adapter, read_stored_weights(folder, layout), layout)
-    read_exemplars(folder)
+    adapter = read_manifest(folder)
+    check_stored_hash(folder, adapter)
+    read_exemplars(folder, adapter.exemplars_sha256)
 
 
 def check_base(adapter: Adapter, base_fingerprint: str | None) -> None:
@@ -31,6 +29,22 @@ def check_base(adapter: Adapter, base_fingerprint: str | None) -> None:
             f"{adapter.base_fingerprint[:16]}, expected {base_fingerprint[:16]}",
             fix="load the base model it was made for, or adapt again on this one",
         )
+
+
+def check_read_hash(folder: Path, adapter: Adapter, flat: Tensor, layout: LoraLayout) -> None:
+    """`check_hash` of weights read from `folder` for `layout`, whatever layout they were stored with."""
+    if adapter.layout_digest == layout.digest:
+        check_hash(adapter, flat, layout)
+    else:  # padded or folded: only as they were stored do they have the hash
+        check_stored_hash(folder, adapter)
+
+
+def check_stored_hash(folder: Path, adapter: Adapter) -> None:
+    """Read the weights with the layout they were stored with, and hash them."""
+    layout = read_layout(folder)
+    if layout.digest != adapter.layout_digest:
+        raise AdapterCorruptError(f"{folder / MANIFEST}: layout_digest does not match its layout")
+    check_hash(adapter, read_stored_weights(folder, layout), layout)
 
 
 def check_hash(adapter: Adapter, flat: Tensor, layout: LoraLayout) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -9,10 +10,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dnd_sdk.errors import AdapterCorruptError, InputError
-from dnd_sdk.files import open_safetensors
+from dnd_sdk.files import open_regular, open_safetensors
 
 EXEMPLARS = "exemplars.safetensors"
 MAX_EXEMPLARS_BYTES = 64 * 2**20
+MAX_MERGED = 64
+"""Exemplars kept of two sets: as many as routing makes of one."""
+NONE_KEPT = ""
+"""Recorded for an adapter stored without exemplars."""
+_SAME = 1e-4
+"""Rows nearer than this are the same prompt, encoded in another batch or on another machine."""
 
 
 def check_exemplars(exemplars: Tensor) -> Tensor:
@@ -27,11 +34,6 @@ def check_exemplars(exemplars: Tensor) -> Tensor:
     return exemplars
 
 
-def write_exemplars(folder: Path, exemplars: Tensor, encoder: str | None, fingerprint: str | None) -> None:
-    """Write checked exemplars with the encoder that made them."""
-    (folder / EXEMPLARS).write_bytes(exemplars_bytes(exemplars, encoder, fingerprint))
-
-
 def exemplars_bytes(exemplars: Tensor, encoder: str | None, fingerprint: str | None) -> bytes:
     """The content of the file."""
     metadata = {"format": "pt", "encoder": encoder or "", "encoder_fingerprint": fingerprint or ""}
@@ -39,10 +41,48 @@ def exemplars_bytes(exemplars: Tensor, encoder: str | None, fingerprint: str | N
     return data
 
 
-def read_exemplars(folder: Path) -> Tensor | None:
-    """The exemplars (k, C) in `folder`, None without any; raises `AdapterCorruptError` when they are damaged."""
-    if not (folder / EXEMPLARS).is_file():
+def exemplars_hash(data: bytes | None) -> str:
+    """What the manifest records of the file: its sha256; `NONE_KEPT` for None."""
+    return NONE_KEPT if data is None else hashlib.sha256(data).hexdigest()
+
+
+def read_exemplars(folder: Path, recorded: str | None = None) -> Tensor | None:
+    """The exemplars (k, C) in `folder`, None without any.
+
+    `recorded` is what the manifest says of the file, None if nothing. Raises `AdapterCorruptError` when the file is
+    damaged or another than the recorded one.
+    """
+    path = folder / EXEMPLARS
+    if not path.is_file():
+        if recorded:
+            raise AdapterCorruptError(f"{path} is missing, its manifest records one", fix=_fix(folder))
         return None
+    exemplars = _read(folder)
+    if recorded == NONE_KEPT:
+        raise AdapterCorruptError(f"{path} is there, its manifest does not record one", fix=f"delete {path}")
+    if recorded is not None and (found := _file_hash(folder)) != recorded:
+        raise AdapterCorruptError(
+            f"{path} is another than was stored: its hash is {found[:16]}, the manifest says {recorded[:16]}",
+            fix=_fix(folder),
+        )
+    return exemplars
+
+
+def merged_exemplars(old: Tensor | None, new: Tensor) -> Tensor | None:
+    """Both sets (k, C) without repeats, of the old ones an even sample where room is short; None: `new` adds nothing.
+
+    Sets of another width cannot be compared: then `new` takes the place of `old`.
+    """
+    if old is None or old.shape[1] != new.shape[1]:
+        return new
+    added = new[torch.cdist(new, old, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1) > _SAME]
+    if len(added) == 0:
+        return None
+    room = max(0, min(len(old), MAX_MERGED - len(added)))
+    return torch.cat([old[torch.arange(room) * len(old) // max(room, 1)], added])
+
+
+def _read(folder: Path) -> Tensor:
     with open_safetensors(folder, EXEMPLARS, MAX_EXEMPLARS_BYTES) as f:
         kinds = {name: (info.dtype, len(info.shape)) for name, info in f.header.items()}
         if kinds != {"exemplars": ("F32", 2)}:
@@ -52,3 +92,15 @@ def read_exemplars(folder: Path) -> Tensor | None:
         return check_exemplars(exemplars)
     except InputError as e:
         raise AdapterCorruptError(f"{folder / EXEMPLARS}: {e.message}") from e
+
+
+def _file_hash(folder: Path) -> str:
+    with open_regular(folder, EXEMPLARS, MAX_EXEMPLARS_BYTES) as (f, _):
+        return exemplars_hash(f.read())
+
+
+def _fix(folder: Path) -> str:
+    return (
+        f"import the adapter again as {folder.name} with --prompts, "
+        f"or remove it with `dnd adapters rm {folder.name}` and make it again"
+    )

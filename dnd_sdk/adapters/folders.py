@@ -1,6 +1,8 @@
 """`AdapterFolders`: named folders that appear and disappear whole, for any number of processes.
 
 * A folder is filled under a dot name and renamed into place: readers see all of it or nothing.
+* Who adds or removes shares the root's lock, who replaces files has it alone; who has it alone knows that all dot names
+  are left from killed processes, and finishes or deletes them (see `pending`).
 * Nothing is flushed to the platter: after a power cut the hash in `dnd.json` tells a damaged folder from a sound one.
 """
 
@@ -11,22 +13,28 @@ import hashlib
 import logging
 import os
 import shutil
-import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from dnd_sdk.adapters.pending import (
+    PUTTING,
+    REMOVING,
+    SETTING,
+    delete,
+    finish,
+    finish_all,
+    stage,
+    sweep_root,
+    temporary,
+)
 from dnd_sdk.errors import DndError
-from dnd_sdk.files import replacing, storage_errors
+from dnd_sdk.files import locked, storage_errors
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-STALE_S = 3600.0
-"""A temporary folder this old belongs to a process that died."""
-_PUTTING, _REMOVING = ".put-", ".rm-"
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """What renaming a folder onto something that exists may raise."""
 
@@ -42,7 +50,7 @@ class AdapterFolders:
         """Every entry, sorted, whatever it holds; raises `StorageError` when the root cannot be listed."""
         with storage_errors("list", self.root):
             try:
-                return sorted(n for n in os.listdir(self.root) if not n.startswith("."))
+                return sorted(n for n in self._listing() if not n.startswith("."))
             except FileNotFoundError:
                 return []
 
@@ -53,6 +61,7 @@ class AdapterFolders:
     def version(self) -> str:
         """A token that changes whenever any process adds, removes, renames or alters a folder; costs one listing."""
         try:
+            self._listing()
             modified = self.root.stat().st_mtime_ns
             with os.scandir(self.root) as entries:
                 names = sorted((e.name, e.inode()) for e in entries if not e.name.startswith("."))
@@ -65,16 +74,19 @@ class AdapterFolders:
     def read(self, name: str, reader: Callable[[Path], T]) -> T | None:
         """What `reader` makes of a folder as it was at one moment; None if it is gone.
 
-        An error is believed only if the folder is still the one it started on: otherwise another process removed or
-        replaced it in between, and the new one is read.
+        An error is believed only the second time, and if the folder is still the one it started on: otherwise another
+        process removed or replaced it or its files in between, and the new one is read.
         """
-        folder = self.root / name
+        folder, failed = self.root / name, False
         while (before := _identity(folder)) is not None:
             try:
                 return reader(folder)
             except DndError:
-                if _identity(folder) == before:
+                # files may be half replaced: by a process at work, which is waited for, or by one that was killed
+                self._mend()
+                if failed and _identity(folder) == before:
                     raise
+                failed = True
         return None
 
     def commit(self, name: str, fill: Callable[[Path], None]) -> bool:
@@ -84,51 +96,62 @@ class AdapterFolders:
         """
         with storage_errors("store an adapter in", self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            return publish(self.root / name, fill)
+            self._listing()
+            with locked(self.root, shared=True):
+                return publish(self.root / name, fill)
 
-    def replace_files(self, name: str, files: Mapping[str, bytes]) -> bool:
-        """Replace files of a folder, each at once and in this order, and change the version; False if it is gone.
+    def replace_files(self, name: str, make: Callable[[Path], Mapping[str, bytes]]) -> bool:
+        """Replace files of a folder by those that `make` gives for it, all or none; False if the folder is gone.
 
-        Raises `StorageError`; files before the one that failed are then new.
+        Nobody else adds, removes or replaces meanwhile. The files must hold the manifest, unless there are none: then
+        nothing is done. Raises `StorageError` and what `make` raises.
         """
         folder = self.root / name
-        with storage_errors("write", folder):
+        with storage_errors("write", folder), locked(self.root):
             try:
-                for file, data in files.items():
-                    with replacing(folder / file) as temporary:
-                        temporary.write_bytes(data)
-            except FileNotFoundError:
+                finish_all(self.root)
+                files = make(folder)
+                return not files or finish(stage(self.root, name, files))
+            except (DndError, FileNotFoundError):
+                if folder.exists():
+                    raise
                 return False
-            now = time.time_ns()  # finer than what the system stamps: no two changes share a tick
-            os.utime(self.root, ns=(now, now))
-        return True
 
     def remove(self, name: str) -> bool:
         """Remove a folder; False if another process was faster."""
-        aside = self.root / _temporary(_REMOVING)
-        with storage_errors("remove", self.root / name):
+        aside = self.root / temporary(REMOVING)
+        with storage_errors("remove", self.root / name), locked(self.root, shared=True):
             try:
                 os.rename(self.root / name, aside)
             except FileNotFoundError:
                 return False
-            _delete(aside)
+            delete(aside)
         return True
 
-    def _sweep(self) -> None:
-        """Once per process: delete what killed processes left behind."""
-        if self._swept:
-            return
-        self._swept = True
-        for path in list(self.root.iterdir()):
-            if path.name.startswith((_PUTTING, _REMOVING)) and _age_s(path) > STALE_S:
-                log.info("removing %s, left by a process that died", path)
-                _delete(path)
+    def _listing(self) -> list[str]:
+        """The root's entries, once what killed processes left is finished and, once per process, deleted."""
+        names = os.listdir(self.root)
+        if self._swept and not any(n.startswith(SETTING) for n in names):
+            return names
+        self._mend()
+        return os.listdir(self.root)
+
+    def _mend(self) -> None:
+        try:
+            if any(n.startswith(SETTING) for n in os.listdir(self.root)):
+                with locked(self.root):
+                    finish_all(self.root)
+            if not self._swept:
+                with locked(self.root, wait=False) as alone:
+                    sweep_root(self.root, alone)
+                    self._swept = alone
+        except OSError as e:  # a read-only disk can still be read
+            log.warning("what a killed process left in %s cannot be cleared: %s", self.root, e.strerror or e)
 
 
 def publish(target: Path, fill: Callable[[Path], None]) -> bool:
     """Fill a temporary folder beside `target` and rename it into place; False if `target` is taken."""
-    temp = target.parent / _temporary(_PUTTING)
+    temp = target.parent / temporary(PUTTING)
     try:
         temp.mkdir()
         fill(temp)
@@ -151,21 +174,3 @@ def _identity(folder: Path) -> tuple[int, int] | None:
         return None
     # inodes are used again, and times are coarse: both together tell one folder from the next
     return status.st_ino, status.st_ctime_ns
-
-
-def _temporary(prefix: str) -> str:
-    return f"{prefix}{os.getpid()}-{uuid.uuid4().hex}"
-
-
-def _delete(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _age_s(path: Path) -> float:
-    try:
-        return time.time() - path.lstat().st_mtime
-    except OSError:
-        return 0.0

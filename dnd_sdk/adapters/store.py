@@ -7,13 +7,11 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -30,12 +28,14 @@ from dnd_sdk.adapters.adapter import (
     read_manifest,
 )
 from dnd_sdk.adapters.card import CARD, card_text
-from dnd_sdk.adapters.checks import check_base, check_folder, check_hash
-from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, exemplars_bytes, read_exemplars, write_exemplars
+from dnd_sdk.adapters.checks import check_base, check_folder, check_read_hash
+from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, exemplars_bytes, exemplars_hash, read_exemplars
 from dnd_sdk.adapters.folders import AdapterFolders, publish
-from dnd_sdk.adapters.foreign import find_adapter, other_base, read_foreign
-from dnd_sdk.adapters.peft_config import CONFIG, config_text, read_config
+from dnd_sdk.adapters.incoming import read_incoming
+from dnd_sdk.adapters.listing import Listing
+from dnd_sdk.adapters.peft_config import CONFIG, config_text
 from dnd_sdk.adapters.peft_folder import WEIGHTS, adapter_id, check_flat, read_weights, write_weights
+from dnd_sdk.adapters.refining import refined_files, with_more
 from dnd_sdk.config import Home
 from dnd_sdk.errors import (
     AdapterCorruptError,
@@ -43,14 +43,11 @@ from dnd_sdk.errors import (
     ConfigError,
     DndError,
 )
-from dnd_sdk.files import storage_errors
+from dnd_sdk.files import locked, storage_errors
 from dnd_sdk.lora import LoraLayout
 
-log = logging.getLogger(__name__)
-
 FILES = (CONFIG, WEIGHTS, MANIFEST, EXEMPLARS, CARD)
-_KEPT = ("prompt_hash", "n_prompts", "generator", "scores", "parents", "role")
-_Signature = tuple[int, int, int]
+Refine = Callable[[Path, Adapter], tuple[Adapter, dict[str, bytes]]]
 
 
 class AdapterStore:
@@ -59,8 +56,7 @@ class AdapterStore:
     def __init__(self, home: Home) -> None:
         self.root = home.adapters
         self._folders = AdapterFolders(home.adapters)
-        self._read: dict[str, tuple[_Signature, Adapter]] = {}
-        self._warned: set[str] = set()
+        self._listing = Listing(self._folders)
 
     def put(
         self,
@@ -113,7 +109,9 @@ class AdapterStore:
         if name is not None:
             check_name(name)
         flat = check_flat(flat, layout)
-        exemplars = None if exemplars is None else check_exemplars(exemplars)
+        kept = None
+        if exemplars is not None:
+            kept = exemplars_bytes(check_exemplars(exemplars), encoder, encoder_fingerprint)
         weights_id = adapter_id(flat, layout)
         chosen = name or self._name_of(weights_id, role) or default_name(weights_id, role)
         adapter = Adapter(
@@ -133,6 +131,7 @@ class AdapterStore:
             origin=origin,
             parents=dict(parents or {}),
             role=role,
+            exemplars_sha256=exemplars_hash(kept),
         )
 
         def fill(folder: Path) -> None:
@@ -140,8 +139,8 @@ class AdapterStore:
             (folder / CONFIG).write_text(config_text(layout, base_name), encoding="utf-8")
             (folder / MANIFEST).write_text(manifest_text(adapter, layout), encoding="utf-8")
             (folder / CARD).write_text(card_text(adapter, layout, base_name), encoding="utf-8")
-            if exemplars is not None:
-                write_exemplars(folder, exemplars, encoder, encoder_fingerprint)
+            if kept is not None:
+                (folder / EXEMPLARS).write_bytes(kept)
 
         while True:  # a commit fails only when another process took the name first: then its folder decides
             stored = self._existing(adapter)
@@ -175,12 +174,10 @@ class AdapterStore:
         """
 
         def reader(folder: Path) -> Tensor:
-            if read_manifest(folder).id != adapter.id:
-                raise AdapterNotFoundError(f"adapter {adapter.name!r} was replaced", fix="get it again by its name")
+            _check_same(read_manifest(folder), adapter)
             check_base(adapter, base_fingerprint)
             flat = read_weights(folder, layout)
-            if adapter.layout_digest == layout.digest:
-                check_hash(adapter, flat, layout)
+            check_read_hash(folder, adapter, flat, layout)
             return flat
 
         flat = self._folders.read(adapter.name, reader)
@@ -190,7 +187,11 @@ class AdapterStore:
 
     def exemplars(self, adapter: Adapter) -> Tensor | None:
         """The adapter's exemplars (k, C), None if it has none. Raises `AdapterCorruptError` when they are damaged."""
-        found = self._folders.read(adapter.name, lambda folder: (read_exemplars(folder),))
+
+        def reader(folder: Path) -> tuple[Tensor | None]:
+            return (read_exemplars(folder, read_manifest(folder).exemplars_sha256),)
+
+        found = self._folders.read(adapter.name, reader)
         if found is None:
             raise self._not_found(adapter.name)
         return found[0]
@@ -202,30 +203,18 @@ class AdapterStore:
         `StorageError`.
         """
         checked = check_exemplars(exemplars)
-        stored = self.get(adapter.name)
-        if stored.id != adapter.id:
-            raise AdapterNotFoundError(f"adapter {adapter.name!r} was replaced", fix="get it again by its name")
-        refined = replace(stored, refined=datetime.now(UTC).isoformat(timespec="microseconds"))
-        # the manifest last: whoever reads the new one finds the new exemplars
-        files = {
-            EXEMPLARS: exemplars_bytes(checked, stored.encoder, stored.encoder_fingerprint),
-            MANIFEST: manifest_text(refined, read_layout(stored.path)).encode(),
-        }
-        if not self._folders.replace_files(adapter.name, files):
-            raise self._not_found(adapter.name)
-        return refined
+        return self._refine(adapter, lambda folder, stored: refined_files(folder, stored, checked))
 
     def ls(self) -> list[Adapter]:
         """Every sound adapter by name; damaged folders are skipped with a warning, once each."""
-        return [adapter for name in self._folders.names() if (adapter := self._try_read(name)) is not None]
+        return self._listing.adapters()
 
     def rm(self, name_or_id: str) -> None:
         """Remove an adapter, damaged or not. Raises `AdapterNotFoundError` or `StorageError`."""
         name = self.find(name_or_id)
         if not self._folders.remove(name):
             raise self._not_found(name)
-        self._read.pop(name, None)
-        self._warned.discard(name)
+        self._listing.forget(name)
 
     def verify(self, name: str | None = None) -> list[Problem]:
         """Read and hash one adapter (None: all of them) and report what is wrong, instead of raising.
@@ -251,34 +240,31 @@ class AdapterStore:
 
         Folders as XTuner, LLaMA-Factory, trl and Axolotl write them are found and named as the origin (see `foreign`);
         an `adapter_model.bin` becomes safetensors in the store. `base_name` names the base where the folder does not.
+        What is stored already gets the exemplars added that it lacks.
         Raises `InputError` when `path` is no folder, otherwise like `load` and `put`; nothing is stored then.
         """
         if name is not None:
             check_name(name)
-        folder, origin = find_adapter(path)
-        known = read_manifest(folder) if (folder / MANIFEST).exists() else None
-        if known is not None:
-            check_base(known, base_fingerprint)
-        named_base = read_config(folder).base_name
-        flat = read_foreign(folder, layout, ours=known is not None, named=other_base(named_base, base_name))
-        if known is not None and known.layout_digest == layout.digest:
-            check_hash(known, flat, layout)
-        if known is not None and exemplars is None:
-            exemplars, encoder, encoder_fingerprint = read_exemplars(folder), known.encoder, known.encoder_fingerprint
-        kept: dict[str, Any] = {} if known is None else {key: getattr(known, key) for key in _KEPT}
-        return self.put(
-            flat,
+        new = read_incoming(path, layout, base_fingerprint, base_name)
+        if exemplars is None:
+            exemplars, encoder, encoder_fingerprint = new.exemplars, new.encoder, new.encoder_fingerprint
+        stored = self.put(
+            new.flat,
             layout,
-            base_name=named_base or base_name or "unknown",
+            base_name=new.base_name or base_name or "unknown",
             base_fingerprint=base_fingerprint,
             source="imported",
             name=name,
             exemplars=exemplars,
             encoder=encoder,
             encoder_fingerprint=encoder_fingerprint,
-            origin=origin if known is None else known.origin,
-            **kept,
+            origin=new.origin,
+            **new.kept,
         )
+        if exemplars is None:
+            return stored
+        checked = check_exemplars(exemplars)
+        return self._refine(stored, lambda folder, a: with_more(folder, a, checked, encoder, encoder_fingerprint))
 
     def export(self, name: str, out_dir: str | os.PathLike[str]) -> Path:
         """Copy a sound adapter to a new folder `out_dir`, which plain peft loads; returns the folder.
@@ -296,7 +282,8 @@ class AdapterStore:
                 if (adapter.path / file).is_file():
                     shutil.copyfile(adapter.path / file, folder / file)
 
-        with storage_errors("write", out):
+        # shared with readers and adders: nobody replaces exemplars between the copies
+        with storage_errors("write", out), locked(self.root, shared=True):
             out.parent.mkdir(parents=True, exist_ok=True)
             if not publish(out, fill):
                 raise ConfigError(f"{out} exists and is not an empty folder", fix="choose another folder")
@@ -305,6 +292,21 @@ class AdapterStore:
     def version(self) -> str:
         """A token that changes when any process adds, removes, renames or refines an adapter; costs one listing."""
         return self._folders.version()
+
+    def _refine(self, adapter: Adapter, refine: Refine) -> Adapter:
+        """Replace files of a stored adapter by what `refine` makes of it, as it is once nobody else changes it."""
+        refined = adapter
+
+        def make(folder: Path) -> dict[str, bytes]:
+            nonlocal refined
+            stored = read_manifest(folder)
+            _check_same(stored, adapter)
+            refined, files = refine(folder, stored)
+            return files
+
+        if not self._folders.replace_files(adapter.name, make):
+            raise self._not_found(adapter.name)
+        return refined
 
     def _existing(self, adapter: Adapter) -> Adapter | None:
         """The stored adapter of the same name, if its weights are the same; raises when they are not."""
@@ -323,27 +325,6 @@ class AdapterStore:
     def _name_of(self, weights_id: str, role: str | None) -> str | None:
         return next((a.name for a in self.ls() if (a.id, a.role) == (weights_id, role)), None)
 
-    def _try_read(self, name: str) -> Adapter | None:
-        try:
-            check_name(name)
-            return self._folders.read(name, self._read_cached)
-        except DndError as e:
-            if name not in self._warned:
-                self._warned.add(name)
-                log.warning("skipping damaged adapter folder %r: %s", name, e.message)
-            return None
-
-    def _read_cached(self, folder: Path) -> Adapter:
-        try:
-            status = os.stat(folder / MANIFEST)
-        except OSError:
-            return read_manifest(folder)  # raises, saying what is wrong
-        signature = (status.st_mtime_ns, status.st_size, status.st_ino)
-        known = self._read.get(folder.name)
-        if known is None or known[0] != signature:
-            known = self._read[folder.name] = (signature, read_manifest(folder))
-        return known[1]
-
     def _problem(self, name: str) -> Problem | None:
         try:
             self._folders.read(name, check_folder)
@@ -355,3 +336,8 @@ class AdapterStore:
         near = difflib.get_close_matches(str(name), self._folders.names(), n=1)
         fix = f"did you mean {near[0]!r}?" if near else "`dnd adapters ls` lists the adapters there are"
         return AdapterNotFoundError(f"no adapter {name!r} in {self.root}", fix=fix)
+
+
+def _check_same(stored: Adapter, adapter: Adapter) -> None:
+    if stored.id != adapter.id:
+        raise AdapterNotFoundError(f"adapter {adapter.name!r} was replaced", fix="get it again by its name")

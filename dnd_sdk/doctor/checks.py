@@ -267,9 +267,9 @@ def _index(s: _Subject) -> Iterator[Check]:
         if index is None:
             yield Check("index", "warn", f"{folder} is damaged, the next adapt makes it again", f"delete {folder}")
             continue
-        saved = set(index.adapter_ids)
+        saved = set(index.names)
         index.sync(store)  # in memory only
-        wanted = set(index.adapter_ids)
+        wanted = set(index.names)
         counts = f"{len(saved & wanted)} of {n_stored} stored adapters indexed"
         if stale := saved ^ wanted:
             yield Check("index", "warn", f"{counts}, {len(stale)} changed since", "the next adapt or route follows up")

@@ -4,6 +4,7 @@ from .atomic import (
     sweep as sweep,
     write_atomic as write_atomic,
 )
+from .locks import locked as locked
 from .untrusted import (
     FLOATS as FLOATS,
     MAX_HEADER_BYTES as MAX_HEADER_BYTES,

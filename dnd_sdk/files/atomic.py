@@ -62,7 +62,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what `replacing` left in a folder when its process was killed; only for a folder with one writer."""
+    """Remove what `replacing` left in a folder when its process was killed; only while nobody else writes there."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
-            path.unlink()
+            path.unlink(missing_ok=True)

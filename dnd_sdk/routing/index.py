@@ -3,6 +3,7 @@
 * FAISS `IndexIDMap2(IndexFlatIP)` over L2-normalised exemplars, several per adapter: exact cosine search with deletes.
 * FAISS crashes when one thread writes while another searches, so a published index object is never changed: a writer
   clones it, changes the clone and swaps the reference. Readers take the reference once and need no lock.
+* Adapters are known by name: that is what users see, and two of the same weights may have other prompts each.
 * FAISS accepts an id twice without a word; labels are therefore handed out here, one contiguous range per adapter.
 * On disk the index file is written first and the manifest last; only a manifest whose hash fits the index counts.
 """
@@ -26,12 +27,13 @@ from torch import Tensor
 
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, DndError
-from dnd_sdk.files import write_atomic
+from dnd_sdk.files import locked, storage_errors, sweep, write_atomic
 from dnd_sdk.routing.similarity import check_vectors, choose_exemplars, coherence, set_similarity
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 knew adapters by id and kept one of two of the same weights: such an index is built again."""
 INDEX_FILE = "index.faiss"
 MANIFEST_FILE = "index.json"
 MAX_QUERY = 128
@@ -51,7 +53,7 @@ class Store(Protocol):
 class Hit(NamedTuple):
     """An adapter and how well it fits."""
 
-    adapter_id: str
+    name: str
     score: float
 
 
@@ -69,9 +71,9 @@ class Key:
 class _Entry:
     """One adapter's exemplars: labels `start` to `start + count`."""
 
-    adapter_id: str
+    name: str
     stamp: str
-    """Changes when an adapter of the same weights was stored again or got other exemplars."""
+    """Changes when another adapter was stored under the name, or it got other exemplars."""
     start: int
     count: int
 
@@ -109,11 +111,11 @@ class AdapterIndex:
         self._write = threading.Lock()
 
     @property
-    def adapter_ids(self) -> tuple[str, ...]:
-        """Ids of the adapters in the index."""
-        return tuple(e.adapter_id for e in self._snapshot.entries)
+    def names(self) -> tuple[str, ...]:
+        """Names of the adapters in the index."""
+        return tuple(e.name for e in self._snapshot.entries)
 
-    def add(self, adapter_id: str, vectors: Tensor, *, stamp: str = "") -> None:
+    def add(self, name: str, vectors: Tensor, *, stamp: str = "") -> None:
         """Add an adapter with its exemplars `(k, C)`.
 
         Raises `InputError` unless they are finite, normalised and of the index's width, `ConfigError` if the adapter is
@@ -121,16 +123,16 @@ class AdapterIndex:
         """
         vectors = check_vectors(vectors, self.key.width)
         with self._write:
-            if adapter_id in self.adapter_ids:
-                raise ConfigError(f"adapter {adapter_id!r} is in the index already", fix="remove it first")
-            self._snapshot = _changed(self._snapshot, add={adapter_id: (stamp, vectors)})
+            if name in self.names:
+                raise ConfigError(f"adapter {name!r} is in the index already", fix="remove it first")
+            self._snapshot = _changed(self._snapshot, add={name: (stamp, vectors)})
 
-    def remove(self, adapter_id: str) -> None:
+    def remove(self, name: str) -> None:
         """Remove an adapter; raises `AdapterNotFoundError`."""
         with self._write:
-            if adapter_id not in self.adapter_ids:
-                raise AdapterNotFoundError(f"adapter {adapter_id!r} is not in the index")
-            self._snapshot = _changed(self._snapshot, remove={adapter_id})
+            if name not in self.names:
+                raise AdapterNotFoundError(f"adapter {name!r} is not in the index")
+            self._snapshot = _changed(self._snapshot, remove={name})
 
     def search(self, vectors: Tensor, k: int) -> list[list[Hit]]:
         """For each of the `(n, C)` vectors its `k` nearest exemplars (fewer if there are fewer), best first."""
@@ -138,7 +140,7 @@ class AdapterIndex:
             raise ConfigError(f"k must be at least 1, got {k}")
         snapshot = self._snapshot
         scores, owners = _search(snapshot, check_vectors(vectors, self.key.width), k)
-        names = [e.adapter_id for e in snapshot.entries]
+        names = [e.name for e in snapshot.entries]
         return [
             [Hit(names[o], float(s)) for o, s in zip(row_o, row_s, strict=True)]
             for row_o, row_s in zip(owners, scores, strict=True)
@@ -157,8 +159,8 @@ class AdapterIndex:
         k = _NEAREST * max(e.count for e in snapshot.entries)
         near = [snapshot.entries[i] for i in np.unique(_search(snapshot, query, k)[1])]
         own = coherence(query)
-        hits = [Hit(e.adapter_id, set_similarity(query, snapshot.vectors(e), coherence_a=own)) for e in near]
-        return sorted(hits, key=lambda h: (-h.score, h.adapter_id))
+        hits = [Hit(e.name, set_similarity(query, snapshot.vectors(e), coherence_a=own)) for e in near]
+        return sorted(hits, key=lambda h: (-h.score, h.name))
 
     def sync(self, store: Store) -> bool:
         """Take in what changed in the store since the last time; returns whether anything was read.
@@ -169,11 +171,11 @@ class AdapterIndex:
         if version == self._snapshot.store_version:
             return False
         with self._write:
-            known = {e.adapter_id: e.stamp for e in self._snapshot.entries}
-            wanted = {a.id: a for a in reversed(store.ls()) if self._accepts(a)}
+            known = {e.name: e.stamp for e in self._snapshot.entries}
+            wanted = {a.name: a for a in reversed(store.ls()) if self._accepts(a)}
             stale = {i for i, stamp in known.items() if i not in wanted or _stamp(wanted[i]) != stamp}
             fresh = [a for i, a in wanted.items() if i not in known or i in stale]
-            loaded = {a.id: (_stamp(a), v) for a in fresh if (v := self._exemplars(store, a)) is not None}
+            loaded = {a.name: (_stamp(a), v) for a in fresh if (v := self._exemplars(store, a)) is not None}
             self._snapshot = _changed(self._snapshot, add=loaded, remove=stale, version=version)
         return True
 
@@ -195,15 +197,23 @@ class AdapterIndex:
             "store_version": snapshot.store_version,
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-        write_atomic(folder / INDEX_FILE, data)
-        write_atomic(folder / MANIFEST_FILE, json.dumps(manifest))
+        with storage_errors("write", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        # alone: two writers would mix their files, and what one finds half-written is from a killed one
+        with locked(folder) as alone, storage_errors("write", folder):
+            if alone:
+                sweep(folder)
+            write_atomic(folder / INDEX_FILE, data)
+            write_atomic(folder / MANIFEST_FILE, json.dumps(manifest))
 
     @classmethod
     def load(cls, folder: Path, key: Key) -> AdapterIndex | None:
         """The saved index, or None when there is none of this key or it is damaged: then `rebuild` one."""
+        _sweep(folder)
         try:
-            manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
-            data = (folder / INDEX_FILE).read_bytes()
+            with locked(folder, shared=True):
+                manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+                data = (folder / INDEX_FILE).read_bytes()
             snapshot = _restored(manifest, data, key)
         except FileNotFoundError:
             return None
@@ -231,8 +241,19 @@ class AdapterIndex:
             return None
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what a killed `save` left, unless one is at work."""
+    with locked(folder, wait=False) as alone:
+        try:
+            if alone:
+                sweep(folder)
+        except OSError as e:  # a read-only disk can still be read
+            log.warning("what a killed process left in %s cannot be cleared: %s", folder, e.strerror or e)
+
+
 def _stamp(adapter: Adapter) -> str:
-    return adapter.created if adapter.refined is None else f"{adapter.created} {adapter.refined}"
+    parts = (adapter.id, adapter.created, adapter.refined, adapter.exemplars_sha256)
+    return " ".join(part for part in parts if part)
 
 
 def _changed(
@@ -245,13 +266,13 @@ def _changed(
     """A new snapshot; `old` stays as it is."""
     index = faiss.clone_index(old.faiss)
     for e in old.entries:
-        if e.adapter_id in (remove or ()):
+        if e.name in (remove or ()):
             index.remove_ids(faiss.IDSelectorRange(e.start, e.start + e.count))
-    entries = [e for e in old.entries if e.adapter_id not in (remove or ())]
+    entries = [e for e in old.entries if e.name not in (remove or ())]
     label = old.next_label
-    for adapter_id, (stamp, vectors) in (add or {}).items():
+    for name, (stamp, vectors) in (add or {}).items():
         index.add_with_ids(vectors.numpy(), np.arange(label, label + len(vectors), dtype=np.int64))
-        entries.append(_Entry(adapter_id, stamp, label, len(vectors)))
+        entries.append(_Entry(name, stamp, label, len(vectors)))
         label += len(vectors)
     return _Snapshot(index, tuple(entries), label, version)
 
@@ -291,7 +312,7 @@ def _restored(manifest: dict[str, Any], data: bytes, key: Key) -> _Snapshot | No
     if not np.array_equal(np.sort(faiss.vector_to_array(index.id_map)), labels):
         raise ValueError("its labels are not the manifest's")
     next_label = int(manifest["next_label"])
-    if len({e.adapter_id for e in entries}) != len(entries) or next_label <= labels.max(initial=-1):
+    if len({e.name for e in entries}) != len(entries) or next_label <= labels.max(initial=-1):
         raise ValueError("its manifest contradicts itself")
     return _Snapshot(index, entries, next_label, manifest["store_version"])
 

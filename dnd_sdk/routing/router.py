@@ -193,8 +193,8 @@ class Router:
     def nearest(self, pooled: Tensor, role: str | None = None) -> list[tuple[Adapter, float]]:
         """Adapters of this role near the prompt set `(n, C)` and their scores, best first."""
         index = self._current_index(pooled.shape[-1])
-        by_id = {a.id: a for a in self.adapters() if a.role == role}
-        return [(by_id[h.adapter_id], h.score) for h in index.score(pooled) if h.adapter_id in by_id]
+        by_name = {a.name: a for a in self.adapters() if a.role == role}
+        return [(by_name[h.name], h.score) for h in index.score(pooled) if h.name in by_name]
 
     def _current_index(self, width: int) -> AdapterIndex:
         with self._lock:

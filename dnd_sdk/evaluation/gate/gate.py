@@ -161,7 +161,7 @@ def try_gate(
 
 def _ask(gate: Gate, index: AdapterIndex, query: Tensor, task: str) -> list[Event]:
     hits = index.score(query)
-    others = [h for h in hits if h.adapter_id != task]
+    others = [h for h in hits if h.name != task]
     return [_event(gate, task, STORED, query, hits), *([_event(gate, task, MISSING, query, others)] if others else [])]
 
 
@@ -169,7 +169,7 @@ def _event(gate: Gate, unit: str, situation: str, query: Tensor, hits: Sequence[
     best, single = hits[0], len(query) == 1
     support = None if single or gate.support is None else gate.support.score(query)
     decision = verdict(gate.thresholds, "single" if single else "set", "auto", best.score, support)
-    own = best.adapter_id == unit
+    own = best.name == unit
     outcome = f"reuse {'own' if own else 'other'}" if decision == "reuse" else str(decision)
     return Event(unit, situation, len(query), outcome, best.score, own, support)
 

@@ -1,0 +1,120 @@
+"""Replacing several files of a folder at once: staged beside it, then moved; what a kill cuts short is finished later.
+
+* `.put-*` is a folder being filled, `.rm-*` one being deleted: of a dead process, both are rubbish.
+* `.set-<32 hex>-NAME` holds files on their way into the folder NAME: the rename to that name is the moment they count,
+  whoever finds them later moves the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from dnd_sdk.adapters.adapter import MANIFEST, read_manifest
+from dnd_sdk.errors import DndError
+from dnd_sdk.files import replacing
+
+log = logging.getLogger(__name__)
+
+STALE_S = 3600.0
+"""Where nobody can tell by the lock, a temporary folder this old belongs to a process that died."""
+PUTTING, REMOVING, SETTING = ".put-", ".rm-", ".set-"
+
+
+def temporary(prefix: str) -> str:
+    """A name nobody else uses."""
+    return f"{prefix}{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def stage(root: Path, name: str, files: Mapping[str, bytes]) -> Path:
+    """Write files meant for the folder `name`; once this returns they count, the manifest among them."""
+    filling, staged = root / temporary(PUTTING), root / f"{SETTING}{uuid.uuid4().hex}-{name}"
+    try:
+        filling.mkdir()
+        for file, data in files.items():
+            with (filling / file).open("wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        os.rename(filling, staged)
+    except BaseException:
+        shutil.rmtree(filling, ignore_errors=True)
+        raise
+    return staged
+
+
+def finish(staged: Path) -> bool:
+    """Move staged files into their folder, the manifest last; False, and nothing moved, if their adapter is gone.
+
+    Stopped anywhere, it can be done again. Raises `OSError`.
+    """
+    folder = staged.parent / staged.name[len(SETTING) + 33 :]
+    wanted = _same_adapter(staged, folder)
+    if wanted:
+        # the manifest last: as long as it is here, the rest can be told to belong to the folder
+        for path in sorted(staged.iterdir(), key=lambda p: p.name == MANIFEST):
+            _move(path, folder / path.name)
+        now = time.time_ns()  # finer than what the system stamps: no two changes share a tick
+        os.utime(staged.parent, ns=(now, now))
+    shutil.rmtree(staged, ignore_errors=True)
+    return wanted
+
+
+def finish_all(root: Path) -> None:
+    """Finish what killed processes had staged; whoever calls holds the root's lock where there are locks."""
+    for name in sorted(os.listdir(root)):
+        if name.startswith(SETTING):
+            log.info("finishing %s, left by a process that died", root / name)
+            finish(root / name)
+
+
+def sweep_root(root: Path, alone: bool) -> None:
+    """Delete what killed processes left; not `alone` (others may be at work), only what is old."""
+    for name in os.listdir(root):
+        path = root / name
+        if name.startswith((PUTTING, REMOVING)) and (alone or _age_s(path) > STALE_S):
+            log.info("removing %s, left by a process that died", path)
+            delete(path)
+
+
+def delete(path: Path) -> None:
+    """Remove a file, link or folder, as far as it goes."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _same_adapter(staged: Path, folder: Path) -> bool:
+    if not (staged / MANIFEST).exists():
+        return folder.is_dir()  # moved already: nothing is left to move
+    try:
+        return read_manifest(staged).id == read_manifest(folder).id
+    except DndError:
+        return False
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        if source.exists():
+            raise  # the target's folder is gone; a missing source was moved by another
+    except OSError as e:
+        if e.errno != errno.EXDEV:
+            raise
+        with replacing(target) as copy:  # the adapter's folder is a link to another disk
+            shutil.copyfile(source, copy)
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.lstat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,43 @@
+"""Other exemplars for a stored adapter: the files that change then, its weights never among them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from torch import Tensor
+
+from dnd_sdk.adapters.adapter import MANIFEST, Adapter, manifest_text, read_layout
+from dnd_sdk.adapters.card import CARD, card_text
+from dnd_sdk.adapters.exemplars import EXEMPLARS, exemplars_bytes, exemplars_hash, merged_exemplars, read_exemplars
+from dnd_sdk.adapters.peft_config import read_config
+from dnd_sdk.errors import AdapterCorruptError
+
+
+def refined_files(folder: Path, refined: Adapter, exemplars: Tensor) -> tuple[Adapter, dict[str, bytes]]:
+    """The adapter with checked exemplars (k, C) of its `encoder`, and the content of the files that say so."""
+    data = exemplars_bytes(exemplars, refined.encoder, refined.encoder_fingerprint)
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    refined = replace(refined, refined=now, exemplars_sha256=exemplars_hash(data))
+    layout = read_layout(folder)
+    card = card_text(refined, layout, read_config(folder).base_name or "unknown")
+    files = {EXEMPLARS: data, CARD: card.encode(), MANIFEST: manifest_text(refined, layout).encode()}
+    return refined, files
+
+
+def with_more(
+    folder: Path, stored: Adapter, exemplars: Tensor, encoder: str | None, fingerprint: str | None
+) -> tuple[Adapter, dict[str, bytes]]:
+    """The adapter with these exemplars too, and the files to replace: none if it has them all.
+
+    Exemplars of another encoder cannot be compared with these, and damaged ones are of no use: these take their place.
+    """
+    try:
+        old = read_exemplars(folder, stored.exemplars_sha256)
+    except AdapterCorruptError:
+        old = None
+    both = merged_exemplars(old if stored.encoder_fingerprint == fingerprint else None, exemplars)
+    if both is None:
+        return stored, {}
+    return refined_files(folder, replace(stored, encoder=encoder, encoder_fingerprint=fingerprint), both)

@@ -1,0 +1,191 @@
+"""Exemplars belong to their adapter: recorded, checked, replaced whole, kept when the same weights come again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_folders import BASE, TINY, peft_folder, store_one
+from helpers import random_flat
+from safetensors.torch import save_file
+
+from dnd_sdk.adapters import Adapter, AdapterStore
+from dnd_sdk.adapters.exemplars import EXEMPLARS
+from dnd_sdk.adapters.pending import STALE_S
+from dnd_sdk.config import Home
+from dnd_sdk.errors import AdapterCorruptError
+from dnd_sdk.files import locked
+from dnd_sdk.lora.layout import LoraLayout
+
+WEIGHTS = "adapter_model.safetensors"
+LARGE = LoraLayout(6, 3.0, TINY.target_modules, TINY.modules)
+
+
+@pytest.fixture
+def store(home: Home) -> AdapterStore:
+    return AdapterStore(home)
+
+
+def exemplars(k: int = 3, width: int = 5, seed: int = 1) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(k, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def flip(folder: Path) -> None:
+    """A bit of an exponent: one weight becomes huge, finite still."""
+    raw = bytearray((folder / WEIGHTS).read_bytes())
+    raw[-1] ^= 0x40
+    (folder / WEIGHTS).write_bytes(raw)
+
+
+def test_a_flipped_bit_is_found_in_an_adapter_of_smaller_rank(store: AdapterStore, tmp_path: Path) -> None:
+    adapter = store_one(store, name="small")
+    copy = Path(shutil.copytree(adapter.path, tmp_path / "copy"))
+    store.load(adapter, LARGE)
+    for folder in (adapter.path, copy):
+        flip(folder)
+    with pytest.raises(AdapterCorruptError, match="weights' hash is"):
+        store.load(adapter, LARGE)
+    with pytest.raises(AdapterCorruptError, match="weights' hash is"):
+        store.import_folder(copy, LARGE, base_fingerprint=BASE, name="again")
+
+
+HARMS = {
+    "deleted": (lambda f: (f / EXEMPLARS).unlink(), "is missing"),
+    "other rows": (lambda f: save_file({"exemplars": exemplars(3, seed=9)}, f / EXEMPLARS), "hash"),
+    "other size": (lambda f: save_file({"exemplars": exemplars(2, 7)}, f / EXEMPLARS), "hash"),
+}
+
+
+@pytest.mark.parametrize("kind", HARMS)
+def test_verify_tells_what_was_done_to_exemplars(store: AdapterStore, kind: str, tmp_path: Path) -> None:
+    store_one(store, random_flat(TINY, seed=1), name="good", exemplars=exemplars())
+    bad = store_one(store, name="bad", exemplars=exemplars())
+    harm, what = HARMS[kind]
+    harm(bad.path)
+    (problem,) = store.verify()
+    assert problem.name == "bad" and EXEMPLARS in problem.what and what in problem.what and problem.fix
+    with pytest.raises(AdapterCorruptError, match=what):
+        store.exemplars(bad)
+    with pytest.raises(AdapterCorruptError, match=what):
+        store.import_folder(bad.path, TINY, base_fingerprint=BASE, name="copy")
+    with pytest.raises(AdapterCorruptError, match=what):
+        store.export("bad", tmp_path / "out")
+    assert torch.equal(store.load(bad, TINY), random_flat(TINY)), "its weights are whole"
+    store.set_exemplars(bad, exemplars(4))
+    assert store.verify() == []
+
+
+def test_exemplars_that_came_from_nowhere_are_told(store: AdapterStore) -> None:
+    bare = store_one(store, name="bare")
+    save_file({"exemplars": exemplars()}, bare.path / EXEMPLARS)
+    (problem,) = store.verify()
+    assert "does not record" in problem.what
+
+
+def older(adapter: Adapter) -> None:
+    """As an earlier version wrote it: nothing recorded of the exemplars."""
+    manifest = adapter.path / "dnd.json"
+    data = json.loads(manifest.read_text())
+    data.pop("exemplars_sha256")
+    manifest.write_text(json.dumps(data))
+
+
+def test_adapters_of_earlier_versions_stay_valid(home: Home, store: AdapterStore) -> None:
+    for name, kept in (("with", exemplars()), ("without", None)):
+        older(store_one(store, name=name, exemplars=kept))
+    assert AdapterStore(home).verify() == []
+    assert torch.equal(store.exemplars(store.get("with")), exemplars()) and store.exemplars(store.get("without")) is None
+    store.set_exemplars(store.get("with"), exemplars(4))
+    (store.get("with").path / EXEMPLARS).unlink()
+    assert [p.name for p in store.verify()] == ["with"]
+
+
+def imported(store: AdapterStore, folder: Path, kept: torch.Tensor | None, encoder: str = "f", **more: str) -> Adapter:
+    return store.import_folder(
+        folder, TINY, base_fingerprint=BASE, exemplars=kept, encoder="enc", encoder_fingerprint=encoder, **more
+    )
+
+
+def test_prompts_of_a_later_import_are_kept(store: AdapterStore, tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path / "theirs")
+    first = store.import_folder(folder, TINY, base_fingerprint=BASE, name="one")
+    before = store.version()
+    second = imported(store, folder, exemplars(3))
+    assert second.name == "one" and second.id == first.id and store.version() != before
+    assert (second.encoder, second.encoder_fingerprint) == ("enc", "f") and store.get("one") == second
+    assert torch.equal(store.exemplars(second), exemplars(3)) and store.verify() == []
+    assert "enc" in (second.path / "README.md").read_text()
+
+
+def test_prompts_of_two_imports_are_merged(store: AdapterStore, tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path / "theirs")
+    first = imported(store, folder, exemplars(3))
+    assert imported(store, folder, exemplars(3)) == first, "the same prompts change nothing"
+    both = store.exemplars(imported(store, folder, torch.cat([exemplars(3)[1:], exemplars(2, seed=2)])))
+    assert both is not None and torch.equal(both, torch.cat([exemplars(3), exemplars(2, seed=2)]))
+    many = store.exemplars(imported(store, folder, exemplars(60, seed=3)))
+    assert many is not None and len(many) == 64 and torch.equal(many[-60:], exemplars(60, seed=3))
+    other = imported(store, folder, exemplars(2, 9), encoder="g")
+    assert other.encoder_fingerprint == "g" and torch.equal(store.exemplars(other), exemplars(2, 9))
+    assert store.import_folder(folder, TINY, base_fingerprint=BASE) == other, "no prompts take none away"
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """The n-th replacing of a file ends the process: nothing cleans up after it."""
+    left = [n]
+    real = os.replace
+
+    def replace_or_die(source: str, target: str) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise SystemExit
+        real(source, target)
+
+    monkeypatch.setattr("dnd_sdk.files.atomic.os.replace", replace_or_die)
+    monkeypatch.setattr("dnd_sdk.adapters.pending.shutil.rmtree", lambda *a, **k: None)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_exemplars_half_replaced_are_finished_by_the_next(
+    home: Home, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    adapter = store_one(store, name="one", exemplars=exemplars())
+    running = AdapterStore(home)
+    before = running.version()
+    with monkeypatch.context() as patch:
+        killed_at(patch, n)
+        with pytest.raises(SystemExit):
+            store.set_exemplars(adapter, exemplars(6))
+    for other in (running, AdapterStore(home)):
+        assert other.version() != before
+        assert torch.equal(other.exemplars(other.get("one")), exemplars(6)) and other.verify() == []
+    assert os.listdir(store.root) == ["one"]
+    assert not [p for p in adapter.path.iterdir() if p.name.startswith(".")]
+
+
+def test_what_was_staged_for_another_adapter_is_dropped(home: Home, store: AdapterStore) -> None:
+    store_one(store, name="one", exemplars=exemplars())
+    staged = store.root / f".set-{'0' * 32}-one"
+    staged.mkdir()
+    (staged / "dnd.json").write_text((store.root / "one" / "dnd.json").read_text().replace(
+        store.get("one").id, "d" * 64))
+    (staged / EXEMPLARS).write_bytes(b"x")
+    other = AdapterStore(home)
+    assert other.verify() == [] and os.listdir(store.root) == ["one"]
+
+
+def test_a_store_in_use_is_not_swept(home: Home, store: AdapterStore) -> None:
+    store_one(store, name="kept")
+    left = store.root / ".put-1-left"
+    left.mkdir()
+    with locked(store.root, shared=True):
+        store_one(AdapterStore(home), random_flat(TINY, seed=1), name="two")
+        assert left.exists(), "it may belong to the process that holds the lock"
+        past = time.time() - STALE_S - 60
+        os.utime(left, (past, past))
+        assert [a.name for a in AdapterStore(home).ls()] == ["kept", "two"] and not left.exists()
