@@ -99,7 +99,8 @@ def test_adapters_of_earlier_versions_stay_valid(home: Home, store: AdapterStore
     for name, kept in (("with", exemplars()), ("without", None)):
         older(store_one(store, name=name, exemplars=kept))
     assert AdapterStore(home).verify() == []
-    assert torch.equal(store.exemplars(store.get("with")), exemplars()) and store.exemplars(store.get("without")) is None
+    assert torch.equal(store.exemplars(store.get("with")), exemplars())
+    assert store.exemplars(store.get("without")) is None
     store.set_exemplars(store.get("with"), exemplars(4))
     (store.get("with").path / EXEMPLARS).unlink()
     assert [p.name for p in store.verify()] == ["with"]
