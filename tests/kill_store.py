@@ -41,7 +41,7 @@ def work(home: Home, imports: Path, pipe: int, seed: int) -> None:
     while True:
         op, i, task = rng.choice(OPS), rng.randrange(len(NAMES)), rng.randrange(1000)
         name, there = NAMES[i], os.path.isdir(store.root / NAMES[i])
-        if op in ("set", "rm") and not there or op in ("add", "import", "merge") and there:
+        if (op in ("set", "rm") and not there) or (op in ("add", "import", "merge") and there):
             op = "index"
         say(pipe, {"begin": op, "name": name, "task": task})
         if op in ("add", "merge"):
@@ -71,7 +71,7 @@ def one_kill(home: Home, imports: Path, rng: random.Random) -> list[dict]:
     if child == 0:
         try:
             work(home, imports, writing, rng.randrange(2**31))
-        except BaseException as e:  # noqa: BLE001
+        except BaseException as e:
             say(writing, {"error": repr(e)})
         os._exit(1)
     os.close(writing)

@@ -99,7 +99,9 @@ def test_adapters_of_earlier_versions_stay_valid(home: Home, store: AdapterStore
     for name, kept in (("with", exemplars()), ("without", None)):
         older(store_one(store, name=name, exemplars=kept))
     assert AdapterStore(home).verify() == []
-    assert torch.equal(store.exemplars(store.get("with")), exemplars()) and store.exemplars(store.get("without")) is None
+    assert (
+        torch.equal(store.exemplars(store.get("with")), exemplars()) and store.exemplars(store.get("without")) is None
+    )
     store.set_exemplars(store.get("with"), exemplars(4))
     (store.get("with").path / EXEMPLARS).unlink()
     assert [p.name for p in store.verify()] == ["with"]
@@ -172,8 +174,9 @@ def test_what_was_staged_for_another_adapter_is_dropped(home: Home, store: Adapt
     store_one(store, name="one", exemplars=exemplars())
     staged = store.root / f".set-{'0' * 32}-one"
     staged.mkdir()
-    (staged / "dnd.json").write_text((store.root / "one" / "dnd.json").read_text().replace(
-        store.get("one").id, "d" * 64))
+    (staged / "dnd.json").write_text(
+        (store.root / "one" / "dnd.json").read_text().replace(store.get("one").id, "d" * 64)
+    )
     (staged / EXEMPLARS).write_bytes(b"x")
     other = AdapterStore(home)
     assert other.verify() == [] and os.listdir(store.root) == ["one"]

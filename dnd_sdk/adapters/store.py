@@ -24,7 +24,6 @@ from dnd_sdk.adapters.adapter import (
     default_name,
     is_name,
     manifest_text,
-    read_layout,
     read_manifest,
 )
 from dnd_sdk.adapters.card import CARD, card_text
