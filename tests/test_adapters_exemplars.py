@@ -173,8 +173,9 @@ def test_what_was_staged_for_another_adapter_is_dropped(home: Home, store: Adapt
     store_one(store, name="one", exemplars=exemplars())
     staged = store.root / f".set-{'0' * 32}-one"
     staged.mkdir()
-    (staged / "dnd.json").write_text((store.root / "one" / "dnd.json").read_text().replace(
-        store.get("one").id, "d" * 64))
+    (staged / "dnd.json").write_text(
+        (store.root / "one" / "dnd.json").read_text().replace(store.get("one").id, "d" * 64)
+    )
     (staged / EXEMPLARS).write_bytes(b"x")
     other = AdapterStore(home)
     assert other.verify() == [] and os.listdir(store.root) == ["one"]
