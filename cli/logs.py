@@ -28,7 +28,7 @@ def logs(
     since: Annotated[str | None, typer.Option("--since", help="30m, 2h, 7d, or a time as in 2026-01-31T12:00.")] = None,
     replay: Annotated[bool, typer.Option("--replay", help="Show what the present thresholds would change.")] = False,
     generator: Annotated[
-        Path | None, typer.Option("--generator", help="With --replay: the generator whose thresholds count.")
+        Path | None, typer.Option("--generator", help="With --replay: whose thresholds count.")
     ] = None,
 ) -> None:
     """Show the decisions that were made: adapt, auto-routing and observe."""
@@ -57,10 +57,13 @@ def moment(text: str) -> datetime:
 
 def _replay(out: Output, decisions: list[Decision], generator: Path | None) -> None:
     from dnd_sdk.generator import generator_folder
-    from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
+    from dnd_sdk.models import DEFAULT_ENCODER
     from dnd_sdk.routing import measured, replay_decisions
+    from dnd_sdk.settings import load_settings
 
-    thresholds, _ = measured(generator_folder(DEFAULT_BASE, generator), DEFAULT_ENCODER)
+    settings = load_settings(home=out.home, generator=None if generator is None else str(generator))
+    folder = generator_folder(settings.base, settings.generator)
+    thresholds, _ = measured(folder, settings.encoder or DEFAULT_ENCODER)
     changes, n_scored = replay_decisions(decisions, thresholds)
     limits = _limits(thresholds)
     found = [{"now": c.now, **asdict(c.logged)} for c in changes]

@@ -6,11 +6,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from cli_runner import dnd, dnd_json
 from test_routing_decision_log import decision
 
 from dnd_sdk.config import Home
-from dnd_sdk.routing import Thresholds
+from dnd_sdk.routing import Calibration, Support, Thresholds
 from dnd_sdk.routing.decision_log import LOG_FILE, DecisionLog
 
 
@@ -70,3 +71,14 @@ def test_replay_shows_what_other_thresholds_change(logged: Home, tmp_path: Path)
     assert (changed["decision"], changed["now"], changed["adapter"]) == ("reuse", "base", "barely")
     text = dnd("logs", "--replay", *at).stdout
     assert "barely" in text and "1 of 2 decisions by score would change, 32 in the log" in text
+
+
+def test_replay_goes_by_the_settings(logged: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Thresholds(reuse=0.9, reuse_single=0.123, support=-0.1)
+    Calibration(own, Support(torch.eye(4))).save(tmp_path)
+    monkeypatch.setenv("DND_GENERATOR", str(tmp_path))
+    assert dnd_json("logs", "--replay", "--home", logged.root)["thresholds"]["reuse_single"] == 0.123
+    monkeypatch.delenv("DND_GENERATOR")
+    monkeypatch.setenv("DND_BASE", "a base without a generator")
+    monkeypatch.setenv("DND_ENCODER", "an encoder without thresholds")
+    assert dnd_json("logs", "--replay", "--home", logged.root)["thresholds"]["reuse_single"] == 2.0
