@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import SupportsFloat, SupportsIndex
 
 from dnd_sdk.errors import ConfigError
 
@@ -69,16 +73,52 @@ class SamplingOptions:
     """Text is cut before the first of these."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0.0 <= self.temperature <= 10.0:
-            raise ConfigError(f"temperature must be within 0..10, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p must be within (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be 0 or more, got {self.top_k}")
-        if any(not s for s in self.stop):
-            raise ConfigError("stop strings must not be empty")
+        """Raises `ConfigError` naming the field; what a whole number or a single stop string stands for is taken so."""
+        checked = {
+            "max_new_tokens": _whole("max_new_tokens", self.max_new_tokens, 1),
+            "temperature": _number("temperature", self.temperature, "within 0..10", lambda x: 0.0 <= x <= 10.0),
+            "top_p": _number("top_p", self.top_p, "within (0, 1]", lambda x: 0.0 < x <= 1.0),
+            "top_k": _whole("top_k", self.top_k, 0),
+            "seed": None if self.seed is None else _whole("seed", self.seed, None),
+            "stop": _strings("stop", self.stop),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def _whole(name: str, value: object, least: int | None) -> int:
+    # anything with __index__ is a whole number, numpy's and torch's included; True and False are none
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise ConfigError(f"{name} must be a whole number, got {_shown(value)}")
+    number = operator.index(value)
+    if least is not None and number < least:
+        raise ConfigError(f"{name} must be {least} or more, got {_shown(number)}")
+    return number
+
+
+def _number(name: str, value: object, bounds: str, within: Callable[[float], bool]) -> float:
+    if isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
+        raise ConfigError(f"{name} must be a number {bounds}, got {_shown(value)}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise ConfigError(f"{name} must be a number {bounds}, got {_shown(value)}") from e
+    if not within(number):  # also refuses NaN
+        raise ConfigError(f"{name} must be {bounds}, got {number}")
+    return number
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(s, str) for s in found):
+        raise ConfigError(f"{name} must be a string or a list of strings, got {_shown(value)}")
+    if not all(found):
+        raise ConfigError(f"{name} strings must not be empty")
+    return tuple(found)
+
+
+def _shown(value: object) -> str:
+    return reprlib.repr(value) if isinstance(value, str | int | float | list | tuple) else type(value).__name__
 
 
 SAMPLING = tuple(f.name for f in fields(SamplingOptions))

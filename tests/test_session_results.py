@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_world import make_world
 
+from dnd_sdk.errors import InputError
 from dnd_sdk.session import DnD
 
 
@@ -30,3 +31,29 @@ def test_a_cancelled_stream_says_so(dnd: DnD) -> None:
     next(stream)
     cancel.set()
     assert stream.result.finish_reason == "cancelled"
+
+
+def test_one_stop_string_is_no_list_of_letters(dnd: DnD) -> None:
+    plain = dnd.complete("hi", max_new_tokens=8)
+    assert dnd.complete("hi", max_new_tokens=8, stop=plain.text[:2] + "\0").text == plain.text
+
+
+def test_half_a_surrogate_pair_and_a_giant_answer_are_refused(dnd: DnD) -> None:
+    for call in (dnd.complete, dnd.stream):
+        with pytest.raises(InputError, match="half a surrogate pair"):
+            call("hi\ud800")
+        with pytest.raises(InputError, match="leaves no room"):
+            call("hi", max_new_tokens=10**9)
+
+
+def test_arguments_of_another_kind_are_named(dnd: DnD) -> None:
+    for call in (dnd.complete, dnd.stream):
+        with pytest.raises(InputError, match="adapter must be"):
+            call("hi", 5)
+        with pytest.raises(InputError, match="tools must be"):
+            call("hi", tools=5)
+        for prompt in (None, 5, {"role": "user"}):
+            with pytest.raises(InputError, match="messages"):
+                call(prompt)
+    with pytest.raises(InputError, match="prompts must be a list"):
+        dnd.complete_batch(None)

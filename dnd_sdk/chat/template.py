@@ -7,7 +7,7 @@ probe finds out first.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -109,7 +109,7 @@ def check_renders_tools(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:
-    if not messages:
+    if not isinstance(messages, Sequence) or not messages:
         raise InputError("no messages", fix="pass a string or a list of {'role', 'content'}")
     return [_checked_message(m, i) for i, m in enumerate(messages)]
 
@@ -145,7 +145,10 @@ def _bad_message(message: Any, row: int) -> InputError:
     return InputError(f"message {row} is not a {{'role', 'content'}} of two strings: {str(message)[:80]!r}")
 
 
-def _checked_tools(tools: Tools) -> list[dict[str, Any]]:
+def _checked_tools(tools: Any) -> list[dict[str, Any]]:
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+        raise InputError(f"tools must be a list of JSON schemas, got {type(tools).__name__}")
+    tools = list(tools)
     for i, tool in enumerate(tools):
         if _name_in(tool) is None:
             raise InputError(
@@ -170,4 +173,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], tool
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise InputError(
+            "the text holds half a surrogate pair, which no tokenizer reads",
+            fix='clean it with text.encode("utf-8", "replace").decode()',
+        ) from e
     return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])

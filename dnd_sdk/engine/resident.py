@@ -38,6 +38,11 @@ class Resident:
     def prompt_ids(self, messages: Messages, n_new: int, tools: Tools | None = None) -> list[int]:
         """Token ids of the templated chat; `InputError` unless `n_new` more tokens fit the base's context."""
         ids = prompt_ids(self.base.tokenizer, messages, tools)
+        if n_new >= self.max_tokens:
+            raise InputError(
+                f"max_new_tokens {n_new:.3g} leaves no room for a prompt in a context of {self.max_tokens} tokens",
+                fix="lower max_new_tokens",
+            )
         if len(ids) + n_new > self.max_tokens:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, at most {self.max_tokens - n_new} fit "

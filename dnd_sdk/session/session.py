@@ -175,7 +175,7 @@ class DnD:
         `role` and `tools` are for all.
         """
         options, under = _options(sampling), as_role(role)
-        if isinstance(prompts, str):
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InputError("prompts must be a list", fix="use complete() for a single prompt")
         wanted = list(adapters) if adapters is not None else [None] * len(prompts)
         if len(wanted) != len(prompts):
@@ -276,6 +276,8 @@ class DnD:
             route = self.router.route_one(self._pooled([text], role), role_text(role))
             log_decision(self.parts.log, self.router.thresholds, "auto", [text], route)
             return route.adapter
+        if not isinstance(adapter, str):
+            raise InputError(f"adapter must be an Adapter, a name or None, got {type(adapter).__name__}")
         return self.store.get(adapter)
 
     def _pooled(self, prompts: Sequence[str], role: Role | None = None) -> Tensor:
