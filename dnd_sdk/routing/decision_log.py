@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 LOG_FILE = "decisions.jsonl"
 OLD_FILE = "decisions.1.jsonl"
+ROTATION_WAIT_S = 1.0
+"""How long an append that finds the log full waits for whoever rotates it."""
 MAX_BYTES = 8 * 2**20
 MAX_LINE_BYTES = 2**16
 _LATER = ("probability", "in_distribution")
@@ -105,12 +107,13 @@ class DecisionLog:
 
     def _rotate(self) -> None:
         try:
-            with FileLock(self.folder / f"{LOG_FILE}.lock", timeout=0):
+            # waited for, not passed by: while a slow process rotates, others would write past the bound
+            with FileLock(self.folder / f"{LOG_FILE}.lock", timeout=ROTATION_WAIT_S, poll_interval=0.002):
                 # another process may have done it since the write
                 if (self.folder / LOG_FILE).stat().st_size >= self.max_bytes:
                     os.replace(self.folder / LOG_FILE, self.folder / OLD_FILE)
         except Timeout:
-            pass  # it is being done
+            pass  # it is being done, or its disk hangs: a log is not worth more waiting
 
 
 def read_decisions(folder: Path, *, since: datetime | None = None) -> tuple[list[Decision], int]:
