@@ -184,7 +184,7 @@ def test_options_of_the_call_win(dnd: DnD, method: str) -> None:
         ({"zzz": 1}, r"no option 'zzz'.*\n  fix: leave it out"),
         ({"max_tokens": 3, "max_new_tokens": 3}, "are the same option"),
         ({"temperature": -1.0}, "temperature must be"),
-        ({"temperature": "hot"}, "wrong type"),
+        ({"temperature": "hot"}, "temperature must be a number"),
     ],
 )
 def test_bad_options_of_a_call_are_refused(method: str, options: dict[str, Any], match: str) -> None:

@@ -45,12 +45,4 @@ def call_options(
     check_known(given, CALL_OPTIONS, f"a call of {owner}")
     own = {k: v for k, v in renamed(given).items() if v is not None or k == "adapter"}
     merged = {**defaults, **own}
-    return merged["adapter"], asdict(_sampling({k: merged[k] for k in SAMPLING}))
-
-
-def _sampling(values: dict[str, Any]) -> SamplingOptions:
-    stop = values["stop"]
-    try:
-        return SamplingOptions(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
-    except TypeError as e:
-        raise ConfigError(f"a sampling option has the wrong type: {e}") from e
+    return merged["adapter"], asdict(SamplingOptions(**{k: merged[k] for k in SAMPLING}))
