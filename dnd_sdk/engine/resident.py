@@ -40,8 +40,8 @@ class Resident:
         ids = prompt_ids(self.base.tokenizer, messages, tools)
         if n_new >= self.max_tokens:
             raise InputError(
-                f"max_new_tokens {n_new:.3g} leaves no room for a prompt in a context of {self.max_tokens} tokens",
-                fix="lower max_new_tokens",
+                f"{n_new:.6g} tokens are kept for the answer, at most {self.max_tokens - 1} fit the context beside a prompt",
+                fix="lower max_new_tokens, or shorten the answer to score",
             )
         if len(ids) + n_new > self.max_tokens:
             raise InputError(
