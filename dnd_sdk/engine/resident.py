@@ -40,7 +40,7 @@ class Resident:
         ids = prompt_ids(self.base.tokenizer, messages, tools)
         if n_new >= self.max_tokens:
             raise InputError(
-                f"{n_new:.6g} tokens are kept for the answer, at most {self.max_tokens - 1} fit the context beside a prompt",
+                f"{n_new:.6g} tokens are kept for the answer, at most {self.max_tokens - 1} fit beside a prompt",
                 fix="lower max_new_tokens, or shorten the answer to score",
             )
         if len(ids) + n_new > self.max_tokens:
