@@ -17,14 +17,19 @@ Catch `DndError` for all of them; each also is the built-in named in brackets.
 
 from __future__ import annotations
 
+import reprlib
+
+MAX_CHARS = 1_200
+"""Of a message or a fix; a longer one loses its middle."""
+
 
 class DndError(Exception):
     """Base class: `message` says what went wrong and where, `fix` what to do (None if nothing helps)."""
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.fix = fix
+        self.message = _readable(message)
+        self.fix = None if fix is None else _readable(fix)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.fix is None else f"{self.message}\n  fix: {self.fix}"
@@ -68,3 +73,23 @@ class BankFullError(DndError, RuntimeError):
 
 class MissingExtraError(DndError, ImportError):
     """An optional package is needed and not installed."""
+
+
+def shown(value: object) -> str:
+    """A value as a message names it: short, and without running much of its own code."""
+    if not isinstance(value, str | bytes | bool | int | float | list | tuple | None):
+        return type(value).__name__
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes out no integer of thousands of digits
+        return f"a very large {type(value).__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def _readable(text: str) -> str:
+    """Bounded, and such that any terminal and log can write it: names and values in it come from anywhere."""
+    whole = text.encode("utf-8", "backslashreplace").decode()
+    return whole if len(whole) <= MAX_CHARS else f"{whole[: MAX_CHARS * 3 // 4]} ... {whole[-MAX_CHARS // 5 :]}"

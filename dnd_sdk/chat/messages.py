@@ -18,7 +18,7 @@ def with_role(prompt: Prompt, role: Role | None, own: str | None) -> Prompt:
     Raises `InputError` when both `role` and the messages say what the system message is.
     """
     text = own if role is None else str(role)
-    if text is None:
+    if text is None or not isinstance(prompt, str | Sequence):  # what is no prompt is refused where it is read
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if any(m.get("role") == "system" for m in messages if isinstance(m, Mapping)):
@@ -32,7 +32,8 @@ def last_user_text(prompt: Prompt) -> str:
     """The text to route a prompt by; raises `InputError` when there is none."""
     if isinstance(prompt, str):
         return prompt
-    texts = [m.get("content") for m in prompt if m.get("role") == "user"]
+    messages = prompt if isinstance(prompt, Sequence) else ()
+    texts = [m.get("content") for m in messages if isinstance(m, Mapping) and m.get("role") == "user"]
     if not texts or not isinstance(texts[-1], str):
         raise InputError("no user message to route by", fix="name an adapter, or add a user message")
     return texts[-1]

@@ -7,7 +7,7 @@ probe finds out first.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,7 +60,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: To
     tools or calls that the template would not show the model.
     """
     chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else _checked(messages)
-    offered = _checked_tools(tools or ())
+    offered = _checked_tools(() if tools is None else tools)
     if offered or any("tool_calls" in m for m in chat):
         check_renders_tools(tokenizer)
     if tokenizer.chat_template is None:
@@ -146,9 +146,8 @@ def _bad_message(message: Any, row: int) -> InputError:
 
 
 def _checked_tools(tools: Any) -> list[dict[str, Any]]:
-    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
-        raise InputError(f"tools must be a list of JSON schemas, got {type(tools).__name__}")
-    tools = list(tools)
+    if isinstance(tools, str | bytes) or not isinstance(tools, Sequence):  # an iterator may have no end
+        raise InputError(f"tools must be a list of JSON schemas, got {type(tools).__name__}", fix="pass [schema, ...]")
     for i, tool in enumerate(tools):
         if _name_in(tool) is None:
             raise InputError(
