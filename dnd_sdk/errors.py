@@ -20,15 +20,15 @@ from __future__ import annotations
 import reprlib
 
 MAX_CHARS = 1_200
-"""Of a message or a fix; a longer one loses its middle."""
+"""Of a message, of its fix half as many; a longer one loses its middle."""
 
 
 class DndError(Exception):
     """Base class: `message` says what went wrong and where, `fix` what to do (None if nothing helps)."""
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
-        self.message = _readable(message)
-        self.fix = None if fix is None else _readable(fix)
+        self.message = _readable(message, MAX_CHARS)
+        self.fix = None if fix is None else _readable(fix, MAX_CHARS // 2)
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -76,20 +76,21 @@ class MissingExtraError(DndError, ImportError):
 
 
 def shown(value: object) -> str:
-    """A value as a message names it: short, and without running much of its own code."""
-    if not isinstance(value, str | bytes | bool | int | float | list | tuple | None):
-        return type(value).__name__
+    """A value as a message names it: 80 characters at most, and without running much of its own code."""
+    if not isinstance(value, str | bytes | bool | int | float | list | tuple | dict | None):
+        return type(value).__name__[:80]
     try:
-        return _SHORT.repr(value)
+        text = _SHORT.repr(value)
     except ValueError:  # Python writes out no integer of thousands of digits
-        return f"a very large {type(value).__name__}"
+        return f"{type(value).__name__[:60]} too large to show"
+    return text if len(text) <= 80 else f"{text[:50]}...{text[-27:]}"
 
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
-def _readable(text: str) -> str:
+def _readable(text: str, most: int) -> str:
     """Bounded, and such that any terminal and log can write it: names and values in it come from anywhere."""
     whole = text.encode("utf-8", "backslashreplace").decode()
-    return whole if len(whole) <= MAX_CHARS else f"{whole[: MAX_CHARS * 3 // 4]} ... {whole[-MAX_CHARS // 5 :]}"
+    return whole if len(whole) <= most else f"{whole[: most * 3 // 4]} ... {whole[-most // 5 :]}"

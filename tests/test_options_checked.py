@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import tiny_tokenizer
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from llama_index.core.base.llms.types import ChatMessage as LlamaMessage
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
+from smolagents.models import ChatMessage
 from tiny_world import World, prompts_of
+from tool_parts import ADD, HERMES_TEMPLATE, LLAMA_TEMPLATE, QWEN_TEMPLATE
 
 from dnd_sdk.adaptation import AdaptResult
 from dnd_sdk.adapters import Adapter
+from dnd_sdk.chat import prompt_ids
 from dnd_sdk.config import SAMPLING, Home
 from dnd_sdk.errors import DndError
 from dnd_sdk.integrations.llamaindex import DnDLLM
@@ -25,15 +30,15 @@ from dnd_sdk.routing import RouteDecision
 from dnd_sdk.session import Completion, DnD
 
 HALF = "half \ud83e of a pair"
-TEXT = st.one_of(
-    st.text(st.characters(), max_size=12), st.sampled_from([HALF, "", " ", "\0", "x" * 5_000, "auto", "a"])
-)
-NUMBERS = st.one_of(st.integers(), st.floats(), st.booleans(), st.sampled_from([10**400, -(10**400), 5e-324, 1e-40]))
+WORDS = st.sampled_from([HALF, "", " ", "\0", "x" * 5_000, "auto", "a", "~nobody/x", "../a", "system", "user", "tool"])
+TEXT = st.one_of(st.text(st.characters(), max_size=12), WORDS)
+NUMBERS = st.one_of(st.integers(), st.floats(), st.booleans(), st.sampled_from([10**400, -(10**5_000), 5e-324, 1e-40]))
 ODD = st.builds(object) | st.sampled_from([int, len, np.float32("nan"), np.array([1, 2]), np.array("x"), 1j, range(3)])
 LEAF = st.one_of(st.none(), NUMBERS, TEXT, st.binary(max_size=4), ODD)
-CHAT = st.lists(
-    st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "name"]), LEAF, max_size=3), max_size=2
-)
+KEYS = st.sampled_from(["role", "content", "tool_calls", "name", "function", "type", "text"])
+MESSAGE = st.dictionaries(KEYS, LEAF | st.lists(st.dictionaries(KEYS, LEAF, max_size=3), max_size=2), max_size=4)
+SAID = st.builds(lambda role, more: {"role": role, "content": "hi"} | more, WORDS, MESSAGE)
+CHAT = st.lists(MESSAGE | SAID, max_size=3)
 ANYTHING = st.one_of(
     LEAF,
     CHAT,
@@ -46,6 +51,7 @@ ANYTHING = st.one_of(
 )
 
 Calls = dict[str, tuple[Callable[..., Any], dict[str, Any], type]]
+SAY_HI = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
 LIMIT = 2_000
 """Characters of a message."""
 
@@ -76,6 +82,8 @@ ADAPT = {"prompts": ["hi"], "mode": "reuse", "name": None, "role": None, "top_k"
 CALLS: Calls = {
     "complete": (DnD.complete, ASKED, Completion),
     "stream": (answered, ASKED | {"cancel": None}, Completion),
+    "routed": (DnD.complete, {"prompt": "hi", "adapter": "auto", "role": None, "max_new_tokens": 1}, Completion),
+    "in role": (DnD.complete, {"prompt": "hi", "role": "# Role: X", "tools": None, "max_new_tokens": 1}, Completion),
     "batch": (DnD.complete_batch, BATCH, list),
     "adapt": (DnD.adapt, ADAPT, AdaptResult),
     "route": (DnD.route, {"prompts": ["hi"], "role": None}, RouteDecision),
@@ -87,7 +95,7 @@ CALLS: Calls = {
 }
 ARGUMENTS = [(call, name) for call, (_, how, _) in CALLS.items() for name in how]
 MANY = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=20_000,
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -126,26 +134,56 @@ WRONG = [5, 2.5, True, None, b"x", [], ["cpu"], {}, object(), "", "\0", HALF, "x
 @pytest.mark.parametrize("argument", [*LOAD, "base", "home", "calibrate"])
 def test_any_argument_of_load(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argument: str) -> None:
     monkeypatch.chdir(tmp_path)
-    how = LOAD | {
-        "base": str(world.base),
-        "encoder": str(world.encoder),
-        "home": world.home,
-        "generator": world.generator,
-    }
+    folders = {"base": str(world.base), "encoder": str(world.encoder), "generator": world.generator}
+    how = LOAD | folders | {"home": world.home}
     for value in WRONG:
         right_or_refused(DnD.load, how | {argument: value}, DnD)
 
 
+CALL = st.builds(lambda call, more: {"type": "function", "function": {"name": "f"} | more} | call, MESSAGE, MESSAGE)
+ARGUED = st.builds(lambda v: {"type": "function", "function": {"name": "f", "arguments": v, "parameters": v}}, ANYTHING)
+
+
+@pytest.mark.parametrize("template", [HERMES_TEMPLATE, LLAMA_TEMPLATE, QWEN_TEMPLATE], ids=["hermes", "llama", "qwen"])
 @MANY
-@given(name=st.sampled_from([*SAMPLING, "adapter"]), value=ANYTHING)
+@given(tools=st.lists(CALL | ARGUED, max_size=2), calls=st.lists(CALL | ARGUED, max_size=2))
+@example(tools=[ADD], calls=[{"function": {"name": "f", "arguments": "[" * 100_000}}])
+def test_any_tool_and_any_call_of_a_base_that_renders_them(template: str, tools: list[Any], calls: list[Any]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    right_or_refused(lambda: prompt_ids(tokenizer, chat, tools), {}, list)
+
+
+@pytest.mark.parametrize("name", [*SAMPLING, "adapter"])
+@MANY
+@given(value=ANYTHING)
+@example(value="x" * 100_000)
+@example(value=True)
+@example(value="5")
 def test_integrations_refuse_as_the_library_does(dnd: DnD, name: str, value: object) -> None:
+    short = {"adapter": None, "max_new_tokens": 1}
     right_or_refused(lambda: DnDLLM(dnd, **{"adapter": None, name: value}), {}, DnDLLM)
     right_or_refused(lambda: DnDModel(dnd, **{"adapter": None, name: value}), {}, DnDModel)
-    llm = DnDLLM(dnd, adapter=None, max_new_tokens=1)
+    llm, model = DnDLLM(dnd, **short), DnDModel(dnd, None)
     right_or_refused(lambda: llm.complete("hi", **{name: value}), {}, CompletionResponse)
-    model = DnDModel(dnd, None)
-    said = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    right_or_refused(lambda: model.generate(said, **{"max_new_tokens": 1, name: value}), {}, object)
+    right_or_refused(lambda: model.generate(SAY_HI, **({"max_new_tokens": 1} | {name: value})), {}, ChatMessage)
+
+
+@pytest.mark.parametrize("name", ["messages", "stop_sequences", "tools_to_call_from", "response_format"])
+@MANY
+@given(value=ANYTHING)
+def test_any_argument_of_a_smolagents_model(dnd: DnD, name: str, value: object) -> None:
+    model = DnDModel(dnd, None, max_new_tokens=1)
+    right_or_refused(model.generate, {"messages": SAY_HI, name: value}, ChatMessage)
+
+
+@MANY
+@given(prompt=TEXT)  # what is no text LlamaIndex itself refuses, before it calls us
+def test_any_prompt_of_a_llamaindex_llm(dnd: DnD, prompt: str) -> None:
+    llm = DnDLLM(dnd, adapter=None, max_new_tokens=1)
+    right_or_refused(lambda: llm.complete(prompt), {}, CompletionResponse)
+    right_or_refused(lambda: llm.chat([LlamaMessage(role="user", content=prompt)]), {}, ChatResponse)
 
 
 def test_integrations_refuse_half_a_surrogate_pair(dnd: DnD) -> None:
@@ -153,7 +191,6 @@ def test_integrations_refuse_half_a_surrogate_pair(dnd: DnD) -> None:
     for ask in (llm.complete, lambda p: list(llm.stream_complete(p)), lambda p: dnd.complete(p, adapter="auto")):
         with pytest.raises(DndError, match="surrogate"):
             ask(HALF)
-    assert ChatResponse is not None
 
 
 @pytest.mark.parametrize("name", ["END", ("END",), ["END"]])
@@ -163,7 +200,7 @@ def test_one_stop_string_is_one_stop_string(dnd: DnD, name: Any) -> None:
 
 
 def test_a_cancel_is_an_event(dnd: DnD) -> None:
-    with pytest.raises(DndError, match="cancel must be a threading.Event"):
+    with pytest.raises(DndError, match="cancel must be a"):
         dnd.stream("hi", cancel=5)
     done = threading.Event()
     done.set()
