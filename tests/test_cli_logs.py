@@ -70,3 +70,31 @@ def test_replay_shows_what_other_thresholds_change(logged: Home, tmp_path: Path)
     assert (changed["decision"], changed["now"], changed["adapter"]) == ("reuse", "base", "barely")
     text = dnd("logs", "--replay", *at).stdout
     assert "barely" in text and "1 of 2 decisions by score would change, 32 in the log" in text
+
+
+def test_replay_asks_the_settings_for_base_and_generator(
+    logged: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flag, variable and dnd.toml alike: what `dnd route` would go by is what a replay goes by."""
+    from safetensors.torch import save_file
+    from torch import eye
+
+    made = tmp_path / "made"
+    made.mkdir()
+    Thresholds(reuse=0.9, reuse_single=0.6, support=-0.1).save(made / "router.json")
+    save_file({"tasks": eye(4)}, made / "support.safetensors")
+    monkeypatch.chdir(tmp_path)
+    at = ("logs", "--replay", "--home", logged.root)
+    shipped = dnd_json(*at)["thresholds"]
+    assert shipped["reuse"] != 0.9
+    (tmp_path / "dnd.toml").write_text('generator = "made"\n')
+    assert dnd_json(*at)["thresholds"]["reuse_single"] == 0.6
+    (tmp_path / "dnd.toml").unlink()
+    monkeypatch.setenv("DND_GENERATOR", str(made))
+    assert dnd_json(*at)["thresholds"]["reuse_single"] == 0.6
+    monkeypatch.delenv("DND_GENERATOR")
+    # another base without a generator: nothing was measured for another encoder, so only identical sets are reused
+    monkeypatch.setenv("DND_BASE", "some/other-base")
+    monkeypatch.setenv("DND_ENCODER", "some/other-encoder")
+    other = dnd_json(*at)["thresholds"]
+    assert other != shipped and other == dnd_json(*at, "--base", "third/base")["thresholds"]
