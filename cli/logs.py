@@ -27,9 +27,7 @@ def logs(
     ] = None,
     since: Annotated[str | None, typer.Option("--since", help="30m, 2h, 7d, or a time as in 2026-01-31T12:00.")] = None,
     replay: Annotated[bool, typer.Option("--replay", help="Show what the present thresholds would change.")] = False,
-    base: Annotated[
-        str | None, typer.Option("--base", help="With --replay: the base whose thresholds count; the settings' without.")
-    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="With --replay: the base whose thresholds count.")] = None,
     generator: Annotated[
         str | None, typer.Option("--generator", help="With --replay: the generator whose thresholds count.")
     ] = None,
