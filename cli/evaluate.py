@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dnd_sdk.cli.completion import task_folders
-from dnd_sdk.cli.options import ModelOptions, quiet_libraries
+from dnd_sdk.cli.options import Field, ModelOptions, quiet_libraries
 from dnd_sdk.cli.output import EXIT_FAILURE, Output, Report
 from dnd_sdk.cli.train import check_config, with_eta
 from dnd_sdk.errors import ConfigError
@@ -183,13 +183,17 @@ def bench_adapt(
     models: ModelOptions,
     prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts to adapt to; made up without it.")] = None,
     n_prompts: Annotated[int, typer.Option("--n-prompts", help="How many to make up.")] = 64,
+    field: Field = None,
 ) -> None:
     """Time adapting, reusing, swapping and decoding, against encoding alone and against the plain base."""
     from dnd_sdk.bench import bench_adapt as measure
     from dnd_sdk.bench import render_adapting as render
     from dnd_sdk.prompts import read_prompts
 
-    chosen = list(read_prompts(prompts).prompts) if prompts else None
+    read = read_prompts(prompts, field=field) if prompts else None
+    for line in read.notes if read is not None else ():
+        out.note(f"note: {line}")
+    chosen = list(read.prompts) if read is not None else None
     with models.load(out) as dnd, out.step("measuring"):
         result = measure(dnd, chosen, n_prompts=n_prompts)
     out.emit(result, lambda: render(result))

@@ -1,11 +1,10 @@
-"""Prompt files as people have them: shapes of logs and data sets, tables, gzip, a named field; and anything else."""
+"""Prompt files as people have them: shapes of logs and data sets, tables, a named field; and anything else."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -191,47 +190,6 @@ def test_standard_input_holds_any_of_them(content: str, packed: bool) -> None:
 def test_text_in_brackets_is_text() -> None:
     lines = b"[INST] hi [/INST]\n[1] what is it\n"
     assert len(read_prompts("-", stdin=io.BytesIO(lines)).prompts) == 2
-
-
-def test_gzip_is_known_by_its_bytes(tmp_path: Path) -> None:
-    for name in ("p.txt", "p.gz", "p"):
-        path = tmp_path / name
-        path.write_bytes(gzip.compress(b"a\n") + gzip.compress(b"b\n"))
-        assert read_prompts(path).prompts == ("a", "b")
-
-
-def test_broken_gzip(tmp_path: Path) -> None:
-    whole = gzip.compress(b"hello\n" * 1000)
-    for raw in (b"plain text", whole[:-4], whole[:20], whole[:15] + b"\xff" * 9 + whole[24:], whole + b"rest"):
-        (tmp_path / "p.txt.gz").write_bytes(raw)
-        with pytest.raises(InputError, match=r"p\.txt\.gz is no whole gzip file"):
-            read_prompts(tmp_path / "p.txt.gz")
-    (tmp_path / "p.pdf.gz").write_bytes(whole)
-    with pytest.raises(InputError, match=r"unknown suffix '\.pdf'"):
-        read_prompts(tmp_path / "p.pdf.gz")
-
-
-@pytest.mark.parametrize("name", ["b.txt.gz", "b.json.gz", "b.jsonl.gz", "b.csv.gz", "b.gz"])
-@pytest.mark.parametrize("unit", [b"a\n", b" ", b"\n", b"a", b"\0", b'"', b"[", b"1 "])
-def test_gzip_bombs_are_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, unit: bytes) -> None:
-    from dnd_sdk.prompts import sources
-
-    monkeypatch.setattr(sources, "FREE_BYTES", 2**16)  # 1/64 of what is free, for the test's time
-    (tmp_path / name).write_bytes(gzip.compress(unit * (2 * 2**20 // len(unit)), compresslevel=9))
-    start = time.process_time()
-    with pytest.raises(InputError):
-        read_prompts(tmp_path / name)
-    assert time.process_time() - start < 5
-
-
-def test_unpacked_text_has_the_limit_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dnd_sdk.prompts import sources
-
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 2000)
-    lines = "".join(f"prompt {i}\n" for i in range(400))
-    for name in ("p.txt.gz", "p.json.gz"):
-        with pytest.raises(InputError, match="is larger than"):
-            read_prompts(write(tmp_path / name, lines if "txt" in name else json.dumps(lines.split("\n"))))
 
 
 def test_large_arrays_are_read_in_pieces(tmp_path: Path) -> None:
