@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -129,7 +129,7 @@ class _Values:
         )
 
 
-def _from_table(source: Source, taker: Taker, delimiters: Any) -> Iterator[str]:
+def _from_table(source: Source, taker: Taker, delimiters: Iterable[str]) -> Iterator[str]:
     texts = source.lines()
     first = next((text for text in texts if text.strip()), "")
     try:
