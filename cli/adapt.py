@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dnd_sdk.cli.options import ModelOptions, RoleFile, read_role_option
+from dnd_sdk.cli.options import Field, ModelOptions, RoleFile, read_role_option
 from dnd_sdk.cli.output import Output, confidence
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ def adapt(
     out: Output,
     models: ModelOptions,
     prompts: Annotated[
-        str, typer.Argument(metavar="PROMPTS", help="Prompts: .txt (one a line), .jsonl, .csv, or - for stdin.")
+        str,
+        typer.Argument(
+            metavar="PROMPTS", help="Prompts: .txt (one a line), .jsonl, .json, .csv, .tsv, also with .gz; - for stdin."
+        ),
     ],
     name: Annotated[str | None, typer.Option("--name", "-n", help="Name of a newly made adapter.")] = None,
     mode: Annotated[
@@ -43,13 +46,14 @@ def adapt(
     ] = None,
     role: RoleFile = None,
     column: Annotated[str, typer.Option("--column", help="Column or JSON field that holds the prompt.")] = "prompt",
+    field: Field = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Also export the adapter as a PEFT folder.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the nearest adapters and the reason.")] = False,
 ) -> None:
     """Decide how to serve the task behind these prompts, and make its adapter if needed."""
     from dnd_sdk.prompts import read_prompts
 
-    prompt_set, under = read_prompts(prompts, column=column), read_role_option(role)
+    prompt_set, under = read_prompts(prompts, column=column, field=field), read_role_option(role)
     with models.load(out) as dnd:
         with out.step(f"adapting to {len(prompt_set.prompts)} prompts"):
             result = dnd.adapt(prompt_set, mode=mode.value, name=name, role=under, top_k=top_k, calibrate=calibrate)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dnd_sdk.cli.completion import adapter_names
-from dnd_sdk.cli.options import ModelOptions
+from dnd_sdk.cli.options import Field, ModelOptions
 from dnd_sdk.cli.output import EXIT_PROBLEM, Output, sized, table
 from dnd_sdk.prompts import Role
 
@@ -89,17 +89,20 @@ def import_(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A PEFT LoRA folder, also of XTuner, trl, ...")],
     name: Annotated[str | None, typer.Option("--name", "-n", help="Name in the store.")] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts of its task, so that it is found.")] = None,
+    field: Field = None,
 ) -> None:
     """Check a LoRA folder made for this base (peft, XTuner, LLaMA-Factory, trl, Axolotl) and take it into the store."""
     from dnd_sdk.adapters import find_adapter, import_notes
     from dnd_sdk.prompts import read_prompts
 
     find_adapter(folder)  # before the slow part
-    prompt_set = read_prompts(prompts) if prompts else None
+    prompt_set = read_prompts(prompts, field=field) if prompts else None
     with models.load(out) as dnd:
         adapter = dnd.import_adapter(folder, name=name, prompts=prompt_set)
         notes = import_notes(folder, dnd.base.name)
-    if prompt_set is None:
+    if prompt_set is not None:
+        notes = (*notes, *prompt_set.notes)
+    else:
         notes = (*notes, "without --prompts it is used by name only, never by routing")
     for line in notes:
         out.note(f"note: {line}")

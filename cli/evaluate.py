@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dnd_sdk.cli.completion import task_folders
-from dnd_sdk.cli.options import ModelOptions, quiet_libraries
+from dnd_sdk.cli.options import Field, ModelOptions, quiet_libraries
 from dnd_sdk.cli.output import EXIT_FAILURE, Output, Report
 from dnd_sdk.cli.train import check_config, with_eta
 from dnd_sdk.errors import ConfigError
@@ -40,7 +40,9 @@ def evaluate(
         ),
     ] = "",
     names: Annotated[list[str] | None, typer.Option("--task", help="Only this task; repeatable.")] = None,
-    role: Annotated[str, typer.Option("--role", help="validation, train or all.")] = "validation",
+    role: Annotated[
+        str, typer.Option("--role", help="validation, train or all; all where no task names one.")
+    ] = "validation",
     limit: Annotated[int, typer.Option("--limit", help="Test rows per task.")] = 30,
     seeds: Annotated[int, typer.Option("--seeds", help="Seeds per method whose prompts are drawn.")] = 1,
     zoo: Annotated[Path | None, typer.Option("--zoo", help="Run folder of dnd train generator.")] = None,
@@ -66,7 +68,6 @@ def evaluate(
     wanted_role = check_role(role)
     from dnd_sdk.evaluation import EvalSettings, render, report_answered
     from dnd_sdk.generator import record_evaluation
-    from dnd_sdk.tasks import read_tasks
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip())
     settings = EvalSettings(
@@ -78,7 +79,7 @@ def evaluate(
         bare=bare,
         part=read_part(part),
     )
-    found = read_tasks(tasks, role=wanted_role, names=names or None)
+    found = tasks_of(out, tasks, wanted_role, names or None)
     if answered:
         result = report_answered(found, chosen, settings)
     else:
@@ -139,6 +140,17 @@ def check_role(role: str) -> str | None:
     return None if role == "all" else role
 
 
+def tasks_of(out: Output, folder: Path, role: str | None, names: list[str] | None = None) -> list[Task]:
+    """The folder's tasks of a role; all of them, with a note, where none names its role. Raises `InputError`."""
+    from dnd_sdk.tasks import names_roles, read_tasks
+
+    if role is None or names_roles(folder):
+        return read_tasks(folder, role=role, names=names)
+    found = read_tasks(folder, names=names)
+    out.note(f"note: no task in {folder} names a role, so all are taken, not those with role {role!r}")
+    return found
+
+
 def read_part(text: str) -> tuple[int, int]:
     """K/N as two numbers; raises `ConfigError`."""
     found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
@@ -171,13 +183,17 @@ def bench_adapt(
     models: ModelOptions,
     prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts to adapt to; made up without it.")] = None,
     n_prompts: Annotated[int, typer.Option("--n-prompts", help="How many to make up.")] = 64,
+    field: Field = None,
 ) -> None:
     """Time adapting, reusing, swapping and decoding, against encoding alone and against the plain base."""
     from dnd_sdk.bench import bench_adapt as measure
     from dnd_sdk.bench import render_adapting as render
     from dnd_sdk.prompts import read_prompts
 
-    chosen = list(read_prompts(prompts).prompts) if prompts else None
+    read = read_prompts(prompts, field=field) if prompts else None
+    for line in read.notes if read is not None else ():
+        out.note(f"note: {line}")
+    chosen = list(read.prompts) if read is not None else None
     with models.load(out) as dnd, out.step("measuring"):
         result = measure(dnd, chosen, n_prompts=n_prompts)
     out.emit(result, lambda: render(result))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dnd_sdk.cli.evaluate import check_role
+from dnd_sdk.cli.evaluate import check_role, tasks_of
 from dnd_sdk.cli.options import ModelOptions, quiet_libraries
 from dnd_sdk.cli.output import Output
 
@@ -16,7 +16,9 @@ def bench_gate(
     out: Output,
     models: ModelOptions,
     tasks: Annotated[Path, typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).")],
-    role: Annotated[str, typer.Option("--role", help="validation, train or all.")] = "validation",
+    role: Annotated[
+        str, typer.Option("--role", help="validation, train or all; all where no task names one.")
+    ] = "validation",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Random splits of each task's prompts.")] = 3,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Keeps embeddings; run again to go on.")] = None,
 ) -> None:
@@ -25,10 +27,10 @@ def bench_gate(
     settings, home = models.settings(out), out.find_home()
     from dnd_sdk.evaluation.gate import Gate, build_gate_report, pooled_noise, pooled_prompts, render_gate, try_gate
     from dnd_sdk.models import pick_device
-    from dnd_sdk.tasks import read_tasks
 
     quiet_libraries(out)
-    found = read_tasks(tasks, role=wanted_role)
+    found = tasks_of(out, tasks, wanted_role)
+    taken = role if wanted_role in {t.role for t in found} else "all"
     with out.step("loading the encoder"):
         device = str(pick_device(settings.device))
         gate = Gate.load(settings.base, settings.generator, settings.encoder, home, device)
@@ -39,5 +41,5 @@ def bench_gate(
 
         pooled = pooled_prompts(gate, found, tell, run_dir)
         events = try_gate(gate, pooled, pooled_noise(gate, tell, run_dir), seeds=seeds, progress=tell)
-    result = build_gate_report(gate, events, {"role": role, "seeds": seeds})
+    result = build_gate_report(gate, events, {"role": taken, "seeds": seeds})
     out.emit(result, lambda: render_gate(result))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from dnd_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
     from dnd_sdk.routing import Decision, Thresholds
+    from dnd_sdk.settings import Settings
 
 SHOWN = 20
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -27,8 +27,12 @@ def logs(
     ] = None,
     since: Annotated[str | None, typer.Option("--since", help="30m, 2h, 7d, or a time as in 2026-01-31T12:00.")] = None,
     replay: Annotated[bool, typer.Option("--replay", help="Show what the present thresholds would change.")] = False,
+    base: Annotated[str | None, typer.Option("--base", help="With --replay: the base whose thresholds count.")] = None,
     generator: Annotated[
-        Path | None, typer.Option("--generator", help="With --replay: whose thresholds count.")
+        str | None, typer.Option("--generator", help="With --replay: the generator whose thresholds count.")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="With --replay and no generator: the encoder that routes.")
     ] = None,
 ) -> None:
     """Show the decisions that were made: adapt, auto-routing and observe."""
@@ -38,7 +42,10 @@ def logs(
     if n_bad:
         out.note(f"note: {n_bad} lines of the log could not be read")
     if replay:
-        _replay(out, found if limit is None else found[-limit:], generator)
+        from dnd_sdk.settings import load_settings
+
+        settings = load_settings(home=out.home, base=base, generator=generator, encoder=encoder)
+        _replay(out, found if limit is None else found[-limit:], settings)
         return
     shown = found[-(limit or SHOWN) :]
     body = {"decisions": [asdict(d) for d in shown], "n_logged": len(found), "n_unreadable": n_bad}
@@ -55,13 +62,11 @@ def moment(text: str) -> datetime:
         raise ConfigError(f"--since {text!r} is not a time", fix="use 30m, 2h, 7d or 2026-01-31T12:00") from e
 
 
-def _replay(out: Output, decisions: list[Decision], generator: Path | None) -> None:
+def _replay(out: Output, decisions: list[Decision], settings: Settings) -> None:
     from dnd_sdk.generator import generator_folder
     from dnd_sdk.models import DEFAULT_ENCODER
     from dnd_sdk.routing import measured, replay_decisions
-    from dnd_sdk.settings import load_settings
 
-    settings = load_settings(home=out.home, generator=None if generator is None else str(generator))
     folder = generator_folder(settings.base, settings.generator)
     thresholds, _ = measured(folder, settings.encoder or DEFAULT_ENCODER)
     changes, n_scored = replay_decisions(decisions, thresholds)

@@ -94,6 +94,7 @@ def _top(
 app.command("adapt", epilog=_examples(
     "dnd adapt prompts.txt --name tickets",
     "cat prompts.jsonl | dnd adapt - --mode generate --json",
+    "dnd adapt requests.jsonl.gz --field body.messages --name requests",
     "dnd adapt prompts.csv --column question --out ./tickets-lora --explain",
     "dnd adapt prompts.txt --role support_agent.md --name support",
     "dnd adapt prompts.txt --mode merge --top-k 3 --explain",

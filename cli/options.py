@@ -43,6 +43,10 @@ class SamplingFlags:
     stop: list[str] | None = None
 
 
+Field = Annotated[
+    str | None,
+    typer.Option("--field", help="The field that holds the prompt, as in question or body.messages; else it is found."),
+]
 RoleFile = Annotated[Path | None, typer.Option("--role", help="A role (LangGPT markdown) as the system message.")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -66,6 +67,21 @@ def test_adapt_reads_a_csv_column(world: World, tmp_path: Path) -> None:
     path = tmp_path / "asked.csv"
     path.write_text("id,question\n1,what is it\n2,where is it\n")
     assert dnd_json("adapt", path, "--column", "question", *world.options)["n_prompts"] == 2
+
+
+def test_adapt_finds_the_prompts_of_a_log_or_takes_the_named_field(world: World, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "what is it"}]
+    path = tmp_path / "batch.jsonl.gz"
+    rows = [{"custom_id": str(i), "body": {"messages": asked, "user": f"u{i}"}} for i in range(3)]
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    result = dnd("adapt", path, "--mode", "reuse", "--json", *world.options)
+    assert json.loads(result.stdout)["n_prompts"] == 1
+    assert "note: took `body.messages` of 3 rows" in result.stderr
+    assert dnd_json("adapt", path, "--field", "body.user", *world.options)["n_prompts"] == 3
+    both = dnd_json("adapt", path, "--field", "body.user", "--column", "x", *world.options, code=1)["error"]
+    assert both["type"] == "ConfigError"
+    missing = dnd_json("adapt", path, "--field", "body.ask", *world.options, code=1)["error"]
+    assert missing["type"] == "InputError" and "'body.ask'" in missing["message"] and "--field" in missing["fix"]
 
 
 def test_adapt_modes(world: World, prompts: Path) -> None:

@@ -6,12 +6,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import torch
 from cli_runner import dnd, dnd_json
-from test_routing_decision_log import decision
+from test_decision_log import decision
 
 from dnd_sdk.config import Home
-from dnd_sdk.routing import Calibration, Support, Thresholds
+from dnd_sdk.routing import Thresholds
 from dnd_sdk.routing.decision_log import LOG_FILE, DecisionLog
 
 
@@ -73,12 +72,29 @@ def test_replay_shows_what_other_thresholds_change(logged: Home, tmp_path: Path)
     assert "barely" in text and "1 of 2 decisions by score would change, 32 in the log" in text
 
 
-def test_replay_goes_by_the_settings(logged: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Thresholds(reuse=0.9, reuse_single=0.123, support=-0.1)
-    Calibration(own, Support(torch.eye(4))).save(tmp_path)
-    monkeypatch.setenv("DND_GENERATOR", str(tmp_path))
-    assert dnd_json("logs", "--replay", "--home", logged.root)["thresholds"]["reuse_single"] == 0.123
+def test_replay_asks_the_settings_for_base_and_generator(
+    logged: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flag, variable and dnd.toml alike: what `dnd route` would go by is what a replay goes by."""
+    from safetensors.torch import save_file
+    from torch import eye
+
+    made = tmp_path / "made"
+    made.mkdir()
+    Thresholds(reuse=0.9, reuse_single=0.6, support=-0.1).save(made / "router.json")
+    save_file({"tasks": eye(4)}, made / "support.safetensors")
+    monkeypatch.chdir(tmp_path)
+    at = ("logs", "--replay", "--home", logged.root)
+    shipped = dnd_json(*at)["thresholds"]
+    assert shipped["reuse"] != 0.9
+    (tmp_path / "dnd.toml").write_text('generator = "made"\n')
+    assert dnd_json(*at)["thresholds"]["reuse_single"] == 0.6
+    (tmp_path / "dnd.toml").unlink()
+    monkeypatch.setenv("DND_GENERATOR", str(made))
+    assert dnd_json(*at)["thresholds"]["reuse_single"] == 0.6
     monkeypatch.delenv("DND_GENERATOR")
-    monkeypatch.setenv("DND_BASE", "a base without a generator")
-    monkeypatch.setenv("DND_ENCODER", "an encoder without thresholds")
-    assert dnd_json("logs", "--replay", "--home", logged.root)["thresholds"]["reuse_single"] == 2.0
+    # another base without a generator: nothing was measured for another encoder, so only identical sets are reused
+    monkeypatch.setenv("DND_BASE", "some/other-base")
+    monkeypatch.setenv("DND_ENCODER", "some/other-encoder")
+    other = dnd_json(*at)["thresholds"]
+    assert other != shipped and other == dnd_json(*at, "--base", "third/base")["thresholds"]

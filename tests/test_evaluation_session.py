@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cli_runner import dnd_json
+from cli_runner import dnd, dnd_json
 from eval_fakes import LABELS
 from tiny_world import World, prompts_of
 
@@ -90,6 +90,23 @@ def test_the_command_names_methods_and_keeps_what_it_trained(world: World, tmp_p
         assert "part" in dnd_json("eval", folder, "--part", part, *options, code=1)["error"]["message"]
     refused = dnd_json("eval", folder, "--methods", "base,magic-3", *options, code=1)["error"]
     assert refused["type"] == "ConfigError" and "merge-K" in refused["fix"]
+
+
+def test_a_folder_that_names_no_roles_is_taken_whole_with_a_note(world: World, tmp_path: Path) -> None:
+    for name in ("upper", "digits"):
+        task = task_of(name)
+        rows = ({"prompt": r.prompt, "response": r.response, "split": r.split} for r in (*task.train, *task.test))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    command = ["eval", tmp_path, "--methods", "base", "--limit", 1, *world.options]
+    whole = dnd(*command, "--json")
+    assert list(json.loads(whole.stdout)["methods"]["base"]["tasks"]) == ["digits", "upper"]
+    assert "names a role, so all are taken" in whole.stderr
+    (tmp_path / "index.json").write_text('[{"name": "upper", "role": "validation"}]')
+    named = dnd(*command, "--json")
+    assert list(json.loads(named.stdout)["methods"]["base"]["tasks"]) == ["upper"]
+    assert "names a role" not in named.stderr
+    (tmp_path / "index.json").write_text('[{"name": "upper", "role": "train"}]')
+    assert "no tasks with role 'validation'" in dnd_json(*command, code=1)["error"]["message"]
 
 
 def test_bench_measures_a_session_and_leaves_no_trace(world: World) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.prompts import reading as module
+from dnd_sdk.prompts import sources
 from dnd_sdk.prompts.reading import MAX_PROMPTS, clean_prompts, prompt_set_hash, read_prompts
 
 
@@ -95,7 +95,7 @@ def test_file_without_suffix_is_read_like_standard_input(tmp_path: Path) -> None
         ("p.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("p.jsonl", '["a"]\n', "line 1 holds a JSON list, expected an object"),
         ("p.jsonl", '{"prompt": "\\ud800"}\n', "line 1 holds half of a surrogate pair"),
-        ("p.csv", "id,text\n1,a\n", "no column 'prompt'; its columns are \\['id', 'text'\\]"),
+        ("p.csv", "id,name\n1,a\n", "no column 'prompt'; its columns are \\['id', 'name'\\]"),
         ("p.csv", 'prompt\nfine\n"' + "x" * 200_000, "line 3 is not CSV: field larger"),
         ("p.pdf", "x", "unknown suffix '.pdf'"),
     ],
@@ -116,13 +116,13 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module, "open", refuse, raising=False)
+    monkeypatch.setattr(sources, "open", refuse, raising=False)
     with pytest.raises(InputError, match=r"cannot read .*p\.txt: Permission denied"):
         read_prompts(write(tmp_path / "p.txt", "x"))
 
 
 def test_long_lines_are_kept_up_to_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**20)
     path = write(tmp_path / "p.txt", "short\n" + "x" * (2**20 - 1) + "\n")
     assert len(read_prompts(path).prompts[1]) == 2**20 - 1
     write(path, "short\n" + "x" * (2**20 + 1))
@@ -133,13 +133,13 @@ def test_long_lines_are_kept_up_to_the_bound(tmp_path: Path, monkeypatch: pytest
 def test_huge_files_are_refused_before_and_while_reading(tmp_path: Path) -> None:
     path = tmp_path / "huge.txt"
     with open(path, "wb") as f:
-        f.truncate(module.MAX_FILE_BYTES + 1)  # sparse: takes no space
+        f.truncate(sources.MAX_FILE_BYTES + 1)  # sparse: takes no space
     with pytest.raises(InputError, match=r"huge\.txt is larger than 2 GiB"):
         read_prompts(path)
 
 
 def test_endless_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 1000)
     with pytest.raises(InputError, match="standard input is larger"):
         read_prompts("-", stdin=io.BytesIO(b"abc\n" * 300))
 

@@ -73,6 +73,7 @@ RUNS = {
     "dnd eval runs/tiny_tasks --limit 20 --run-dir runs/eval --answered": Run(rows("base", "generated", "shuffled")),
     # the README's table and text
     "dnd adapt PROMPTS --mode auto --explain --json": Run(r'"decision": "generate".*"reason": '),
+    "dnd adapt PROMPTS --field prompt": Run(ADAPTED),
     "dnd adapt PROMPTS --role role.md": Run(ADAPTED),
     "dnd adapt PROMPTS --no-calibrate": Run(ADAPTED),
     "dnd adapt PROMPTS --mode merge --top-k 3": Run("^decision: merge\n"),

@@ -1,33 +1,27 @@
 """Reading prompts from files, standard input or lists: bounded, streamed, and with errors that name file and line.
 
-* Files are read line by line in bytes: size, encoding and binary content are judged before any text is kept.
+* What files may be, `sources.py` says (bytes), `parsing.py` (formats) and `shapes.py` (which text of a row it is).
 * More prompts than asked for: the sample is the prompts whose keyed hashes are smallest. It is uniform over the
   distinct prompts, needs memory for the sample only, and is the same whatever the order of the file.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import heapq
-import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from dnd_sdk.errors import ConfigError, InputError
+from dnd_sdk.prompts.parsing import parsed
+from dnd_sdk.prompts.shapes import DEFAULT_COLUMN, Taker, checked_text
+from dnd_sdk.prompts.sources import opened
 
 MAX_PROMPTS = 512
-MAX_LINE_BYTES = 16 * 2**20
-MAX_FILE_BYTES = 2 * 2**30
 
 _SAMPLE_KEY = b"dnd prompt sample"
-_BOM = b"\xef\xbb\xbf"
-_SUFFIXES = (".txt", ".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
@@ -42,24 +36,35 @@ class PromptSet:
 
 
 def read_prompts(
-    source: str | os.PathLike[str], *, column: str = "prompt", limit: int = MAX_PROMPTS, stdin: IO[Any] | None = None
+    source: str | os.PathLike[str],
+    *,
+    column: str = DEFAULT_COLUMN,
+    field: str | None = None,
+    limit: int = MAX_PROMPTS,
+    stdin: IO[Any] | None = None,
 ) -> PromptSet:
-    """Read `.txt` (one prompt a line), `.jsonl`, `.csv`, or `-` for standard input (JSONL or one a line).
+    """Read a file of prompts, gzipped or not, or `-` for standard input (JSON or one prompt a line).
+
+    `.txt` has one prompt a line; `.jsonl` and `.ndjson` have a JSON value a line, `.json` an array of them or one after
+    the other; `.csv` (`,`, `;` or tab) and `.tsv` are tables with a header.
 
     Args:
         source: The file; one without a suffix is read like standard input.
-        column: CSV column or JSONL field; a JSONL line without it may hold OpenAI `messages`, whose last user
-            message is the prompt.
+        column: Column of a table or field of a JSON object. An object without it may hold `messages`, whose last user
+            message is the prompt; unless a column is named, it may have any shape of `prompts/shapes.py`.
+        field: The field to take and no other, with dots into what is nested (`body.question`, `messages.0.content`); a
+            list on the way is entered item by item. For a table it is the column.
         limit: More distinct prompts than this are sampled, the same ones every time.
         stdin: Read for `-`; None is the process's own.
 
     Raises:
         InputError: A missing, empty, binary, too large or malformed file, naming file and line.
+        ConfigError: A column and a field at once, or a name that is none.
     """
-    lines = _Lines("standard input" if str(source) == "-" else str(source))
-    with _opened(source, stdin) as stream:
-        prompts = _parse(lines, stream, Path(source).suffix.lower(), column)
-        return _collect(prompts, limit, where=lines.name)
+    taker = Taker(column, field)
+    with opened(source, stdin) as opened_source:
+        found = _collect(parsed(opened_source, taker), limit, where=opened_source.name)
+    return replace(found, notes=taker.notes + found.notes)
 
 
 def clean_prompts(prompts: Iterable[str], *, limit: int = MAX_PROMPTS) -> PromptSet:
@@ -84,165 +89,11 @@ def prompt_set_hash(prompts: Iterable[str], role: str | None = None) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-class _Lines:
-    """Bounded UTF-8 lines of a byte stream, with the place of the current one."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.number = 0
-        self._offset = 0
-
-    @property
-    def here(self) -> str:
-        return f"{self.name} line {self.number}"
-
-    def read(self, stream: IO[Any]) -> Iterator[str]:
-        """Yield lines with their ends; raises `InputError` on NUL, bad UTF-8 and sizes above the bounds."""
-        while raw := stream.readline(MAX_LINE_BYTES + 1):
-            # a stream replaced by a test or a caller may give text
-            line = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
-            self.number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise InputError(f"{self.here} is longer than {MAX_LINE_BYTES >> 20} MiB", fix="split the file")
-            yield self._decode(line)
-            self._offset += len(line)
-            if self._offset > MAX_FILE_BYTES:
-                raise _too_large(self.name)
-
-    def _decode(self, line: bytes) -> str:
-        if b"\0" in line:
-            raise InputError(
-                f"{self.here} holds a NUL byte at offset {self._offset + line.index(0)}: this is no UTF-8 text",
-                fix="give a text file; convert UTF-16 with `iconv -f UTF-16 -t UTF-8`",
-            )
-        start = len(_BOM) if self._offset == 0 and line.startswith(_BOM) else 0
-        try:
-            return line[start:].decode("utf-8")
-        except UnicodeDecodeError as e:
-            at = start + e.start
-            raise InputError(
-                f"{self.here} is not UTF-8: byte 0x{line[at]:02x} at offset {self._offset + at}",
-                fix="convert the file to UTF-8",
-            ) from e
-
-
-@contextmanager
-def _opened(source: str | os.PathLike[str], stdin: IO[Any] | None) -> Iterator[IO[Any]]:
-    if str(source) == "-":
-        stream = stdin if stdin is not None else sys.stdin
-        yield getattr(stream, "buffer", stream)
-        return
-    path = Path(source)
-    _check_file(path)
-    try:
-        with open(path, "rb") as f:
-            yield f
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror or e}") from e
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, expected a file of prompts")
-    if not path.exists():
-        raise InputError(f"no file {path}", fix="check the path; `-` reads standard input")
-    if path.suffix and path.suffix.lower() not in _SUFFIXES:
-        raise InputError(f"{path}: unknown suffix {path.suffix!r}", fix=f"use one of {', '.join(_SUFFIXES)}, or `-`")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise _too_large(str(path))
-
-
-def _too_large(name: str) -> InputError:
-    return InputError(f"{name} is larger than {MAX_FILE_BYTES >> 30} GiB", fix="give a sample of it")
-
-
-def _parse(lines: _Lines, stream: IO[Any], suffix: str, column: str) -> Iterator[str]:
-    texts = lines.read(stream)
-    if suffix == ".csv":
-        return _from_csv(lines, texts, column)
-    if suffix == ".jsonl":
-        return _from_jsonl(lines, texts, column)
-    filled = (text for text in texts if text.strip())
-    return filled if suffix == ".txt" else _sniffed(lines, filled, column)
-
-
-def _sniffed(lines: _Lines, filled: Iterator[str], column: str) -> Iterator[str]:
-    as_json: bool | None = None
-    for text in filled:
-        if as_json is None:
-            as_json = text.lstrip().startswith("{")
-        yield _from_json(lines, text, column) if as_json else text
-
-
-def _from_jsonl(lines: _Lines, texts: Iterator[str], column: str) -> Iterator[str]:
-    return (_from_json(lines, text, column) for text in texts if text.strip())
-
-
-def _from_json(lines: _Lines, text: str, column: str) -> str:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{lines.here} is not JSON: {str(e)[:200]}", fix="one JSON object a line") from e
-    if not isinstance(row, dict):
-        raise InputError(f"{lines.here} holds a JSON {type(row).__name__}, expected an object")
-    prompt = row.get(column)
-    if not isinstance(prompt, str):
-        prompt = _last_user_message(row.get("messages"))
-    if prompt is None:
-        raise InputError(
-            f"{lines.here} has neither a text {column!r} nor `messages` with a user message, only {_fields(row)}",
-            fix=f'write lines like {{"{column}": "..."}}',
-        )
-    return _no_surrogates(prompt, lines.here)
-
-
-def _fields(row: dict[str, Any]) -> str:
-    return ", ".join(f"{key[:40]} ({type(value).__name__})" for key, value in list(row.items())[:8]) or "no fields"
-
-
-def _last_user_message(messages: object) -> str | None:
-    if not isinstance(messages, list):
-        return None
-    for message in reversed(messages):
-        if isinstance(message, dict) and message.get("role") == "user":
-            content = message.get("content")
-            if isinstance(content, list):
-                texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
-                return "\n".join(t for t in texts if isinstance(t, str)) if texts else None
-            return content if isinstance(content, str) else None
-    return None
-
-
-def _from_csv(lines: _Lines, texts: Iterator[str], column: str) -> Iterator[str]:
-    rows = csv.reader(texts)
-    try:
-        header = [name.strip() for name in next(rows, [])]
-        if column not in header:
-            raise InputError(
-                f"{lines.name} has no column {column!r}; its columns are {[h[:40] for h in header[:32]]}",
-                fix="name one of them with --column",
-            )
-        at = header.index(column)
-        for row in rows:
-            if row:
-                yield row[at] if at < len(row) else ""
-    except csv.Error as e:
-        raise InputError(f"{lines.here} is not CSV: {e}", fix="check its quotes, or write JSONL instead") from e
-
-
 def _checked_items(prompts: Iterable[object]) -> Iterator[str]:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"prompt {i} is a {type(prompt).__name__}, expected a string")
-        yield _no_surrogates(prompt, f"prompt {i}")
-
-
-def _no_surrogates(prompt: str, where: str) -> str:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as e:
-        raise InputError(f"{where} holds half of a surrogate pair, which is no text", fix="fix its encoding") from e
-    return prompt
+        yield checked_text(prompt, f"prompt {i}")
 
 
 def _collect(prompts: Iterator[str], limit: int, where: str) -> PromptSet:

@@ -3,6 +3,7 @@ from .reading import (
     Row as Row,
     Task as Task,
     data_hash as data_hash,
+    names_roles as names_roles,
     read_tasks as read_tasks,
     task_names as task_names,
 )

@@ -85,6 +85,11 @@ def task_names(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(_entries(Path(folder)))
 
 
+def names_roles(folder: str | os.PathLike[str]) -> bool:
+    """Whether any task of `folder` says its role; where none does, all count as train tasks. Raises `InputError`."""
+    return any(entry.get("role") for entry in _entries(Path(folder)).values())
+
+
 def data_hash(task: Task) -> str:
     """sha256 hex of what the task asks and expects: its rows in order, labels, answer type and metric."""
     digest = hashlib.sha256(json.dumps([task.answer_type, task.labels, task.metric]).encode())
