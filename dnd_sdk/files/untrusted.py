@@ -22,6 +22,8 @@ from dnd_sdk.errors import AdapterCorruptError
 from dnd_sdk.files.atomic import storage_errors
 
 MAX_HEADER_BYTES = 8 * 2**20
+MAX_DIMS = 8
+_MAX_SIZE = 2**48
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -141,12 +143,19 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, TensorInfo]:
         data = json.loads(raw.decode("utf-8"))
         data.pop("__metadata__", None)
         header = {
-            str(name): TensorInfo(str(d["dtype"]), tuple(map(_index, d["shape"])), *map(_index, d["data_offsets"]))
+            str(name): TensorInfo(str(d["dtype"]), _shape(d["shape"]), *map(_index, d["data_offsets"]))
             for name, d in data.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise AdapterCorruptError(f"{path}: its header is not safetensors ({str(e)[:200]})") from e
     return header
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    # before anything multiplies them: the product of a million numbers takes minutes
+    if len(value) > MAX_DIMS or any(map(_MAX_SIZE.__lt__, shape := tuple(map(_index, value)))):
+        raise ValueError(f"a shape of {len(value)} numbers, at most {MAX_DIMS} of at most {_MAX_SIZE} are allowed")
+    return shape
 
 
 def _index(value: object) -> int:
