@@ -94,3 +94,4 @@ def test_no_folder_does_harm(world: World, tmp_path: Path) -> None:
     assert [a.name for a in dnd.store.ls()] == ["upper"] and dnd.store.verify() == []
     assert sum(outcomes.values()) == N >= 500 and len(MUTATIONS) * 3 <= N, "every kind of every source"
     assert outcomes["imported"] > N // 20 and outcomes["AdapterCorruptError"] > N // 3, outcomes
+    assert not outcomes["StorageError"], "a damaged file is no fault of the disk"

@@ -106,7 +106,7 @@ def read_weights(folder: Path, layout: LoraLayout, *, foreign: bool = False) -> 
         names = _taken(_plain_names(f.header, f.path), settings, f.path)
         _check_dtypes(f.header, f.path)
         _check_header({plain: f.header[name] for plain, name in names.items()}, layout, settings, f.path)
-        tensors = f.read()
+        tensors = f.read(names.values())
         _fill(flat, layout, {plain: tensors[name] for plain, name in names.items()}, settings)
         _check_finite(flat, layout, str(f.path))
     return flat

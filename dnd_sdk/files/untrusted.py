@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
@@ -107,14 +107,14 @@ class SafetensorsReader:
         self._file = file
         self._n_bytes = n_bytes
 
-    def read(self) -> dict[str, Tensor]:
-        """Read every tensor; call only after judging `header`, which must hold `FLOATS` only."""
+    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Read the tensors of these names (None: all); call only after judging `header`: they must be `FLOATS`."""
         data = bytearray(self._n_bytes)
         if self._file.readinto(data) != self._n_bytes:  # type: ignore[attr-defined]
             raise AdapterCorruptError(f"{self.path} is truncated")
         # one tensor over all bytes; slices of it may be misaligned for a dtype, hence the clone before the cast
         raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        return {name: _tensor(raw, info) for name, info in self.header.items()}
+        return {name: _tensor(raw, self.header[name]) for name in (self.header if names is None else names)}
 
 
 def _tensor(raw: Tensor, info: TensorInfo) -> Tensor:
