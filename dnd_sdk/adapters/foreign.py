@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dnd_sdk.adapters.peft_config import CONFIG, read_config, some
-from dnd_sdk.adapters.peft_folder import check_plausible, read_weights, untargeted
+from dnd_sdk.adapters.peft_folder import read_weights, untargeted
 from dnd_sdk.errors import AdapterCorruptError, InputError, LayoutMismatchError, brief
 from dnd_sdk.files import storage_errors
 from dnd_sdk.lora import LoraLayout
@@ -64,18 +64,16 @@ def import_notes(path: str | os.PathLike[str], base_name: str) -> tuple[str, ...
 
 
 def read_foreign(folder: Path, layout: LoraLayout, *, ours: bool, named: str | None) -> Tensor:
-    """`read_weights` of a folder to import, and `check_plausible`.
+    """`read_weights` of a folder to import.
 
     One of `ours` never holds a pickle; `named` (see `other_base`) goes into the error when shapes do not fit.
     """
     try:
-        flat = read_weights(folder, layout, foreign=not ours)
+        return read_weights(folder, layout, foreign=not ours)
     except LayoutMismatchError as e:
         if named is None:
             raise
         raise LayoutMismatchError(f"{e.message}; {named}", fix=e.fix) from e
-    check_plausible(flat, layout, str(folder))
-    return flat
 
 
 def other_base(named: str | None, base_name: str | None) -> str | None:
