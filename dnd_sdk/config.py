@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 import os
-import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import SupportsFloat, SupportsIndex
 
-from dnd_sdk.errors import ConfigError
+from dnd_sdk.errors import ConfigError, shown
+
+_MAX_PART, _MAX_PATH = 255, 4_095
+"""Bytes of a file's name and characters of a path that usual systems take."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Home:
     @classmethod
     def find(cls, path: str | os.PathLike[str] | None = None) -> Home:
         """`path`, else `DND_HOME`, else the platform's user data folder. Creates nothing."""
-        chosen = path or os.environ.get("DND_HOME")
-        if chosen:
-            return cls(Path(chosen).expanduser().absolute())
+        chosen = path if path not in (None, "") else os.environ.get("DND_HOME")
+        if chosen not in (None, ""):
+            return cls(path_of("home", chosen).absolute())
         from platformdirs import user_data_path
 
         return cls(user_data_path("dnd"))
@@ -75,34 +77,78 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         """Raises `ConfigError` naming the field; what a whole number or a single stop string stands for is taken so."""
         checked = {
-            "max_new_tokens": _whole("max_new_tokens", self.max_new_tokens, 1),
+            "max_new_tokens": whole_number("max_new_tokens", self.max_new_tokens, 1),
             "temperature": _number("temperature", self.temperature, "within 0..10", lambda x: 0.0 <= x <= 10.0),
             "top_p": _number("top_p", self.top_p, "within (0, 1]", lambda x: 0.0 < x <= 1.0),
-            "top_k": _whole("top_k", self.top_k, 0),
-            "seed": None if self.seed is None else _whole("seed", self.seed, None),
+            "top_k": whole_number("top_k", self.top_k, 0),
+            "seed": None if self.seed is None else whole_number("seed", self.seed, None),
             "stop": _strings("stop", self.stop),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
 
-def _whole(name: str, value: object, least: int | None) -> int:
+def whole_number(name: str, value: object, least: int | None, most: int | None = None) -> int:
+    """`value` as an int within both bounds; raises `ConfigError` naming `name`."""
     # anything with __index__ is a whole number, numpy's and torch's included; True and False are none
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise ConfigError(f"{name} must be a whole number, got {_shown(value)}")
-    number = operator.index(value)
+        raise ConfigError(f"{name} must be a whole number, got {shown(value)}")
+    try:
+        number = operator.index(value)
+    except TypeError as e:  # an array or tensor of several numbers, or of floats
+        raise ConfigError(f"{name} must be a whole number, got {shown(value)}") from e
     if least is not None and number < least:
-        raise ConfigError(f"{name} must be {least} or more, got {_shown(number)}")
+        raise ConfigError(f"{name} must be {least} or more, got {shown(number)}")
+    if most is not None and number > most:
+        raise ConfigError(f"{name} must be at most {most}, got {shown(number)}")
     return number
+
+
+def one_of(name: str, value: object, known: Sequence[str]) -> str:
+    """`value`, one of the strings in `known`; raises `ConfigError` naming `name`."""
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
+    return value
+
+
+def text_of(name: str, value: object) -> str:
+    """`value`, text or a path, as text that is not empty; raises `ConfigError` naming `name`."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text or len(text) > _MAX_PATH:
+        raise ConfigError(f"{name} must be a name or a path, got {shown(text)}")
+    return text
+
+
+def flag(name: str, value: object) -> bool:
+    """`value`, True or False; raises `ConfigError` naming `name`."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def path_of(name: str, value: object) -> Path:
+    """`value`, text or a path, as a path that may exist, `~` expanded; raises `ConfigError` naming `name`."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name} must be a path, got {shown(value)}")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError(f"{name} must be a path, got {shown(text)}")
+    try:
+        too_long = any(len(part) > _MAX_PART for part in os.fsencode(text).split(b"/"))
+        if too_long or len(text) > _MAX_PATH:
+            raise ConfigError(f"{name} is longer than any path, got {shown(text)}")
+        return Path(text).expanduser()
+    except (UnicodeEncodeError, RuntimeError) as e:  # half a surrogate pair; a `~` of nobody
+        raise ConfigError(f"{name} must be a path, got {shown(text)}", fix="correct its spelling") from e
 
 
 def _number(name: str, value: object, bounds: str, within: Callable[[float], bool]) -> float:
     if isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
-        raise ConfigError(f"{name} must be a number {bounds}, got {_shown(value)}")
+        raise ConfigError(f"{name} must be a number {bounds}, got {shown(value)}")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as e:
-        raise ConfigError(f"{name} must be a number {bounds}, got {_shown(value)}") from e
+        raise ConfigError(f"{name} must be a number {bounds}, got {shown(value)}") from e
     if not within(number):  # also refuses NaN
         raise ConfigError(f"{name} must be {bounds}, got {number}")
     return number
@@ -111,14 +157,10 @@ def _number(name: str, value: object, bounds: str, within: Callable[[float], boo
 def _strings(name: str, value: object) -> tuple[str, ...]:
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not all(isinstance(s, str) for s in found):
-        raise ConfigError(f"{name} must be a string or a list of strings, got {_shown(value)}")
+        raise ConfigError(f"{name} must be a string or a list of strings, got {shown(value)}")
     if not all(found):
         raise ConfigError(f"{name} strings must not be empty")
     return tuple(found)
-
-
-def _shown(value: object) -> str:
-    return reprlib.repr(value) if isinstance(value, str | int | float | list | tuple) else type(value).__name__
 
 
 SAMPLING = tuple(f.name for f in fields(SamplingOptions))

@@ -20,6 +20,7 @@ Messages name things that strangers chose (tensors, paths, settings): they are c
 from __future__ import annotations
 
 import re
+import reprlib
 
 MAX_MESSAGE_BYTES, MAX_FIX_BYTES = 1400, 500
 """Together under 2 kB: what a person reads, and what a log line holds."""
@@ -111,3 +112,18 @@ class BankFullError(DndError, RuntimeError):
 
 class MissingExtraError(DndError, ImportError):
     """An optional package is needed and not installed."""
+
+
+def shown(value: object) -> str:
+    """A value as a message names it: 80 characters at most, and without running much of its own code."""
+    if not isinstance(value, str | bytes | bool | int | float | list | tuple | dict | None):
+        return type(value).__name__[:80]
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes out no integer of thousands of digits
+        return f"{type(value).__name__[:60]} too large to show"
+    return text if len(text) <= 80 else f"{text[:50]}...{text[-27:]}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80

@@ -12,7 +12,7 @@ from typing import Any
 
 from dnd_sdk.chat import ToolCall, read_answer, renders_tools
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.errors import ConfigError, InputError, MissingExtraError
+from dnd_sdk.errors import ConfigError, InputError, MissingExtraError, shown
 from dnd_sdk.session import AUTO, AdapterChoice, DnD, call_options
 
 try:
@@ -31,6 +31,9 @@ except ImportError as e:
 
 MAX_NEW_TOKENS = 1024
 """Unless the constructor or the call says otherwise; what smolagents' own local models take."""
+
+
+_TEXT = shown("text")
 
 
 class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so its `Model` is Any
@@ -116,6 +119,7 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         """The chat, and how to answer it."""
         if response_format is not None:
             raise ConfigError("structured output is not supported", fix="leave out response_format")
+        _check_lists(messages, tools)
         asked = self._prepare_completion_kwargs(
             [_in_parts(m, i) for i, m in enumerate(messages)],
             stop_sequences,
@@ -145,13 +149,26 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
 
 def _in_parts(message: ChatMessage | dict[str, Any], row: int) -> ChatMessage:
     """The message with its content as a list of texts, the form that smolagents can join."""
-    whole = ChatMessage.from_dict(message) if isinstance(message, dict) else message
-    content = whole.content or ""
+    try:
+        whole = ChatMessage.from_dict(dict(message)) if isinstance(message, dict) else message
+        MessageRole(whole.role)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"message {row} is none of smolagents: {shown(message)}", fix="pass a ChatMessage") from e
+    content = "" if whole.content is None else whole.content
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    other = [p["type"] for p in parts if p["type"] != "text"]
-    if other:
-        raise InputError(f"message {row} has a part of type {other[0]!r}, the base reads text only", fix="leave it out")
+    if not isinstance(parts, list) or not all(isinstance(p, dict) for p in parts):
+        raise InputError(f"message {row} has a content that is no text and no list of parts: {shown(content)}")
+    kinds = [shown(p.get("type")) for p in parts if not isinstance(p.get("text"), str) or shown(p.get("type")) != _TEXT]
+    if kinds:
+        raise InputError(f"message {row} has a part of type {kinds[0]}, the base reads text only", fix="leave it out")
     return replace(whole, content=parts)
+
+
+def _check_lists(messages: object, tools: object) -> None:
+    if not isinstance(messages, list | tuple):
+        raise InputError(f"messages must be a list, got {shown(messages)}", fix="pass [ChatMessage, ...]")
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Tool) for t in tools)):
+        raise InputError(f"tools_to_call_from must be a list of smolagents' tools, got {shown(tools)}")
 
 
 def _joined(message: dict[str, Any]) -> dict[str, str]:

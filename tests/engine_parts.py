@@ -61,7 +61,8 @@ def greedy(model: Any, base: Base, text: str, n: int) -> str:
     """The model's own greedy answer."""
     ids = chat_ids(base, text)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
-    return base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    text = base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text if out[0, -1] == base.tokenizer.eos_token_id else text.rstrip("\ufffd")  # cut inside a character
 
 
 def naive_logprob(model: Any, base: Base, prompt: str, option: str) -> float:

@@ -269,5 +269,5 @@ def test_a_bank_made_in_inference_mode_can_be_written_later() -> None:
 
 
 def test_no_slots_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="n_slots must be at least 1"):
+    with pytest.raises(ConfigError, match="n_slots must be 1 or more"):
         make(0)

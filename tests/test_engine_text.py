@@ -38,7 +38,7 @@ def test_pieces_join_to_the_text(text: str, chunk: int) -> None:
 @given(st.lists(st.integers(4, 259), max_size=30))
 def test_broken_bytes_decode_as_a_whole(tokens: list[int]) -> None:
     pieces, row = run(tokens)
-    assert "".join(pieces) == row.text == TOK.decode(tokens, skip_special_tokens=True)
+    assert "".join(pieces) == row.text == TOK.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def test_no_piece_has_half_a_character() -> None:
@@ -74,3 +74,20 @@ def test_nothing_after_the_end_token(chunk: int) -> None:
 def test_an_end_token_that_is_not_special_has_no_text() -> None:
     row = RowText(TOK, frozenset(ids("z")))
     assert row.feed(ids("az")) and row.text == "a"
+
+
+@pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "length"])
+@pytest.mark.parametrize("n_bytes", [1, 2, 3])
+def test_an_answer_cut_inside_a_character_ends_before_it(n_bytes: int, cancelled: bool) -> None:
+    pieces: list[str] = []
+    row = RowText(TOK, END, (), pieces.append)
+    row.feed([*ids("a日"), *ids("🦙")[:n_bytes]])
+    result = row.result(1, cancelled=cancelled)
+    assert result.text == "".join(pieces) == "a日"
+    assert result.completion_tokens == 4 + n_bytes
+
+
+def test_broken_bytes_before_the_cut_stay() -> None:
+    row = RowText(TOK, END)
+    row.feed([*ids("a"), ids("🦙")[0], *ids("b"), ids("🦙")[0]])
+    assert row.result(1, cancelled=False).text == "a\ufffdb"

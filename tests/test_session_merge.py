@@ -68,7 +68,7 @@ def test_merging_needs_no_generator(world: World, parents: dict[str, Adapter]) -
 
 @pytest.mark.parametrize("top_k", [0, -1, 17])
 def test_top_k_is_bounded(dnd: DnD, top_k: int) -> None:
-    with pytest.raises(ConfigError, match="top_k must be 1 to 16"):
+    with pytest.raises(ConfigError, match="top_k must be"):
         dnd.adapt(MIXED, mode="merge", top_k=top_k)
 
 

@@ -23,7 +23,8 @@ from dnd_sdk.adaptation.results import AdaptResult, Mode, Stopwatch
 from dnd_sdk.adaptation.vetting import Limits, Vetting
 from dnd_sdk.adapters import check_name
 from dnd_sdk.chat import with_role
-from dnd_sdk.errors import BankFullError, ConfigError, GeneratorError, StorageError
+from dnd_sdk.config import flag, one_of, whole_number
+from dnd_sdk.errors import BankFullError, GeneratorError, StorageError
 from dnd_sdk.lora import merge_flats
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash, role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars, log_decision
@@ -102,10 +103,10 @@ class Adaptation:
         calibrate: bool | None,
     ) -> AdaptResult:
         """See `DnD.adapt`."""
-        if mode not in get_args(Mode):
-            raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-        if not 1 <= top_k <= MAX_MERGED:
-            raise ConfigError(f"top_k must be 1 to {MAX_MERGED}, got {top_k}", fix="merge a few adapters only")
+        one_of("mode", mode, get_args(Mode))
+        top_k = whole_number("top_k", top_k, 1, MAX_MERGED)
+        if calibrate is not None:
+            flag("calibrate", calibrate)
         if name is not None:
             check_name(name)
         watch = Stopwatch()

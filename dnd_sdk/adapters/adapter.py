@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dnd_sdk.errors import AdapterCorruptError, ConfigError, InputError, LayoutMismatchError
+from dnd_sdk.errors import AdapterCorruptError, ConfigError, InputError, LayoutMismatchError, shown
 from dnd_sdk.files import is_finite_number, read_json
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.prompts import Role
@@ -74,14 +74,14 @@ class Problem:
 def is_name(name: str) -> bool:
     """Whether `name` may be an adapter's name; nothing it accepts can leave the adapters folder."""
     # "___" separates parts of request names elsewhere, so no adapter may hold it
-    return _NAME.fullmatch(name) is not None and "___" not in name
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None and "___" not in name
 
 
 def check_name(name: str) -> str:
     """Return `name`, or raise `ConfigError`."""
-    if not isinstance(name, str) or not is_name(name):
+    if not is_name(name):
         raise ConfigError(
-            f"adapter name {name!r} is not allowed",
+            f"adapter name {shown(name)} is not allowed",
             fix="use 1-64 of a-z 0-9 . _ -, starting with a letter or digit, without '___'",
         )
     return name

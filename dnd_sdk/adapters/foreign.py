@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dnd_sdk.adapters.peft_config import CONFIG, read_config, some
 from dnd_sdk.adapters.peft_folder import read_weights, untargeted
+from dnd_sdk.config import path_of
 from dnd_sdk.errors import AdapterCorruptError, InputError, LayoutMismatchError, brief
 from dnd_sdk.files import storage_errors
 from dnd_sdk.lora import LoraLayout
@@ -34,7 +35,7 @@ def find_adapter(path: str | os.PathLike[str]) -> tuple[Path, str]:
     Raises `InputError` when `path` is no folder or holds several adapters, `AdapterCorruptError` when the way to the
     adapter leaves it.
     """
-    root = Path(path).expanduser()
+    root = path_of("folder", path)
     if not root.is_dir():
         raise InputError(f"{root} is not a folder", fix=f"give the folder that holds {CONFIG}")
     names = _names(root)

@@ -35,12 +35,13 @@ from dnd_sdk.adapters.listing import Listing
 from dnd_sdk.adapters.peft_config import CONFIG, config_text
 from dnd_sdk.adapters.peft_folder import WEIGHTS, adapter_id, check_flat, read_weights, write_weights
 from dnd_sdk.adapters.refining import refined_files, with_more
-from dnd_sdk.config import Home
+from dnd_sdk.config import Home, path_of
 from dnd_sdk.errors import (
     AdapterCorruptError,
     AdapterNotFoundError,
     ConfigError,
     DndError,
+    shown,
 )
 from dnd_sdk.files import locked, storage_errors
 from dnd_sdk.lora import LoraLayout
@@ -159,6 +160,8 @@ class AdapterStore:
         """The name behind a name or full id, damaged or not. Raises `AdapterNotFoundError`."""
         if is_name(name_or_id) and self._folders.has(name_or_id):
             return name_or_id
+        if not isinstance(name_or_id, str):
+            raise ConfigError(f"an adapter's name must be text, got {shown(name_or_id)}")
         name = next((a.name for a in self.ls() if a.id == name_or_id), None)
         if name is None:
             raise self._not_found(name_or_id)
@@ -274,7 +277,7 @@ class AdapterStore:
         problem = self._problem(adapter.name)
         if problem is not None:
             raise AdapterCorruptError(problem.what, fix=problem.fix)
-        out = Path(out_dir).expanduser().absolute()
+        out = path_of("out_dir", out_dir).absolute()
 
         def fill(folder: Path) -> None:
             for file in FILES:
@@ -334,7 +337,7 @@ class AdapterStore:
     def _not_found(self, name: str) -> AdapterNotFoundError:
         near = difflib.get_close_matches(str(name), self._folders.names(), n=1)
         fix = f"did you mean {near[0]!r}?" if near else "`dnd adapters ls` lists the adapters there are"
-        return AdapterNotFoundError(f"no adapter {name!r} in {self.root}", fix=fix)
+        return AdapterNotFoundError(f"no adapter {shown(name)} in {self.root}", fix=fix)
 
 
 def _check_same(stored: Adapter, adapter: Adapter) -> None:

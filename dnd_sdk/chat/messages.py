@@ -18,10 +18,10 @@ def with_role(prompt: Prompt, role: Role | None, own: str | None) -> Prompt:
     Raises `InputError` when both `role` and the messages say what the system message is.
     """
     text = own if role is None else str(role)
-    if text is None:
+    if text is None or not isinstance(prompt, str | Sequence):  # what is no prompt is refused where it is read
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if any(m.get("role") == "system" for m in messages if isinstance(m, Mapping)):
+    if any(_is_by(m, "system") for m in messages):
         if role is not None:
             raise InputError("the messages have a system message already", fix="leave out either it or the role")
         return prompt
@@ -32,7 +32,13 @@ def last_user_text(prompt: Prompt) -> str:
     """The text to route a prompt by; raises `InputError` when there is none."""
     if isinstance(prompt, str):
         return prompt
-    texts = [m.get("content") for m in prompt if m.get("role") == "user"]
+    messages = prompt if isinstance(prompt, Sequence) else ()
+    texts = [m.get("content") for m in messages if isinstance(m, Mapping) and _is_by(m, "user")]
     if not texts or not isinstance(texts[-1], str):
         raise InputError("no user message to route by", fix="name an adapter, or add a user message")
     return texts[-1]
+
+
+def _is_by(message: object, role: str) -> bool:
+    said = message.get("role") if isinstance(message, Mapping) else None
+    return isinstance(said, str) and said == role  # an array compares to many answers

@@ -7,7 +7,7 @@ probe finds out first.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dnd_sdk.errors import ConfigError, InputError
+from dnd_sdk.errors import ConfigError, InputError, shown
 
 Messages = str | Sequence[Mapping[str, Any]]
 """A chat, oldest message first, of `role` and `content` (strings); a plain string is one user message.
@@ -28,6 +28,9 @@ Tools = Sequence[Mapping[str, Any]]
 """What the model may call; each `{"type": "function", "function": {"name", "description", "parameters"}}`."""
 
 _EXTRAS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+
+_ODD_INPUT = (TypeError, ValueError, LookupError, AttributeError, RecursionError)
+"""What a template's own code raises over messages or tools of another shape than it expects."""
 
 _PROBE: list[Any] = [
     {"role": "user", "content": "probe question"},
@@ -60,7 +63,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: To
     tools or calls that the template would not show the model.
     """
     chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else _checked(messages)
-    offered = _checked_tools(tools or ())
+    offered = _checked_tools(() if tools is None else tools)
     if offered or any("tool_calls" in m for m in chat):
         check_renders_tools(tokenizer)
     if tokenizer.chat_template is None:
@@ -118,44 +121,63 @@ def _checked_message(message: Any, row: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise _bad_message(message, row)
     role, content = message.get("role"), message.get("content")
-    extras = {k: message[k] for k in _EXTRAS.get(str(role), ()) if message.get(k)}
+    known = _EXTRAS.get(role, ()) if isinstance(role, str) else ()
+    extras = {k: message[k] for k in known if _is_given(message.get(k))}
     if "tool_calls" in extras:
         content = "" if content is None else content
-        if not isinstance(extras["tool_calls"], Sequence):
-            raise InputError(f"message {row} has tool_calls that are not a list: {str(extras['tool_calls'])[:80]!r}")
-        extras["tool_calls"] = [_checked_call(call, row) for call in extras["tool_calls"]]
-    if not isinstance(role, str) or not isinstance(content, str):
+        extras["tool_calls"] = _checked_calls(extras["tool_calls"], row)
+    texts = (role, content, *(v for k, v in extras.items() if k != "tool_calls"))
+    if not all(isinstance(text, str) for text in texts):
         raise _bad_message(message, row)
     return {"role": role, "content": content, **extras}
+
+
+def _is_given(value: object) -> bool:
+    return value is not None and not (isinstance(value, Sequence) and not value)
+
+
+def _checked_calls(calls: Any, row: int) -> list[dict[str, Any]]:
+    if not isinstance(calls, Sequence):
+        raise InputError(f"message {row} has tool_calls that are not a list: {shown(calls)}")
+    return [_checked_call(call, row) for call in calls]
 
 
 def _checked_call(call: Any, row: int) -> dict[str, Any]:
     """The call with its arguments as an object, which is what templates write out as JSON."""
     if _name_in(call) is None:
-        raise InputError(f"message {row} has a tool call without a function's name: {str(call)[:80]!r}")
-    arguments = call["function"].get("arguments") or {}
+        raise InputError(f"message {row} has a tool call without a function's name: {shown(call)}")
+    given = call["function"].get("arguments")
     try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError as e:
-        raise InputError(f"message {row} has a tool call whose arguments are not JSON: {arguments[:80]!r}") from e
-    return {**call, "function": {**call["function"], "arguments": arguments}}
+        arguments = json.loads(given) if isinstance(given, str) and given else given
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"message {row} has a tool call whose arguments are not JSON: {shown(given)}") from e
+    whole = {**call, "function": {**call["function"], "arguments": arguments if _is_given(arguments) else {}}}
+    return _writable(whole, f"a tool call of message {row}")
+
+
+def _writable(described: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same, if a template can write it out as JSON."""
+    try:
+        json.dumps(described)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise InputError(f"{where} cannot be written as JSON: {str(e)[:80]}", fix="use plain values") from e
+    return described
 
 
 def _bad_message(message: Any, row: int) -> InputError:
-    return InputError(f"message {row} is not a {{'role', 'content'}} of two strings: {str(message)[:80]!r}")
+    return InputError(f"message {row} is not a {{'role', 'content'}} of two strings: {shown(message)}")
 
 
 def _checked_tools(tools: Any) -> list[dict[str, Any]]:
-    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
-        raise InputError(f"tools must be a list of JSON schemas, got {type(tools).__name__}")
-    tools = list(tools)
+    if isinstance(tools, str | bytes) or not isinstance(tools, Sequence):  # an iterator may have no end
+        raise InputError(f"tools must be a list of JSON schemas, got {type(tools).__name__}", fix="pass [schema, ...]")
     for i, tool in enumerate(tools):
         if _name_in(tool) is None:
             raise InputError(
-                f"tool {i} is not a {{'type': 'function', 'function': {{'name', ...}}}}: {str(tool)[:80]!r}",
+                f"tool {i} is not a {{'type': 'function', 'function': {{'name', ...}}}}: {shown(tool)}",
                 fix="describe it by its JSON schema, as for OpenAI",
             )
-    return [dict(tool) for tool in tools]
+    return [_writable(dict(tool), f"tool {i}") for i, tool in enumerate(tools)]
 
 
 def _name_in(tool: Any) -> str | None:
@@ -168,7 +190,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], tool
     try:
         # a template asks whether there are tools at all: None is what it knows as "no"
         return str(tokenizer.apply_chat_template(chat, tools=tools or None, tokenize=False, add_generation_prompt=True))
-    except TemplateError as e:
+    except (TemplateError, *_ODD_INPUT) as e:
         raise InputError(f"the base's chat template refuses these messages: {e}") from e
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.engine.slot_table import SlotTable
-from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, LayoutMismatchError
+from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, LayoutMismatchError
 from dnd_sdk.lora import LoraLayout, Segment
 
 Loader = Callable[[], Tensor]
@@ -41,8 +41,11 @@ class SlotBank:
     ) -> None:
         self.layout = layout
         self._table = SlotTable(n_slots, wait_s)
-        with torch.inference_mode(False):  # an inference tensor could not be written to later
-            self._arena = torch.zeros(n_slots + 1, layout.n_parameters, device=device, dtype=dtype)
+        try:
+            with torch.inference_mode(False):  # an inference tensor could not be written to later
+                self._arena = torch.zeros(self.n_slots + 1, layout.n_parameters, device=device, dtype=dtype)
+        except (RuntimeError, MemoryError) as e:  # torch has no error of its own for a CPU without memory
+            raise ConfigError(f"{self.n_slots} slots do not fit the memory of {device}", fix="lower n_slots") from e
         self.tables = _tables(layout, self._arena)
         """Module name -> (A `(S+1, r, in)`, B `(S+1, out, r)`), for `use_lora`."""
         self._writing = threading.RLock()

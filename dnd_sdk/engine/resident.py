@@ -15,7 +15,7 @@ from torch import Tensor
 from dnd_sdk.chat import Messages, Tools, prompt_ids
 from dnd_sdk.engine.bank import SlotBank
 from dnd_sdk.engine.turns import Turn, Turns
-from dnd_sdk.errors import InputError
+from dnd_sdk.errors import InputError, shown
 from dnd_sdk.lora import LoraLayout, attach_lora, use_lora
 from dnd_sdk.models import Base
 
@@ -40,7 +40,7 @@ class Resident:
         ids = prompt_ids(self.base.tokenizer, messages, tools)
         if n_new >= self.max_tokens:
             raise InputError(
-                f"{n_new:.6g} tokens are kept for the answer, at most {self.max_tokens - 1} fit beside a prompt",
+                f"{shown(n_new)} tokens are kept for the answer, at most {self.max_tokens - 1} fit beside a prompt",
                 fix="lower max_new_tokens, or shorten the answer to score",
             )
         if len(ids) + n_new > self.max_tokens:

@@ -10,7 +10,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dnd_sdk.errors import AdapterNotFoundError, BankFullError, ConfigError
+from dnd_sdk.config import whole_number
+from dnd_sdk.errors import AdapterNotFoundError, BankFullError
+
+MAX_SLOTS = 65_536
+"""More adapters than anyone keeps resident; a larger number is a slip."""
 
 
 @dataclass
@@ -31,9 +35,7 @@ class SlotTable:
     """Maps adapter ids to rows 1..n_slots, least recently used first."""
 
     def __init__(self, n_slots: int, wait_s: float) -> None:
-        if n_slots < 1:
-            raise ConfigError(f"n_slots must be at least 1, got {n_slots}")
-        self.n_slots = n_slots
+        self.n_slots = n_slots = whole_number("n_slots", n_slots, 1, MAX_SLOTS)
         self._wait_s = wait_s
         self._slots: OrderedDict[str, Slot] = OrderedDict()
         self._free = list(range(n_slots, 0, -1))

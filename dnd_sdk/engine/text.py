@@ -58,9 +58,9 @@ class RowText:
         return self.stopped
 
     def finish(self) -> None:
-        """No more tokens come: show what was held back."""
+        """No more tokens come: show what was held back, but for a last character that is not whole."""
         if not self.stopped:
-            self._decode(flush=True)
+            self._decode(flush=True, cut=True)
         self._send(len(self.text))
 
     def result(self, prompt_tokens: int, cancelled: bool) -> Generation:
@@ -69,9 +69,11 @@ class RowText:
         reason: FinishReason = "stop" if self.stopped else "cancelled" if cancelled else "length"
         return Generation(self.text, prompt_tokens, self._n_tokens, reason)
 
-    def _decode(self, flush: bool) -> None:
+    def _decode(self, flush: bool, cut: bool = False) -> None:
         old = self._plain(self._ids[self._context : self._shown])
         new = self._plain(self._ids[self._context :])
+        if cut:  # some decoders show one sign for the bytes of half a character, some one for each
+            new = new.rstrip(_INCOMPLETE)
         if len(new) <= len(old) or (new.endswith(_INCOMPLETE) and not flush):
             return
         self._context, self._shown = self._shown, len(self._ids)

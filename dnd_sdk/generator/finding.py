@@ -6,6 +6,7 @@ import json
 from os import PathLike
 from pathlib import Path
 
+from dnd_sdk.config import path_of
 from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError
 from dnd_sdk.generator.generator import Generator
 from dnd_sdk.lora import LoraLayout
@@ -31,7 +32,7 @@ def generator_folder(base: str, generator: str | PathLike[str] | None) -> Path |
     """The generator's folder: the named one, else the one shipped for the base of that name, else None."""
     if generator is None:
         return shipped_folder(base_name=base)
-    folder = Path(generator).expanduser()
+    folder = path_of("generator", generator)
     if not folder.is_dir():
         raise GeneratorError(f"no generator folder {folder}", fix="give the folder that dnd train generator made")
     return folder

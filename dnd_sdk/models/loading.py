@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnd_sdk.config import Home
-from dnd_sdk.errors import ConfigError, DndError, WeightsUnavailableError
+from dnd_sdk.errors import ConfigError, DndError, WeightsUnavailableError, shown
 from dnd_sdk.models.embedded import (
     DEFAULT_BASE,
     DEFAULT_ENCODER,
@@ -75,8 +75,8 @@ def resolve(name: str, home: Home, *, fetch: bool = True, progress: Progress | N
         if not fetch and not is_pulled(name, home):
             raise WeightsUnavailableError(f"{name} is not in {home.models}", fix=f"run `dnd models pull {name}`")
         return str(pull_embedded(name, home, progress))
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    folder = Path(name).expanduser() if name and max(map(len, name.split("/"))) < 256 else None
+    if folder is not None and folder.is_dir():
         _check_folder(folder)
         return str(folder)
     if not _HUB_ID.fullmatch(name):
@@ -153,11 +153,13 @@ def pick_device(device: str) -> torch.device:
     """`auto` is CUDA when there is one, else the CPU; raises `ConfigError` for an unknown or absent device."""
     import torch
 
+    if not isinstance(device, str):
+        raise ConfigError(f"device must be text, got {shown(device)}", fix="use auto, cpu, cuda, cuda:N or mps")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", device)
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::([0-9]{1,4}))?", device)
     if not match:
-        raise ConfigError(f"unknown device {device!r}", fix="use auto, cpu, cuda, cuda:N or mps")
+        raise ConfigError(f"unknown device {shown(device)}", fix="use auto, cpu, cuda, cuda:N or mps")
     kind, number = match[1], int(match[2] or 0)
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if number >= count:
@@ -169,8 +171,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on CUDA and float32 elsewhere; raises `ConfigError` for an unknown name."""
     import torch
 
-    if dtype not in _DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {shown(dtype)}", fix=f"use one of {', '.join(_DTYPES)}")
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     picked: torch.dtype = getattr(torch, dtype)

@@ -66,7 +66,11 @@ def clean_prompts(prompts: Iterable[str], *, limit: int = MAX_PROMPTS) -> Prompt
     """Apply the rules of `read_prompts` to prompts in memory; raises `InputError` naming the index of a bad one."""
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         raise InputError(f"prompts must be a list of strings, got {type(prompts).__name__}", fix="pass [prompt, ...]")
-    return _collect(_checked_items(prompts), limit, where="the list of prompts")
+    try:
+        found = iter(prompts)
+    except TypeError as e:  # an array of no dimension only seems to be a list
+        raise InputError(f"prompts must be a list of strings, got {type(prompts).__name__}") from e
+    return _collect(_checked_items(found), limit, where="the list of prompts")
 
 
 def prompt_set_hash(prompts: Iterable[str], role: str | None = None) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dnd_sdk.adaptation import Parts
 from dnd_sdk.adapters import AdapterStore
-from dnd_sdk.config import Home
+from dnd_sdk.config import Home, text_of, whole_number
 from dnd_sdk.engine import Engine
+from dnd_sdk.errors import ConfigError, shown
 from dnd_sdk.generator import check_encoder, generator_folder, load_generator, shipped_folder
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import DEFAULT_ENCODER, Base, Encoder, load_base, resolve
@@ -27,6 +28,10 @@ def load_parts(
     progress: Callable[[str], None] | None,
 ) -> Parts:
     """See `DnD.load`."""
+    base, encoder = text_of("base", base), None if encoder is None else text_of("encoder", encoder)
+    whole_number("n_slots", n_slots, 1)  # before the slow part
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
     folder = generator_folder(base, generator)
     resident = load_base(base, home, device=device, dtype=dtype, progress=progress)
     folder = folder or shipped_folder(base_fingerprint=resident.fingerprint)  # a shipped one's base by another name

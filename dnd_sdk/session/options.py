@@ -9,7 +9,7 @@ from typing import Any
 
 from dnd_sdk.config import SAMPLING, SamplingOptions
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.session.session import AdapterChoice
+from dnd_sdk.session.session import AdapterChoice, check_choice
 
 ALIASES = {"max_tokens": "max_new_tokens"}
 CALL_OPTIONS = (*SAMPLING, *ALIASES, "adapter")
@@ -45,4 +45,5 @@ def call_options(
     check_known(given, CALL_OPTIONS, f"a call of {owner}")
     own = {k: v for k, v in renamed(given).items() if v is not None or k == "adapter"}
     merged = {**defaults, **own}
+    check_choice(merged["adapter"])
     return merged["adapter"], asdict(SamplingOptions(**{k: merged[k] for k in SAMPLING}))

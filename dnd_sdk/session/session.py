@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import Prompt, Tools, last_user_text, with_role
-from dnd_sdk.config import Home, SamplingOptions
+from dnd_sdk.config import Home, SamplingOptions, flag
 from dnd_sdk.errors import BankFullError, ConfigError, InputError
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE
@@ -90,6 +90,7 @@ class DnD:
             GeneratorError: The generator's folder is missing or damaged.
             LayoutMismatchError: The generator was made for another base.
         """
+        flag("calibrate", calibrate)
         where = home if isinstance(home, Home) else Home.find(home)
         parts = load_parts(base, generator, encoder, where, device, dtype, n_slots, progress)
         return cls(parts, calibrate=calibrate)
@@ -177,6 +178,8 @@ class DnD:
         options, under = _options(sampling), as_role(role)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InputError("prompts must be a list", fix="use complete() for a single prompt")
+        if isinstance(adapters, str) or not isinstance(adapters, Sequence | None):
+            raise InputError(f"adapters must be a list, got {type(adapters).__name__}", fix="give one per prompt")
         wanted = list(adapters) if adapters is not None else [None] * len(prompts)
         if len(wanted) != len(prompts):
             raise InputError(f"{len(prompts)} prompts but {len(wanted)} adapters", fix="give one adapter per prompt")
@@ -203,6 +206,8 @@ class DnD:
         Setting `cancel`, from any thread and at any time, ends the answer within a token.
         """
         options, under = _options(sampling), as_role(role)
+        if cancel is not None and not isinstance(cancel, threading.Event):
+            raise ConfigError(f"cancel must be a threading.Event or None, got {type(cancel).__name__}")
         chosen = self._choose(prompt, adapter, under)
         asked = with_role(prompt, under, _own_role(chosen))
         if chosen is not None:
@@ -271,18 +276,23 @@ class DnD:
     def _choose(self, prompt: Prompt, adapter: AdapterChoice, role: Role | None) -> Adapter | None:
         if adapter is None or isinstance(adapter, Adapter):
             return adapter
+        check_choice(adapter)
         if adapter == AUTO:
             text = last_user_text(prompt)
             route = self.router.route_one(self._pooled([text], role), role_text(role))
             log_decision(self.parts.log, self.router.thresholds, "auto", [text], route)
             return route.adapter
-        if not isinstance(adapter, str):
-            raise InputError(f"adapter must be an Adapter, a name or None, got {type(adapter).__name__}")
         return self.store.get(adapter)
 
     def _pooled(self, prompts: Sequence[str], role: Role | None = None) -> Tensor:
         texts = prompts if role is None else [role.condition(p) for p in prompts]
         return self.encoder.embed(texts)
+
+
+def check_choice(adapter: object) -> None:
+    """Raise `InputError` unless it is an `AdapterChoice`."""
+    if not isinstance(adapter, Adapter | str | None):
+        raise InputError(f"adapter must be an Adapter, a name or None, got {type(adapter).__name__}")
 
 
 def _options(sampling: dict[str, Any]) -> SamplingOptions:

@@ -16,7 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from llama_index.core.bridge.pydantic import ValidationError
+
 from dnd_sdk.chat import ToolCall
+from dnd_sdk.errors import ConfigError, shown
 from dnd_sdk.session import Completion, CompletionStream
 
 MAX_THREADS = 32
@@ -112,6 +115,16 @@ class Lazy(Generic[T]):
             if not self._made:
                 self._made.append(self._make())
             return self._made[0]
+
+
+@contextlib.contextmanager
+def as_config_error(owner: str) -> Iterator[None]:
+    """Raise what pydantic finds wrong with the fields of `owner` as `ConfigError`."""
+    try:
+        yield
+    except ValidationError as e:
+        told = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}, got {shown(p['input'])}" for p in e.errors()[:4])
+        raise ConfigError(f"{owner} refuses {'; '.join(told)}") from e
 
 
 def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:

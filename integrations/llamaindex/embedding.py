@@ -8,7 +8,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from dnd_sdk.config import Home
-from dnd_sdk.integrations.llamaindex.calls import Lazy, in_thread
+from dnd_sdk.integrations.llamaindex.calls import Lazy, as_config_error, in_thread
 from dnd_sdk.models import DEFAULT_ENCODER, Encoder
 from dnd_sdk.session import DnD, check_known
 
@@ -30,7 +30,8 @@ class DnDEmbedding(BaseEmbedding):
         check_known(settings, type(self).model_fields, type(self).__name__)
         if dnd is not None:
             settings |= {"model_name": dnd.encoder.name, "home": str(dnd.home.root)}
-        super().__init__(**settings)
+        with as_config_error(type(self).__name__):
+            super().__init__(**settings)
         self._encoder = Lazy(self._load if dnd is None else lambda: dnd.encoder)
 
     @classmethod

@@ -23,9 +23,15 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
 from dnd_sdk.adapters import Adapter
-from dnd_sdk.config import SAMPLING
+from dnd_sdk.config import SAMPLING, SamplingOptions
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.integrations.llamaindex.calls import Call, Lazy, aends_with_its_reader, ends_with_its_reader
+from dnd_sdk.integrations.llamaindex.calls import (
+    Call,
+    Lazy,
+    aends_with_its_reader,
+    as_config_error,
+    ends_with_its_reader,
+)
 from dnd_sdk.integrations.llamaindex.messages import (
     Chat,
     chat_part,
@@ -81,12 +87,12 @@ class DnDLLM(CustomLLM):
             raise ConfigError("messages_to_prompt has no effect: the base's own chat template is used")
         if isinstance(settings.get("adapter"), Adapter):
             settings["adapter"] = settings["adapter"].name
-        if isinstance(settings.get("stop"), str):
-            settings["stop"] = [settings["stop"]]
+        own = SamplingOptions(**{k: settings[k] for k in SAMPLING if k in settings})
+        settings |= {k: getattr(own, k) for k in SAMPLING if k in settings}
         if dnd is not None:
             settings |= {"base": dnd.base.name, "encoder": dnd.encoder.name, "home": str(dnd.home.root)}
-        super().__init__(**settings)
-        call_options(self._defaults(), {}, self.class_name())
+        with as_config_error(type(self).__name__):
+            super().__init__(**settings)
         self._dnd = Lazy(lambda: self._checked(self._load() if dnd is None else dnd))
         if dnd is not None:
             self._dnd.get()
@@ -196,7 +202,7 @@ class DnDLLM(CustomLLM):
         return lambda end: self.dnd.stream(chat, self._choose(chat, adapter), cancel=end, **offered, **sampling)
 
     def _choose(self, chat: Chat, adapter: AdapterChoice) -> AdapterChoice:
-        if adapter != AUTO:
+        if isinstance(adapter, Adapter) or adapter != AUTO:
             return adapter
         text = last_user_text(chat)
         if not text.strip():  # nothing to route by
