@@ -13,22 +13,61 @@ DndError
 └── MissingExtraError(ImportError)     an optional package is not installed
 
 Catch `DndError` for all of them; each also is the built-in named in brackets.
+
+Messages name things that strangers chose (tensors, paths, settings): they are cut and made printable here, for all.
 """
 
 from __future__ import annotations
 
+import re
 import reprlib
 
-MAX_CHARS = 1_200
-"""Of a message, of its fix half as many; a longer one loses its middle."""
+MAX_MESSAGE_BYTES, MAX_FIX_BYTES = 1400, 500
+"""Together under 2 kB: what a person reads, and what a log line holds."""
+_MAX_WORD = 160
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def brief(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
+    """`text` printable and of at most `max_bytes` UTF-8 bytes; what is cut is said, beginning and end stay.
+
+    Long words go first: the words between two endless names are what matters.
+    """
+    short = _printable(text)
+    if len(short.encode()) <= max_bytes:
+        return short
+    short = _printable(_cut_words(text))
+    if len(short.encode()) <= max_bytes:
+        return short
+    left_out = f" ... ({len(text)} characters, most left out) ... "
+    # half of them for the beginning, which says where; the end says what was expected
+    half = (max_bytes - len(left_out)) // 2
+    head = short[:half].encode()[:half].decode(errors="ignore")
+    tail = short[-half:].encode()[-half:].decode(errors="ignore")
+    return head + left_out + tail
+
+
+def _cut_words(text: str) -> str:
+    keep = _MAX_WORD // 2
+
+    def cut(match: re.Match[str]) -> str:
+        word = match[0]
+        return f"{word[:keep]}...({len(word) - 2 * keep} characters left out)...{word[-keep:]}"
+
+    return re.sub(rf"\S{{{_MAX_WORD},}}", cut, text)
+
+
+def _printable(text: str) -> str:
+    # a lone surrogate cannot be written anywhere, an escape sequence would command the terminal
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class DndError(Exception):
     """Base class: `message` says what went wrong and where, `fix` what to do (None if nothing helps)."""
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
-        self.message = _readable(message, MAX_CHARS)
-        self.fix = None if fix is None else _readable(fix, MAX_CHARS // 2)
+        self.message = brief(message)
+        self.fix = None if fix is None else brief(fix, MAX_FIX_BYTES)
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -88,9 +127,3 @@ def shown(value: object) -> str:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
-
-
-def _readable(text: str, most: int) -> str:
-    """Bounded, and such that any terminal and log can write it: names and values in it come from anywhere."""
-    whole = text.encode("utf-8", "backslashreplace").decode()
-    return whole if len(whole) <= most else f"{whole[: most * 3 // 4]} ... {whole[-most // 5 :]}"

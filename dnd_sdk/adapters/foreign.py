@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dnd_sdk.adapters.peft_config import CONFIG, read_config
-from dnd_sdk.adapters.peft_folder import read_weights
+from dnd_sdk.adapters.peft_config import CONFIG, read_config, some
+from dnd_sdk.adapters.peft_folder import read_weights, untargeted
 from dnd_sdk.config import path_of
-from dnd_sdk.errors import AdapterCorruptError, InputError, LayoutMismatchError
+from dnd_sdk.errors import AdapterCorruptError, InputError, LayoutMismatchError, brief
 from dnd_sdk.files import storage_errors
 from dnd_sdk.lora import LoraLayout
 
@@ -51,10 +51,17 @@ def find_adapter(path: str | os.PathLike[str]) -> tuple[Path, str]:
 def import_notes(path: str | os.PathLike[str], base_name: str) -> tuple[str, ...]:
     """What someone who imports `path` for the base `base_name` should know; raises like `find_adapter`."""
     folder, _ = find_adapter(path)
-    named = other_base(read_config(folder).base_name, base_name)
+    settings = read_config(folder)
+    named = other_base(settings.base_name, base_name)
+    unused = untargeted(folder, settings)
     left = [n for n in _LLAVA_REST if n in _names(folder.parent)] if folder.name == LLM_ADAPTER else []
     notes = [] if named is None else [f"it fits, but {named}"]
-    return (*notes, f"only the language model's part is taken, not {', '.join(left)}") if left else tuple(notes)
+    if left:
+        notes.append(f"only the language model's part is taken, not {', '.join(left)}")
+    if unused:
+        names = some(brief(m, 120) for m in unused)
+        notes.append(f"left out, as peft does: weights of modules that its config does not target: {names}")
+    return (*notes, *settings.notes)
 
 
 def read_foreign(folder: Path, layout: LoraLayout, *, ours: bool, named: str | None) -> Tensor:

@@ -1,8 +1,9 @@
 """A PEFT folder's weights <-> one flat LoRA vector.
 
 * Written in flat order behind a safetensors header: one write of the vector's own memory, no per-tensor copies.
-* Read only after the header proves names, shapes, dtypes and rank; a smaller rank is padded with zeros and its scaling
-  moved into B, so that `scaling * B @ A` stays the same.
+* Read only after the header proves names, shapes, dtypes and ranks; a smaller rank is padded with zeros and its scaling
+  moved into B, so that `scaling * B @ A` stays the same, module by module (`rank_pattern`, `alpha_pattern`).
+* Tensors of modules that the config does not target are left out, as peft leaves them unused.
 * What the store wrote is safetensors; `foreign` folders may hold `adapter_model.bin` instead, see `torch_file`.
 """
 
@@ -12,14 +13,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dnd_sdk.adapters.peft_config import PeftSettings, read_config
+from dnd_sdk.adapters.peft_config import PeftSettings, read_config, some
 from dnd_sdk.adapters.torch_file import TorchReader, open_torch
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
 from dnd_sdk.files import FLOATS, MAX_HEADER_BYTES, SafetensorsReader, TensorInfo, open_safetensors, storage_errors
@@ -28,6 +28,13 @@ from dnd_sdk.lora import MAX_RANK, LoraLayout, Segment
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 MAX_STORED_BYTES = 2**34
+MAX_NAME = 1024
+"""Characters of a tensor's name."""
+MAX_VALUE = 65504.0
+"""The largest number of float16: beyond it no tool saves LoRA weights, and half-precision bases make inf of them."""
+MAX_CHANGE = 1e6
+"""A bound on any entry of `scaling * B @ A`, the change to a base's weights: those are hundreds at most, trained
+changes below one, and far beyond it the products of a gated layer leave float32, which makes the logits NaN."""
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _PREFIX, _ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
 _ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.default(?=\.weight$)")
@@ -56,6 +63,22 @@ def check_flat(flat: Tensor, layout: LoraLayout) -> Tensor:
     return flat
 
 
+def check_plausible(flat: Tensor, layout: LoraLayout, where: str) -> None:
+    """Raise `AdapterCorruptError` for finite weights that no training gives: see `MAX_VALUE` and `MAX_CHANGE`."""
+    views = list(layout.views(flat))
+    for (a, A), (b, B) in zip(views[::2], views[1::2], strict=True):
+        largest_a, largest_b = (float(t.abs().amax()) for t in (A, B))
+        change = layout.r * layout.scaling * largest_a * largest_b
+        if max(largest_a, largest_b * layout.scaling) > MAX_VALUE or change > MAX_CHANGE:
+            s = a if largest_a >= largest_b else b
+            raise AdapterCorruptError(
+                f"{where}: tensor {s.peft_key} has values of up to {max(largest_a, largest_b):.3g}, too large for a "
+                f"LoRA (at most {MAX_VALUE:g} each; what it adds to a weight may reach {change:.3g}, at most "
+                f"{MAX_CHANGE:g} is allowed)",
+                fix="the adapter is broken, or its lora_alpha is wrong: save it again, or take an earlier checkpoint",
+            )
+
+
 def write_weights(path: Path, flat: Tensor, layout: LoraLayout) -> None:
     """Write a checked vector as the safetensors file peft and vLLM read."""
     entries = {
@@ -80,12 +103,20 @@ def read_weights(folder: Path, layout: LoraLayout, *, foreign: bool = False) -> 
     max_bytes = MAX_HEADER_BYTES + 4 * (layout.n_parameters // layout.r) * MAX_RANK + 8
     flat = torch.zeros(layout.n_parameters)
     with _open_weights(folder, max_bytes, foreign) as f:
-        names = _plain_names(f.header, f.path)
+        names = _taken(_plain_names(f.header, f.path), settings, f.path)
+        _check_dtypes(f.header, f.path)
         _check_header({plain: f.header[name] for plain, name in names.items()}, layout, settings, f.path)
-        tensors = f.read()
+        tensors = f.read(names.values())
         _fill(flat, layout, {plain: tensors[name] for plain, name in names.items()}, settings)
         _check_finite(flat, layout, str(f.path))
     return flat
+
+
+def untargeted(folder: Path, settings: PeftSettings) -> list[str]:
+    """The modules that a foreign folder holds LoRA of and its config does not target; raises like `read_weights`."""
+    with _open_weights(folder, MAX_STORED_BYTES, foreign=True) as f:
+        modules = {m for name in _plain_names(f.header, f.path) if (m := _module_of(name)) is not None}
+    return sorted(m for m in modules if not settings.targets.take(m))
 
 
 def read_stored_weights(folder: Path, layout: LoraLayout) -> Tensor:
@@ -111,24 +142,53 @@ def _open_weights(
 
 def _plain_names(header: dict[str, TensorInfo], path: Path) -> dict[str, str]:
     """The names peft saves under -> the names in the file."""
-    names = {_ADAPTER_NAME.sub("", name): name for name in header}
+    if (longest := max(header, key=len, default="")) and len(longest) > MAX_NAME:
+        raise AdapterCorruptError(
+            f"{path}: tensor {longest} has a name of {len(longest)} characters, at most {MAX_NAME} are allowed",
+            fix="save the adapter again",
+        )
+    names = {_plain_name(name): name for name in header}
     if len(names) != len(header):
         raise AdapterCorruptError(
-            f"{path} holds a matrix twice, with and without `.default` in its name", fix="save it again"
+            f"{path} holds a matrix twice, with and without `.default` or `{_PREFIX}` in its name", fix="save it again"
         )
     return names
 
 
+def _plain_name(name: str) -> str:
+    name = _ADAPTER_NAME.sub("", name)
+    # vLLM and older tools write the module's own name
+    return name if name.startswith(_PREFIX) or not name.endswith(_ENDS) else _PREFIX + name
+
+
+def _module_of(name: str) -> str | None:
+    """The module of a LoRA matrix by its plain name; None for any other tensor."""
+    is_lora = name.startswith(_PREFIX) and name.endswith(_ENDS)
+    return name[len(_PREFIX) : -len(_ENDS[0])] if is_lora else None
+
+
+def _taken(names: dict[str, str], settings: PeftSettings, path: Path) -> dict[str, str]:
+    """The names whose module the config targets, and those of no LoRA matrix, which are judged later."""
+    kept = {n: name for n, name in names.items() if (m := _module_of(n)) is None or settings.targets.take(m)}
+    if names and not kept:
+        raise AdapterCorruptError(
+            f"{path} holds none of the tensors that its config targets, but {some(names)}",
+            fix="correct target_modules and what narrows it (layers_to_transform, exclude_modules), or save it again",
+        )
+    return kept
+
+
 def _fill(flat: Tensor, layout: LoraLayout, tensors: dict[str, Tensor], settings: PeftSettings) -> None:
-    factor = settings.scaling / layout.scaling
     for segment, view in layout.views(flat):
         tensor = tensors.get(segment.peft_key)
         if tensor is None:
             continue
+        r = settings.rank_of(segment.module)
         if segment.part == "lora_A":
-            view[: settings.r].copy_(tensor)
+            view[:r].copy_(tensor)
         else:
-            view[:, : settings.r].copy_(tensor if factor == 1.0 else tensor.float() * factor)
+            factor = settings.scaling_of(segment.module) / layout.scaling
+            view[:, :r].copy_(tensor if factor == 1.0 else tensor.float() * factor)
 
 
 def _refuse_pickle(folder: Path) -> None:
@@ -139,7 +199,7 @@ def _refuse_pickle(folder: Path) -> None:
         pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix in _PICKLES)
     if pickles:
         raise AdapterCorruptError(
-            f"{folder} holds its weights only as {_some(pickles)}, a pickle, which can run code and is never opened",
+            f"{folder} holds its weights only as {some(pickles)}, a pickle, which can run code and is never opened",
             fix=f"save the adapter again with safetensors, as {WEIGHTS}",
         )
 
@@ -147,35 +207,44 @@ def _refuse_pickle(folder: Path) -> None:
 def _check_header(header: dict[str, TensorInfo], layout: LoraLayout, settings: PeftSettings, path: Path) -> None:
     wanted = {s.peft_key: s for s in layout.segments}
     _check_names(header, wanted, path)
-    if settings.r > layout.r:
-        raise LayoutMismatchError(
-            f"{path}: rank {settings.r} is above this base's slots of rank {layout.r}",
-            fix=f"use an adapter of rank {layout.r} or less, or slots of a larger r",
-        )
     for key, info in header.items():
         s = wanted[key]
-        expected = (settings.r, s.shape[1]) if s.part == "lora_A" else (s.shape[0], settings.r)
+        r = settings.rank_of(s.module)
+        if r > layout.r:
+            of = "" if r == settings.r else f" of {s.module}"
+            raise LayoutMismatchError(
+                f"{path}: rank {r}{of} is above this base's slots of rank {layout.r}",
+                fix=f"use an adapter of rank {layout.r} or less, or a generator of r={r}: slots have its rank",
+            )
+        expected = (r, s.shape[1]) if s.part == "lora_A" else (s.shape[0], r)
         if info.shape != expected:
             raise LayoutMismatchError(
                 f"{path}: tensor {key} has shape {info.shape}, expected {expected}",
                 fix="use an adapter made for this base model",
             )
-        if info.dtype not in FLOATS:
-            raise AdapterCorruptError(f"{path}: tensor {key} is {info.dtype}, expected one of {sorted(FLOATS)}")
     _check_complete(header, layout.segments, settings, path)
+
+
+def _check_dtypes(header: dict[str, TensorInfo], path: Path) -> None:
+    for name, info in header.items():
+        if info.dtype not in FLOATS:
+            raise AdapterCorruptError(
+                f"{path}: tensor {name} is {info.dtype}, expected one of {sorted(FLOATS)}",
+                fix="save the adapter again in one of these",
+            )
 
 
 def _check_names(header: dict[str, TensorInfo], wanted: dict[str, Segment], path: Path) -> None:
     extra = sorted(set(header) - set(wanted))
-    foreign = sorted({k[len(_PREFIX) : -len(_ENDS[0])] for k in extra if k.startswith(_PREFIX) and k.endswith(_ENDS)})
+    foreign = sorted({m for k in extra if (m := _module_of(k)) is not None})
     if foreign:
         raise LayoutMismatchError(
-            f"{path} adapts modules this base's layout does not have: {_some(foreign)}",
+            f"{path} adapts modules this base's layout does not have: {some(foreign)}",
             fix="use an adapter made for this base model and its target modules",
         )
     if extra:
         raise AdapterCorruptError(
-            f"{path} holds tensors that are not LoRA matrices: {_some(extra)}",
+            f"{path} holds tensors that are not LoRA matrices: {some(extra)}",
             fix="export the adapter as plain LoRA (no DoRA, no bias, no saved embeddings or heads)",
         )
     if not header:
@@ -191,7 +260,7 @@ def _check_complete(
     ]
     if missing:
         raise AdapterCorruptError(
-            f"{path}: {len(missing)} tensors are missing: {_some(missing)}", fix="save or copy the adapter again"
+            f"{path}: {len(missing)} tensors are missing: {some(missing)}", fix="save or copy the adapter again"
         )
 
 
@@ -205,8 +274,3 @@ def _check_finite(flat: Tensor, layout: LoraLayout, where: str) -> None:
         f"{where}: tensor {bad.peft_key} holds NaN or inf",
         fix="the adapter is broken: make it again, or an earlier one",
     )
-
-
-def _some(names: Iterable[str], n: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

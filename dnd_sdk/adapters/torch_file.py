@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
+import errno
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,9 +46,9 @@ class TorchReader:
         }
         self._tensors = tensors
 
-    def read(self) -> dict[str, Tensor]:
-        """Every tensor, still mapped from the file; call only after judging `header`."""
-        return self._tensors
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names, still mapped from the file; call only after judging `header`."""
+        return {name: self._tensors[name] for name in names}
 
 
 @contextmanager
@@ -86,6 +87,10 @@ def _checked_records(file: BinaryIO, size: int, path: Path) -> tuple[bytes, list
         raise
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError) as e:
         raise AdapterCorruptError(f"{path} is truncated or not a file of torch.save: {str(e)[:200]}", fix=FIX) from e
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # its directory points before the file's beginning; any other is the disk's
+            raise
+        raise AdapterCorruptError(f"{path}: the directory of its archive is damaged", fix=FIX) from e
 
 
 def _check_imports(raw: bytes, path: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
@@ -22,6 +22,8 @@ from dnd_sdk.errors import AdapterCorruptError
 from dnd_sdk.files.atomic import storage_errors
 
 MAX_HEADER_BYTES = 8 * 2**20
+MAX_DIMS = 8
+_MAX_SIZE = 2**48
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -105,14 +107,14 @@ class SafetensorsReader:
         self._file = file
         self._n_bytes = n_bytes
 
-    def read(self) -> dict[str, Tensor]:
-        """Read every tensor; call only after judging `header`, which must hold `FLOATS` only."""
+    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Read the tensors of these names (None: all); call only after judging `header`: they must be `FLOATS`."""
         data = bytearray(self._n_bytes)
         if self._file.readinto(data) != self._n_bytes:  # type: ignore[attr-defined]
             raise AdapterCorruptError(f"{self.path} is truncated")
         # one tensor over all bytes; slices of it may be misaligned for a dtype, hence the clone before the cast
         raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        return {name: _tensor(raw, info) for name, info in self.header.items()}
+        return {name: _tensor(raw, self.header[name]) for name in (self.header if names is None else names)}
 
 
 def _tensor(raw: Tensor, info: TensorInfo) -> Tensor:
@@ -141,12 +143,19 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, TensorInfo]:
         data = json.loads(raw.decode("utf-8"))
         data.pop("__metadata__", None)
         header = {
-            str(name): TensorInfo(str(d["dtype"]), tuple(map(_index, d["shape"])), *map(_index, d["data_offsets"]))
+            str(name): TensorInfo(str(d["dtype"]), _shape(d["shape"]), *map(_index, d["data_offsets"]))
             for name, d in data.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise AdapterCorruptError(f"{path}: its header is not safetensors ({str(e)[:200]})") from e
     return header
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    # before anything multiplies them: the product of a million numbers takes minutes
+    if len(value) > MAX_DIMS or any(map(_MAX_SIZE.__lt__, shape := tuple(map(_index, value)))):
+        raise ValueError(f"a shape of {len(value)} numbers, at most {MAX_DIMS} of at most {_MAX_SIZE} are allowed")
+    return shape
 
 
 def _index(value: object) -> int:
