@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import dnd, dnd_json
-from test_decision_log import decision
+from test_routing_decision_log import decision
 
 from dnd_sdk.config import Home
 from dnd_sdk.routing import Thresholds

@@ -53,6 +53,15 @@ def test_a_choice_is_told_with_every_later_prompt() -> None:
     assert stream.choice(seen[0].cluster_id) == Choice("generate", "id")
 
 
+def test_a_late_look_does_not_undo_a_final_choice() -> None:
+    stream = PromptStream(SMALL)
+    cluster = stream.add("p", task_vectors(0, 1)[0]).cluster_id
+    early, late, made = (Choice("reuse", "x", final=False), Choice("reuse", "y", final=False), Choice("generate", "id"))
+    for choice, then in ((early, early), (late, late), (made, made), (early, made), (None, None), (early, early)):
+        stream.choose(cluster, choice)
+        assert stream.choice(cluster) == then
+
+
 def test_kept_prompts_have_their_own_embeddings_and_long_ones_are_cut() -> None:
     stream = PromptStream(SMALL)
     vectors = dict(mixed(1, 100))

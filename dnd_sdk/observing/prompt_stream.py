@@ -130,10 +130,14 @@ class PromptStream:
             return Observation(cluster.id, cluster.n, cluster.choice, cluster.chosen_at)
 
     def choose(self, cluster_id: int, choice: Choice | None) -> None:
-        """Note what serves a cluster from now on; one that was merged into another or dropped is passed over."""
+        """Note what serves a cluster from now on; one that was merged into another or dropped is passed over.
+
+        A choice that is not final never takes the place of one that is: a thread that only looks may be late.
+        """
         with self.lock:
             for c in self.clusters:
-                if c.id == cluster_id:
+                settled = c.choice is not None and c.choice.final
+                if c.id == cluster_id and not (settled and choice is not None and not choice.final):
                     c.choice, c.chosen_at = choice, c.n
 
     def choice(self, cluster_id: int) -> Choice | None:
