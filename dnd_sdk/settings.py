@@ -48,7 +48,7 @@ class Settings(BaseSettings, title="dnd.toml"):
     base: Text = DEFAULT_BASE
     """Base LLM: embedded name, folder or Hugging Face id."""
     generator: Text | None = Field(None, examples=["runs/generator/generator"])
-    """Generator folder; the one shipped for the default base unless set."""
+    """Generator folder; the one shipped for the base, if any, unless set."""
     encoder: Text | None = Field(None, examples=["all-minilm-l6-v2"])
     """Prompt encoder: embedded name, folder or Hugging Face id; the generator's own unless set."""
     device: Text = "auto"

@@ -192,8 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = {} if args.base is None else {"base": args.base}
     with tempfile.TemporaryDirectory() as scratch:
         home = ScratchHome(Path(scratch), weights=Home.find(args.home).models)
-        with DnD.load(**models, generator=args.generator, home=home) as dnd:
-            dnd = DnD(replace(dnd.parts, encoder=ReadAhead(dnd.encoder, [turn.prompt for turn in turns])))
+        parts = DnD.load(**models, generator=args.generator, home=home).parts
+        with DnD(replace(parts, encoder=ReadAhead(parts.encoder, [turn.prompt for turn in turns]))) as dnd:
             figures = feed(dnd, turns)
     about = {name: getattr(args, name) for name in ("tasks", "prompts", "role", "seed")}
     report = {"schema_version": 1, "settings": {**about, "turns": len(turns)}, **figures}

@@ -33,9 +33,6 @@ MAX_NEW_TOKENS = 1024
 """Unless the constructor or the call says otherwise; what smolagents' own local models take."""
 
 
-_TEXT = shown("text")
-
-
 class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so its `Model` is Any
     """A resident `DnD` for `CodeAgent` and `ToolCallingAgent`; safe to share between agents and threads.
 
@@ -158,10 +155,15 @@ def _in_parts(message: ChatMessage | dict[str, Any], row: int) -> ChatMessage:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(p, dict) for p in parts):
         raise InputError(f"message {row} has a content that is no text and no list of parts: {shown(content)}")
-    kinds = [shown(p.get("type")) for p in parts if not isinstance(p.get("text"), str) or shown(p.get("type")) != _TEXT]
+    kinds = [shown(p.get("type")) for p in parts if not _is_text(p)]
     if kinds:
         raise InputError(f"message {row} has a part of type {kinds[0]}, the base reads text only", fix="leave it out")
     return replace(whole, content=parts)
+
+
+def _is_text(part: dict[str, Any]) -> bool:
+    kind = part.get("type")
+    return isinstance(kind, str) and kind == "text" and isinstance(part.get("text"), str)
 
 
 def _check_lists(messages: object, tools: object) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_world import World, make_world
 
+from dnd_sdk.doctor import examine
 from dnd_sdk.errors import GeneratorError
 from dnd_sdk.generator import finding
 from dnd_sdk.generator.finding import generator_folder, shipped_folder
@@ -38,3 +39,10 @@ def test_a_shipped_generators_base_is_known_under_another_name(world: World, mon
     monkeypatch.setattr(finding, "SHIPPED", world.generator.parent)
     found = DnD.load(str(world.base), **known).generator
     assert found is not None and found.base_fingerprint
+
+
+def test_doctor_looks_for_it_as_a_session_does(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"base": str(world.base), "encoder": str(world.encoder)}
+    assert {c.name: c.status for c in examine(world.home, **known)}["generator"] == "warn"
+    monkeypatch.setattr(finding, "SHIPPED", world.generator.parent)
+    assert {c.name: c.status for c in examine(world.home, **known)}["generator"] == "ok"

@@ -211,6 +211,26 @@ def test_every_room_has_a_face_that_keeps_its_word() -> None:
             getattr(loaded, name)
 
 
+KEPT = {
+    "adapters": "Adapter AdapterStore Problem",
+    "engine": "Engine Generation OptionScores SlotBank TextStream option_logprobs",
+    "evaluation": "EvalSettings MAX_PROMPTS METHODS Parts TaskTrainer Zoo default_methods evaluate render",
+    "generator": "FORMAT_VERSION Generator GeneratorConfig",
+    "models": "DEFAULT_BASE DEFAULT_ENCODER EMBEDDED Base ModelInfo fingerprint list_models load_base load_encoder",
+    "prompts": "MAX_FILE_BYTES MAX_LINE_BYTES MAX_PROMPTS PromptSet clean_prompts prompt_set_hash read_prompts",
+    "routing": "AdapterIndex Calibration Hit MAX_EXEMPLARS Probabilities RouteDecision Router ScoreMap Support",
+    "session": "AdaptResult Completion CompletionStream DnD Limits ObserveResult",
+    "tasks": "ANSWER_TYPES MAX_INFERRED_LABELS Row Task data_hash read_tasks task_names",
+    "training": "run_generator run_zoo",
+}
+"""What programs imported from here before the rooms were made."""
+
+
+@pytest.mark.parametrize("room", KEPT)
+def test_a_face_keeps_the_names_that_programs_import(room: str) -> None:
+    assert set(KEPT[room].split()) <= set(importlib.import_module(f"dnd_sdk.{room}").__all__)
+
+
 def test_the_root_holds_six_modules() -> None:
     names = {path.stem for path in (ROOT / "dnd_sdk").glob("*.py")}
     assert names == {"__init__", "config", "errors", "machine", "protocols", "settings"}

@@ -10,12 +10,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dnd_sdk.errors import AdapterCorruptError, InputError
-from dnd_sdk.files import open_regular, open_safetensors
+from dnd_sdk.files import open_safetensors
 
 EXEMPLARS = "exemplars.safetensors"
 MAX_EXEMPLARS_BYTES = 64 * 2**20
-MAX_MERGED = 64
-"""Exemplars kept of two sets: as many as routing makes of one."""
+MAX_EXEMPLARS = 64
+"""Prompt embeddings kept per adapter."""
 NONE_KEPT = ""
 """Recorded for an adapter stored without exemplars."""
 _SAME = 1e-4
@@ -57,10 +57,10 @@ def read_exemplars(folder: Path, recorded: str | None = None) -> Tensor | None:
         if recorded:
             raise AdapterCorruptError(f"{path} is missing, its manifest records one", fix=_fix(folder))
         return None
-    exemplars = _read(folder)
+    exemplars, found = _read(folder)
     if recorded == NONE_KEPT:
         raise AdapterCorruptError(f"{path} is there, its manifest does not record one", fix=f"delete {path}")
-    if recorded is not None and (found := _file_hash(folder)) != recorded:
+    if recorded is not None and found != recorded:
         raise AdapterCorruptError(
             f"{path} is another than was stored: its hash is {found[:16]}, the manifest says {recorded[:16]}",
             fix=_fix(folder),
@@ -78,25 +78,21 @@ def merged_exemplars(old: Tensor | None, new: Tensor) -> Tensor | None:
     added = new[torch.cdist(new, old, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1) > _SAME]
     if len(added) == 0:
         return None
-    room = max(0, min(len(old), MAX_MERGED - len(added)))
+    room = max(0, min(len(old), MAX_EXEMPLARS - len(added)))
     return torch.cat([old[torch.arange(room) * len(old) // max(room, 1)], added])
 
 
-def _read(folder: Path) -> Tensor:
+def _read(folder: Path) -> tuple[Tensor, str]:
+    """The exemplars and the hash of the file they came from: one open file, which nobody replaces between the two."""
     with open_safetensors(folder, EXEMPLARS, MAX_EXEMPLARS_BYTES) as f:
         kinds = {name: (info.dtype, len(info.shape)) for name, info in f.header.items()}
         if kinds != {"exemplars": ("F32", 2)}:
             raise AdapterCorruptError(f"{f.path} must hold one 2-D F32 tensor named exemplars, got {str(kinds)[:200]}")
-        exemplars = f.read()["exemplars"]
+        exemplars, digest = f.read()["exemplars"], f.sha256()
     try:
-        return check_exemplars(exemplars)
+        return check_exemplars(exemplars), digest
     except InputError as e:
         raise AdapterCorruptError(f"{folder / EXEMPLARS}: {e.message}") from e
-
-
-def _file_hash(folder: Path) -> str:
-    with open_regular(folder, EXEMPLARS, MAX_EXEMPLARS_BYTES) as (f, _):
-        return exemplars_hash(f.read())
 
 
 def _fix(folder: Path) -> str:

@@ -9,7 +9,7 @@ from dnd_sdk.errors import InputError
 from dnd_sdk.prompts import Role
 
 Prompt = str | Sequence[Mapping[str, Any]]
-"""One user message, or chat messages, oldest first; see `engine.chat.Messages`."""
+"""One user message, or chat messages, oldest first; see `chat.template.Messages`."""
 
 
 def with_role(prompt: Prompt, role: Role | None, own: str | None) -> Prompt:

@@ -217,7 +217,7 @@ def _weights(s: _Subject) -> Iterator[Check]:
 
 def _models(s: _Subject) -> Iterator[Check]:
     """Base, encoder and generator: there, whole, and made for each other."""
-    from dnd_sdk.generator import check_encoder, generator_folder, load_generator
+    from dnd_sdk.generator import check_encoder, folder_for, generator_folder, load_generator
     from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, Encoder, is_pulled, load_base
 
     base_name = s.base or DEFAULT_BASE
@@ -228,7 +228,7 @@ def _models(s: _Subject) -> Iterator[Check]:
     base = load_base(base_name, s.home, device=s.device)
     size = sum(p.numel() for p in base.model.parameters())
     yield Check("base", "ok", f"{base_name}, {size / 1e6:.1f} M parameters, fingerprint {base.fingerprint[:16]}")
-    generator = None
+    generator, folder = None, folder_for(base, folder)
     if folder is None:
         yield Check("generator", "warn", f"none for {base_name}", "train one with: dnd train generator")
     else:

@@ -2,6 +2,6 @@ from .bank import SlotBank as SlotBank
 from .batching import grouped as grouped
 from .engine import Engine as Engine
 from .prefix import Prefix as Prefix, shared_prefix as shared_prefix
-from .scoring import option_logprobs as option_logprobs
+from .scoring import OptionScores as OptionScores, option_logprobs as option_logprobs
 from .stream import TextStream as TextStream
 from .text import FinishReason as FinishReason, Generation as Generation

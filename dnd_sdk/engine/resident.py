@@ -71,7 +71,7 @@ class Resident:
         Adapters that fit the slots together share a round; the base needs none and goes with the first.
         """
         distinct = list(dict.fromkeys(i for i in adapter_ids if i is not None))
-        at_once = max(1, min((self.bank.room([i]) for i in distinct), default=1))
+        at_once = max(1, self.bank.room(()))
         turn: dict[str | None, int] = {i: n // at_once for n, i in enumerate(distinct)}
         return [turn.get(i, 0) for i in adapter_ids]
 

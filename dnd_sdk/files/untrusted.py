@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -115,6 +116,11 @@ class SafetensorsReader:
         # one tensor over all bytes; slices of it may be misaligned for a dtype, hence the clone before the cast
         raw = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         return {name: _tensor(raw, self.header[name]) for name in (self.header if names is None else names)}
+
+    def sha256(self) -> str:
+        """Of the whole file as it is open, in hex; read the tensors before."""
+        self._file.seek(0)
+        return hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _tensor(raw: Tensor, info: TensorInfo) -> Tensor:

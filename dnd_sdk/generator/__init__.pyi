@@ -1,11 +1,13 @@
 from .card import record_evaluation as record_evaluation, write_card as write_card
 from .finding import (
     check_encoder as check_encoder,
+    folder_for as folder_for,
     generator_folder as generator_folder,
     load_generator as load_generator,
     shipped_folder as shipped_folder,
 )
 from .generator import (
+    FORMAT_VERSION as FORMAT_VERSION,
     Generator as Generator,
     GeneratorConfig as GeneratorConfig,
     decoder_shapes as decoder_shapes,

@@ -38,6 +38,11 @@ def generator_folder(base: str, generator: str | PathLike[str] | None) -> Path |
     return folder
 
 
+def folder_for(base: Base, folder: Path | None) -> Path | None:
+    """`folder`, else the generator shipped for these very weights: a shipped one's base may have another name here."""
+    return folder or shipped_folder(base_fingerprint=base.fingerprint)
+
+
 def load_generator(folder: Path, base: Base) -> Generator:
     """The generator, on the base's device. Raises `LayoutMismatchError` when it was made for another base."""
     made = Generator.from_pretrained(folder)

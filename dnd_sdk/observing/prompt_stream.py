@@ -102,7 +102,7 @@ class PromptStream:
     """One agent's stream; every method may be called from any thread."""
 
     def __init__(self, settings: StreamSettings | None = None) -> None:
-        """Start with nothing seen; `stream_state` saves and restores what was."""
+        """Start with nothing seen; `observing.saved` saves and restores what was."""
         self.settings = settings or StreamSettings()
         self.lock = threading.Lock()
         """Held while anything below is read or changed."""

@@ -6,6 +6,7 @@ from .probability import Probabilities as Probabilities, ScoreMap as ScoreMap
 from .replay import replay_decisions as replay_decisions
 from .router import RouteDecision as RouteDecision, Router as Router, verdict as verdict
 from .similarity import (
+    MAX_EXEMPLARS as MAX_EXEMPLARS,
     check_vectors as check_vectors,
     choose_exemplars as choose_exemplars,
     set_similarity as set_similarity,

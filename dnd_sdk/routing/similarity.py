@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dnd_sdk.adapters import MAX_EXEMPLARS as MAX_EXEMPLARS
 from dnd_sdk.errors import InputError
 
-MAX_EXEMPLARS = 64
-"""Prompt embeddings kept per adapter."""
 MIN_COHERENCE = 0.02
 """Below this, prompts agree no more than random sentences do, and dividing by it would only amplify noise."""
 _UNIT = 1e-3

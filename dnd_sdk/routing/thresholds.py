@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dnd_sdk.adapters import MAX_EXEMPLARS
 from dnd_sdk.errors import ConfigError, DndError, GeneratorError
 from dnd_sdk.files import is_finite_number, write_atomic
 from dnd_sdk.routing.probability import Probabilities, reuse_map, support_map
-from dnd_sdk.routing.similarity import MAX_EXEMPLARS, check_vectors, coherence, kernel
+from dnd_sdk.routing.similarity import check_vectors, coherence, kernel
 from dnd_sdk.routing.support import NOISE_CENTRES, Support, centres_of
 
 FORMAT_VERSION = 1

@@ -11,7 +11,7 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home, text_of, whole_number
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError, shown
-from dnd_sdk.generator import check_encoder, generator_folder, load_generator, shipped_folder
+from dnd_sdk.generator import check_encoder, folder_for, generator_folder, load_generator
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import DEFAULT_ENCODER, Base, Encoder, load_base, resolve
 from dnd_sdk.routing import DecisionLog, Router, measured
@@ -34,7 +34,7 @@ def load_parts(
         raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
     folder = generator_folder(base, generator)
     resident = load_base(base, home, device=device, dtype=dtype, progress=progress)
-    folder = folder or shipped_folder(base_fingerprint=resident.fingerprint)  # a shipped one's base by another name
+    folder = folder_for(resident, folder)
     made = None if folder is None else load_generator(folder, resident)
     name = encoder or (made.encoder_name if made is not None else DEFAULT_ENCODER)
     resolve(name, home, progress=progress)  # fetch with progress; the load below finds it

@@ -1,9 +1,13 @@
-"""What a completion comes to."""
+"""The values a session returns: what a completion comes to, and what rooms below give under their own names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from dnd_sdk.adaptation import AdaptResult as AdaptResult
+from dnd_sdk.adaptation import Limits as Limits
+from dnd_sdk.observing import ObserveResult as ObserveResult
 
 if TYPE_CHECKING:
     from dnd_sdk.adaptation import Decision

@@ -76,7 +76,7 @@ class DnD:
 
         Args:
             base: `DEFAULT_BASE`, a local folder or a Hugging Face id of a causal LM.
-            generator: A generator's folder; None is the one shipped for the default base, none for another base.
+            generator: A generator's folder; None is the one shipped for this base, known by its name or its weights, if any.
             encoder: None is the one the generator was made with.
             home: Folder for adapters and weights; None is `DND_HOME`, else the user data folder.
             device: `auto`, `cpu`, `cuda`, ...
@@ -126,7 +126,7 @@ class DnD:
                 the adapter. None: none.
             top_k: How many adapters `"merge"` takes at most.
             calibrate: Whether a generated adapter also loses its taste for one label of a label task, which up to 32 of
-                the prompts, read by the base, show (`engine.label_calibration`). Adapters made before stay.
+                the prompts, read by the base, show (`adaptation.label_calibration`). Adapters made before stay.
                 None: as the session was loaded.
 
         Raises `InputError` for unusable prompts or role, `ConfigError` for a bad mode, name or top_k, `StorageError`

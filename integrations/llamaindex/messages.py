@@ -21,7 +21,7 @@ from dnd_sdk.integrations.llamaindex.calls import Part
 from dnd_sdk.session import Completion
 
 Chat = list[dict[str, Any]]
-"""Messages of `role` and `content`, oldest first; see `engine.chat.Messages`."""
+"""Messages of `role` and `content`, oldest first; see `chat.template.Messages`."""
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
