@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,25 @@ def test_a_folder_that_is_named_wins_and_must_be_there(tmp_path: Path) -> None:
         generator_folder(DEFAULT_BASE, tmp_path / "none")
 
 
-def test_a_shipped_generators_base_is_known_under_another_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def renamed(world: World, tmp_path: Path) -> str:
+    """The base under another name: only its weights say what it is."""
+    return str(shutil.copytree(world.base, tmp_path / "copy"))
+
+
+def test_a_shipped_generators_base_is_known_under_another_name(
+    world: World, renamed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = {"encoder": str(world.encoder), "home": world.home}
-    assert DnD.load(str(world.base), **known).generator is None
+    assert DnD.load(renamed, **known).generator is None
     monkeypatch.setattr(finding, "SHIPPED", world.generator.parent)
-    found = DnD.load(str(world.base), **known).generator
+    assert generator_folder(renamed, None) is None
+    found = DnD.load(renamed, **known).generator
     assert found is not None and found.base_fingerprint
 
 
-def test_doctor_looks_for_it_as_a_session_does(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"base": str(world.base), "encoder": str(world.encoder)}
+def test_doctor_looks_for_it_as_a_session_does(world: World, renamed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"base": renamed, "encoder": str(world.encoder)}
     assert {c.name: c.status for c in examine(world.home, **known)}["generator"] == "warn"
     monkeypatch.setattr(finding, "SHIPPED", world.generator.parent)
     assert {c.name: c.status for c in examine(world.home, **known)}["generator"] == "ok"

@@ -1,4 +1,9 @@
 from .options import ALIASES as ALIASES, call_options as call_options, check_known as check_known, renamed as renamed
-from .results import AdaptResult as AdaptResult, Completion as Completion, Limits as Limits, ObserveResult as ObserveResult
+from .results import (
+    AdaptResult as AdaptResult,
+    Completion as Completion,
+    Limits as Limits,
+    ObserveResult as ObserveResult,
+)
 from .session import AUTO as AUTO, AdapterChoice as AdapterChoice, DnD as DnD
 from .stream import CompletionStream as CompletionStream

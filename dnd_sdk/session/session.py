@@ -76,7 +76,7 @@ class DnD:
 
         Args:
             base: `DEFAULT_BASE`, a local folder or a Hugging Face id of a causal LM.
-            generator: A generator's folder; None is the one shipped for this base, known by its name or its weights, if any.
+            generator: A generator's folder; None is the one shipped for this base (by name, else by weights), if any.
             encoder: None is the one the generator was made with.
             home: Folder for adapters and weights; None is `DND_HOME`, else the user data folder.
             device: `auto`, `cpu`, `cuda`, ...
