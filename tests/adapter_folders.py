@@ -44,3 +44,14 @@ def peft_folder(
     }
     (folder / "adapter_config.json").write_text(json.dumps(plain | config))
     return folder
+
+
+def listed(root: Path) -> list[str]:
+    """What is in a store's folder but for its journal, whatever is left unfinished included."""
+    inside = [f".store/{p.name}" for p in (root / ".store").glob("*") if p.name != "journal.jsonl"]
+    return sorted([p.name for p in root.iterdir() if p.name != ".store"] + inside)
+
+
+def seen(store: AdapterStore) -> int:
+    """How many changes a store has noticed so far."""
+    return store.changes(0).now

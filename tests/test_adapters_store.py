@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_folders import BASE, TINY, peft_folder, peft_tensors, store_one
+from adapter_folders import BASE, TINY, listed, peft_folder, peft_tensors, seen, store_one
 from helpers import random_flat
 from safetensors.torch import load_file, save_file
 
-from dnd_sdk.adapters import AdapterStore, folders
+from dnd_sdk.adapters import Adapter, AdapterStore, folders
 from dnd_sdk.adapters.exemplars import EXEMPLARS
 from dnd_sdk.adapters.peft_config import config_text
 from dnd_sdk.config import Home
@@ -74,7 +74,7 @@ def test_put_then_load_is_exact(store: AdapterStore) -> None:
     assert sorted(p.name for p in adapter.path.iterdir()) == sorted(
         ["README.md", "adapter_config.json", WEIGHTS, "dnd.json", EXEMPLARS]
     )
-    assert sorted(os.listdir(store.root)) == [adapter.name], "no temporary folder is left"
+    assert listed(store.root) == [adapter.name], "no temporary folder is left"
 
 
 def test_same_weights_again_are_the_same_adapter(store: AdapterStore) -> None:
@@ -144,7 +144,7 @@ def test_rm_removes_sound_and_damaged_folders(store: AdapterStore) -> None:
     assert [store.find(n) for n in ("broken", adapter.id)] == ["broken", "link"], "the first of two with that id"
     for name in ("broken", "link", adapter.id):
         store.rm(name)
-    assert os.listdir(store.root) == [] and store.ls() == []
+    assert listed(store.root) == [] and store.ls() == []
     for use in (lambda: store.rm("one"), lambda: store.load(adapter, TINY), lambda: store.exemplars(adapter)):
         with pytest.raises(AdapterNotFoundError, match="no adapter 'one'"):
             use()
@@ -173,21 +173,31 @@ def test_load_into_a_larger_rank(store: AdapterStore) -> None:
     torch.testing.assert_close(large.scaling * B @ A, TINY.scaling * B0 @ A0)
 
 
-def test_version_follows_every_change_of_other_stores(home: Home, store: AdapterStore) -> None:
-    seen = [store.version()]
+def test_every_change_is_told_whoever_makes_it(home: Home, store: AdapterStore) -> None:
+    now = store.changes(0).now
 
-    def changes(act: Callable[[], object]) -> None:
+    def told(act: Callable[[], object], *names: str) -> None:
+        nonlocal now
         act()
-        assert store.version() != seen[-1]
-        seen.append(store.version())
-        assert store.version() == seen[-1]
+        changes = store.changes(now)
+        assert set(changes.adapters) == set(names) and changes.everything == (now == 0)
+        assert changes.now > now and store.changes(changes.now).adapters == {}
+        assert {n: a for n in names if (a := by_name(store).get(n))} == {n: a for n, a in changes.adapters.items() if a}
+        now = changes.now
 
     other = AdapterStore(home)
-    changes(lambda: store_one(other, name="one"))
-    changes(lambda: store_one(other, random_flat(TINY, seed=1), name="two"))
-    changes(lambda: other.rm("one"))
-    changes(lambda: (other.rm("two"), store_one(other, name="two")))
-    changes(lambda: os.rename(store.root / "two", store.root / "three"))
+    told(lambda: store_one(other, name="one"), "one")
+    told(lambda: store_one(store, random_flat(TINY, seed=1), name="two", exemplars=exemplars()), "two")
+    told(lambda: other.set_exemplars(other.get("two"), exemplars(6)), "two")
+    told(lambda: other.rm("one"), "one")
+    told(lambda: (other.rm("two"), store_one(other, name="two")), "two")
+    told(lambda: os.rename(store.root / "two", store.root / "three"), "two", "three")
+    told(lambda: shutil.copytree(store.root / "three", store.root / "four"), "four")
+    told(lambda: shutil.rmtree(store.root / "three"), "three")
+
+
+def by_name(store: AdapterStore) -> dict[str, Adapter]:
+    return {a.name: a for a in store.ls()}
 
 
 def test_exemplars_are_replaced_and_nothing_else(home: Home, store: AdapterStore) -> None:
@@ -195,15 +205,15 @@ def test_exemplars_are_replaced_and_nothing_else(home: Home, store: AdapterStore
     adapter = store_one(store, name="one", exemplars=exemplars(), **fields)
     other = AdapterStore(home)
     assert other.ls() == [adapter]
-    before = other.version()
+    before = seen(other)
     refined = store.set_exemplars(adapter, exemplars(6))
-    assert other.version() != before and other.ls() == [refined] == [store.get("one")]
+    assert seen(other) != before and other.ls() == [refined] == [store.get("one")]
     unchanged = replace(refined, refined=None, exemplars_sha256=adapter.exemplars_sha256)
     assert refined.refined is not None and unchanged == adapter
     assert torch.equal(other.exemplars(refined), exemplars(6)) and store.verify() == []
     assert torch.equal(other.load(refined, TINY, base_fingerprint=BASE), random_flat(TINY))
-    again = store.version()
-    assert store.set_exemplars(adapter, exemplars(4)).refined != refined.refined and store.version() != again
+    again = seen(store)
+    assert store.set_exemplars(adapter, exemplars(4)).refined != refined.refined and seen(store) != again
     assert not [p for p in adapter.path.iterdir() if p.name.startswith(".")]
 
 
@@ -215,7 +225,7 @@ def test_exemplars_of_what_is_gone_or_unusable(store: AdapterStore) -> None:
     store.rm("one")
     with pytest.raises(AdapterNotFoundError):
         store.set_exemplars(adapter, exemplars())
-    assert list(store.root.iterdir()) == []
+    assert listed(store.root) == []
     store_one(store, random_flat(TINY, seed=1), name="one")
     with pytest.raises(AdapterNotFoundError, match="was replaced"):
         store.set_exemplars(adapter, exemplars())
@@ -227,24 +237,22 @@ def test_a_folder_removed_while_its_exemplars_are_replaced_stays_removed(
     adapter = store_one(store, name="one", exemplars=exemplars())
     real = folders.stage
 
-    def remove_first(root: Path, name: str, files: dict[str, bytes]) -> Path:
-        shutil.rmtree(root / name)
-        return real(root, name, files)
+    def remove_first(state: Path, name: str, files: dict[str, bytes]) -> Path:
+        shutil.rmtree(state.parent / name)
+        return real(state, name, files)
 
     monkeypatch.setattr(folders, "stage", remove_first)
     with pytest.raises(AdapterNotFoundError):
         store.set_exemplars(adapter, exemplars())
-    assert list(store.root.iterdir()) == []
+    assert listed(store.root) == []
 
 
-def test_version_differs_even_within_one_tick_of_the_clock(store: AdapterStore) -> None:
-    store_one(store, name="one")
-    seen = set()
-    for name in ("two", "three"):
-        store_one(store, name=name)
-        os.utime(store.root, ns=(0, 0))
-        seen.add(store.version())
-    assert len(seen) == 2
+def test_changes_by_hand_are_seen_even_within_one_tick_of_the_clock(store: AdapterStore) -> None:
+    store_one(store, name="a0")
+    store.changes(0)
+    for i in range(30):
+        os.rename(store.root / f"a{i}", store.root / f"a{i + 1}")
+        assert set(store.changes(0).adapters) == {f"a{i + 1}"}
 
 
 def test_listing_sees_what_another_process_replaced(home: Home, store: AdapterStore) -> None:
@@ -296,7 +304,7 @@ def test_processes_store_the_same_weights_at_once(home: Home, store: AdapterStor
     for process in processes:
         process.join(timeout=60)
     assert ids[0] == ids[1] == ids[2] and sorted(a.id for a in store.ls()) == sorted(ids[0])
-    assert len(os.listdir(store.root)) == 30, "no temporary folder is left"
+    assert len(listed(store.root)) == 30, "no temporary folder is left"
     assert store.verify() == []
 
 
@@ -342,7 +350,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(store: AdapterStore) -> None
     config_text(layout, "tiny")
     with file_size_limit(50_000), pytest.raises(StorageError, match=r"cannot store an adapter in .*: File too large"):
         store_one(store, layout=layout)
-    assert everything(store.root) == before and os.listdir(store.root) == ["kept"]
+    assert everything(store.root) == before and listed(store.root) == ["kept"]
 
 
 @pytest.mark.parametrize(
@@ -369,7 +377,7 @@ def test_disk_trouble_says_what_helps(
             store.rm("kept")
         with pytest.raises(StorageError, match="cannot write"):
             store.export("kept", store.root.parent / "out")
-    assert os.listdir(store.root) == ["kept"] and store.ls() == [adapter] and store.verify() == []
+    assert listed(store.root) == ["kept"] and store.ls() == [adapter] and store.verify() == []
 
 
 def test_home_that_cannot_be_made(tmp_path: Path) -> None:
@@ -380,7 +388,8 @@ def test_home_that_cannot_be_made(tmp_path: Path) -> None:
             put()
     with pytest.raises(StorageError, match="cannot list"):
         store.ls()
-    assert store.version() == "unreadable"
+    with pytest.raises(StorageError, match="cannot list"):
+        store.changes(0)
 
 
 def test_ctrl_c_leaves_nothing(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,12 +403,12 @@ def test_ctrl_c_leaves_nothing(store: AdapterStore, monkeypatch: pytest.MonkeyPa
             patch.setattr(where, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 store_one(store, random_flat(TINY, seed=1))
-        assert os.listdir(store.root) == ["kept"]
+        assert listed(store.root) == ["kept"]
 
 
 def test_folders_left_by_killed_processes_are_swept(home: Home, store: AdapterStore) -> None:
     store_one(store, name="kept")
-    left = [store.root / ".put-1-x", store.root / ".rm-2-x"]
+    left = [store.root / ".store" / "put-1-x", store.root / ".store" / "rm-2-x"]
     for folder in left:
         folder.mkdir()
         (folder / WEIGHTS).write_bytes(b"x")
@@ -479,7 +488,7 @@ def test_load_and_import_refuse_damage(store: AdapterStore, kind: str, tmp_path:
         store.import_folder(copy, TINY, base_fingerprint=BASE, name="new")
     with pytest.raises(AdapterCorruptError, match=DAMAGES[kind]):
         store.export("bad", tmp_path / "out")
-    assert os.listdir(store.root) == ["bad"] and not (tmp_path / "out").exists()
+    assert listed(store.root) == ["bad"] and not (tmp_path / "out").exists()
 
 
 def test_listing_steps_over_damaged_folders_and_warns_once(

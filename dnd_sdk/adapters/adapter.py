@@ -94,13 +94,22 @@ def default_name(adapter_id: str, role: str | None = None) -> str:
 
 def manifest_text(adapter: Adapter, layout: LoraLayout) -> str:
     """The content of `dnd.json`."""
-    data = {key: getattr(adapter, key) for key in _FIELDS}
-    return json.dumps({"format_version": FORMAT_VERSION, **data, "layout": layout.to_dict()}) + "\n"
+    fields = adapter_fields(adapter)
+    return json.dumps({"format_version": FORMAT_VERSION, **fields, "layout": layout.to_dict()}) + "\n"
 
 
 def read_manifest(folder: Path) -> Adapter:
     """The adapter in `folder`. Raises `AdapterCorruptError` when `dnd.json` is missing, damaged or too new."""
-    data = _load(folder)
+    return adapter_from(folder, _load(folder))
+
+
+def adapter_fields(adapter: Adapter) -> dict[str, Any]:
+    """What is kept of an adapter, JSON-able: all but its name and path."""
+    return {key: getattr(adapter, key) for key in _FIELDS}
+
+
+def adapter_from(folder: Path, data: dict[str, Any]) -> Adapter:
+    """The adapter in `folder` from its fields; raises `AdapterCorruptError` when one is not as it must be."""
     values: dict[str, Any] = {}
     for key, valid in _FIELDS.items():
         values[key] = data.get(key, _ABSENT.get(key))

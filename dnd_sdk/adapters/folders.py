@@ -1,31 +1,36 @@
 """`AdapterFolders`: named folders that appear and disappear whole, for any number of processes.
 
-* A folder is filled under a dot name and renamed into place: readers see all of it or nothing.
-* Who adds or removes shares the root's lock, who replaces files has it alone; who has it alone knows that all dot names
-  are left from killed processes, and finishes or deletes them (see `pending`).
+* A folder is filled aside and renamed into place: readers see all of it or nothing.
+* Who adds or removes shares the root's lock, who replaces files has it alone; who has it alone knows that all that is
+  unfinished is left from killed processes, and finishes or deletes it (see `pending`).
+* Each change is told to the catalogue while nobody else changes anything.
 * Nothing is flushed to the platter: after a power cut the hash in `dnd.json` tells a damaged folder from a sound one.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from dnd_sdk.adapters.adapter import Adapter
+from dnd_sdk.adapters.catalogue import Catalogue, folder_names
 from dnd_sdk.adapters.pending import (
     PUTTING,
     REMOVING,
     SETTING,
+    STATE,
     delete,
+    entries_of,
     finish,
     finish_all,
     stage,
-    sweep_root,
+    sweep_state,
     temporary,
 )
 from dnd_sdk.errors import DndError
@@ -43,33 +48,24 @@ class AdapterFolders:
     """The folders under one root; the root itself is made on the first commit."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self._state = root, root / STATE
+        self._catalogue = Catalogue(root, self._state)
         self._swept = False
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """What is known of the folders, once what killed processes left is finished."""
+        self._settle()
+        return self._catalogue
 
     def names(self) -> list[str]:
         """Every entry, sorted, whatever it holds; raises `StorageError` when the root cannot be listed."""
-        with storage_errors("list", self.root):
-            try:
-                return sorted(n for n in self._listing() if not n.startswith("."))
-            except FileNotFoundError:
-                return []
+        self._settle()
+        return sorted(folder_names(self.root))
 
     def has(self, name: str) -> bool:
         """Whether anything of that name is there."""
         return os.path.lexists(self.root / name)
-
-    def version(self) -> str:
-        """A token that changes whenever any process adds, removes, renames or alters a folder; costs one listing."""
-        try:
-            self._listing()
-            modified = self.root.stat().st_mtime_ns
-            with os.scandir(self.root) as entries:
-                names = sorted((e.name, e.inode()) for e in entries if not e.name.startswith("."))
-        except FileNotFoundError:
-            return "empty"
-        except OSError:
-            return "unreadable"
-        return hashlib.sha256(repr((modified, names)).encode()).hexdigest()[:32]
 
     def read(self, name: str, reader: Callable[[Path], T]) -> T | None:
         """What `reader` makes of a folder as it was at one moment; None if it is gone.
@@ -83,87 +79,114 @@ class AdapterFolders:
                 return reader(folder)
             except DndError:
                 # files may be half replaced: by a process at work, which is waited for, or by one that was killed
-                self._mend()
+                self._settle()
                 if failed and _identity(folder) == before:
                     raise
                 failed = True
         return None
 
-    def commit(self, name: str, fill: Callable[[Path], None]) -> bool:
-        """Let `fill` write a folder and publish it as `name`; False, and nothing changed, if that name exists.
+    def commit(self, adapter: Adapter, fill: Callable[[Path], None]) -> bool:
+        """Let `fill` write an adapter's folder and publish it; False, and nothing changed, if its name exists.
 
         Raises `StorageError` when the disk is full or read-only; nothing half-written is left then, nor after Ctrl-C.
         """
         with storage_errors("store an adapter in", self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._listing()
-            with locked(self.root, shared=True):
-                return publish(self.root / name, fill)
+            self._state.mkdir(parents=True, exist_ok=True)
+            self._settle()
+            with locked(self.root, shared=True), _filled(self._state / temporary(PUTTING), fill) as folder:
+                with self._catalogue.changing() as record:
+                    published = _rename(folder, self.root / adapter.name)
+                    if published:
+                        record(adapter.name, adapter)
+                return published
 
-    def replace_files(self, name: str, make: Callable[[Path], Mapping[str, bytes]]) -> bool:
-        """Replace files of a folder by those that `make` gives for it, all or none; False if the folder is gone.
+    def replace_files(
+        self, name: str, make: Callable[[Path], tuple[Adapter, Mapping[str, bytes]]]
+    ) -> Adapter | None:
+        """Replace files of a folder by those that `make` gives for it, all or none; None if the folder is gone.
 
-        Nobody else adds, removes or replaces meanwhile. The files must hold the manifest, unless there are none: then
-        nothing is done. Raises `StorageError` and what `make` raises.
+        Nobody else adds, removes or replaces meanwhile. `make` also gives the adapter as it then is; its files must
+        hold the manifest, unless there are none: then nothing is done. Raises `StorageError` and what `make` raises.
         """
         folder = self.root / name
         with storage_errors("write", folder), locked(self.root):
             try:
-                finish_all(self.root)
-                files = make(folder)
-                return not files or finish(stage(self.root, name, files))
+                finish_all(self._state)
+                adapter, files = make(folder)
+                if files and not self._replace(adapter, files):
+                    return None
             except (DndError, FileNotFoundError):
                 if folder.exists():
                     raise
-                return False
+                return None
+            return adapter
+
+    def _replace(self, adapter: Adapter, files: Mapping[str, bytes]) -> bool:
+        self._state.mkdir(exist_ok=True)
+        staged = stage(self._state, adapter.name, files)
+        with self._catalogue.changing() as record:
+            done = finish(staged)
+            if done:
+                record(adapter.name, adapter)
+        return done
 
     def remove(self, name: str) -> bool:
         """Remove a folder; False if another process was faster."""
-        aside = self.root / temporary(REMOVING)
-        with storage_errors("remove", self.root / name), locked(self.root, shared=True):
-            try:
-                os.rename(self.root / name, aside)
-            except FileNotFoundError:
-                return False
-            delete(aside)
+        with storage_errors("remove", self.root / name):
+            self._state.mkdir(exist_ok=True)
+            aside = self._state / temporary(REMOVING)
+            with locked(self.root, shared=True):
+                with self._catalogue.changing() as record:
+                    try:
+                        os.rename(self.root / name, aside)
+                    except FileNotFoundError:
+                        return False
+                    record(name, None)
+                delete(aside)
         return True
 
-    def _listing(self) -> list[str]:
-        """The root's entries, once what killed processes left is finished and, once per process, deleted."""
-        names = os.listdir(self.root)
-        if self._swept and not any(n.startswith(SETTING) for n in names):
-            return names
-        self._mend()
-        return os.listdir(self.root)
-
-    def _mend(self) -> None:
+    def _settle(self) -> None:
+        """Finish what killed processes left and, once per process, delete what they did not need."""
+        names = entries_of(self._state)
+        staged = any(n.startswith(SETTING) for n in names)
+        if self._swept and not staged:
+            return
         try:
-            if any(n.startswith(SETTING) for n in os.listdir(self.root)):
+            if staged:
                 with locked(self.root):
-                    finish_all(self.root)
+                    finish_all(self._state)
             if not self._swept:
                 with locked(self.root, wait=False) as alone:
-                    sweep_root(self.root, alone)
+                    sweep_state(self._state, alone)
                     self._swept = alone
         except OSError as e:  # a read-only disk can still be read
-            log.warning("what a killed process left in %s cannot be cleared: %s", self.root, e.strerror or e)
+            log.warning("what a killed process left in %s cannot be cleared: %s", self._state, e.strerror or e)
 
 
 def publish(target: Path, fill: Callable[[Path], None]) -> bool:
     """Fill a temporary folder beside `target` and rename it into place; False if `target` is taken."""
-    temp = target.parent / temporary(PUTTING)
+    with _filled(target.parent / f".{temporary(PUTTING)}", fill) as folder:
+        return _rename(folder, target)
+
+
+@contextmanager
+def _filled(folder: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
     try:
-        temp.mkdir()
-        fill(temp)
-        try:
-            os.rename(temp, target)
-        except OSError as e:
-            # the error tells, not a second look: the folder in the way may be gone again by now
-            if e.errno in _TAKEN:
-                return False
-            raise
+        folder.mkdir()
+        fill(folder)
+        yield folder
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename(folder: Path, target: Path) -> bool:
+    try:
+        os.rename(folder, target)
+    except OSError as e:
+        # the error tells, not a second look: the folder in the way may be gone again by now
+        if e.errno in _TAKEN:
+            return False
+        raise
     return True
 
 

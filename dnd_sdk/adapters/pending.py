@@ -1,7 +1,8 @@
-"""Replacing several files of a folder at once: staged beside it, then moved; what a kill cuts short is finished later.
+"""Replacing several files of a folder at once: staged aside, then moved; what a kill cuts short is finished later.
 
-* `.put-*` is a folder being filled, `.rm-*` one being deleted: of a dead process, both are rubbish.
-* `.set-<32 hex>-NAME` holds files on their way into the folder NAME: the rename to that name is the moment they count,
+What is not finished lies in the root's folder `.store`, so that the root itself changes only when adapters do:
+* `put-*` is a folder being filled, `rm-*` one being deleted: of a dead process, both are rubbish.
+* `set-<32 hex>-NAME` holds files on their way into the folder NAME: the rename to that name is the moment they count,
   whoever finds them later moves the rest.
 """
 
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 
 STALE_S = 3600.0
 """Where nobody can tell by the lock, a temporary folder this old belongs to a process that died."""
-PUTTING, REMOVING, SETTING = ".put-", ".rm-", ".set-"
+STATE = ".store"
+PUTTING, REMOVING, SETTING = "put-", "rm-", "set-"
 
 
 def temporary(prefix: str) -> str:
@@ -32,9 +34,17 @@ def temporary(prefix: str) -> str:
     return f"{prefix}{os.getpid()}-{uuid.uuid4().hex}"
 
 
-def stage(root: Path, name: str, files: Mapping[str, bytes]) -> Path:
+def entries_of(state: Path) -> list[str]:
+    """What is not finished, and the journal; empty where there is no such folder."""
+    try:
+        return os.listdir(state)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def stage(state: Path, name: str, files: Mapping[str, bytes]) -> Path:
     """Write files meant for the folder `name`; once this returns they count, the manifest among them."""
-    filling, staged = root / temporary(PUTTING), root / f"{SETTING}{uuid.uuid4().hex}-{name}"
+    filling, staged = state / temporary(PUTTING), state / f"{SETTING}{uuid.uuid4().hex}-{name}"
     try:
         filling.mkdir()
         for file, data in files.items():
@@ -54,30 +64,31 @@ def finish(staged: Path) -> bool:
 
     Stopped anywhere, it can be done again. Raises `OSError`.
     """
-    folder = staged.parent / staged.name[len(SETTING) + 33 :]
+    root = staged.parent.parent
+    folder = root / staged.name[len(SETTING) + 33 :]
     wanted = _same_adapter(staged, folder)
     if wanted:
         # the manifest last: as long as it is here, the rest can be told to belong to the folder
         for path in sorted(staged.iterdir(), key=lambda p: p.name == MANIFEST):
             _move(path, folder / path.name)
-        now = time.time_ns()  # finer than what the system stamps: no two changes share a tick
-        os.utime(staged.parent, ns=(now, now))
+        now = time.time_ns()  # whoever was killed before the journal knew leaves the root changed
+        os.utime(root, ns=(now, now))
     shutil.rmtree(staged, ignore_errors=True)
     return wanted
 
 
-def finish_all(root: Path) -> None:
+def finish_all(state: Path) -> None:
     """Finish what killed processes had staged; whoever calls holds the root's lock where there are locks."""
-    for name in sorted(os.listdir(root)):
+    for name in sorted(entries_of(state)):
         if name.startswith(SETTING):
-            log.info("finishing %s, left by a process that died", root / name)
-            finish(root / name)
+            log.info("finishing %s, left by a process that died", state / name)
+            finish(state / name)
 
 
-def sweep_root(root: Path, alone: bool) -> None:
+def sweep_state(state: Path, alone: bool) -> None:
     """Delete what killed processes left; not `alone` (others may be at work), only what is old."""
-    for name in os.listdir(root):
-        path = root / name
+    for name in entries_of(state):
+        path = state / name
         if name.startswith((PUTTING, REMOVING)) and (alone or _age_s(path) > STALE_S):
             log.info("removing %s, left by a process that died", path)
             delete(path)

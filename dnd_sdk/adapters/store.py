@@ -27,11 +27,11 @@ from dnd_sdk.adapters.adapter import (
     read_manifest,
 )
 from dnd_sdk.adapters.card import CARD, card_text
+from dnd_sdk.adapters.catalogue import Changes
 from dnd_sdk.adapters.checks import check_base, check_folder, check_read_hash
 from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, exemplars_bytes, exemplars_hash, read_exemplars
 from dnd_sdk.adapters.folders import AdapterFolders, publish
 from dnd_sdk.adapters.incoming import read_incoming
-from dnd_sdk.adapters.listing import Listing
 from dnd_sdk.adapters.peft_config import CONFIG, config_text
 from dnd_sdk.adapters.peft_folder import WEIGHTS, adapter_id, check_flat, read_weights, write_weights
 from dnd_sdk.adapters.refining import refined_files, with_more
@@ -56,7 +56,6 @@ class AdapterStore:
     def __init__(self, home: Home) -> None:
         self.root = home.adapters
         self._folders = AdapterFolders(home.adapters)
-        self._listing = Listing(self._folders)
 
     def put(
         self,
@@ -146,7 +145,7 @@ class AdapterStore:
             stored = self._existing(adapter)
             if stored is not None:
                 return stored
-            if self._folders.commit(chosen, fill):
+            if self._folders.commit(adapter, fill):
                 return adapter
 
     def get(self, name_or_id: str) -> Adapter:
@@ -162,10 +161,10 @@ class AdapterStore:
             return name_or_id
         if not isinstance(name_or_id, str):
             raise ConfigError(f"an adapter's name must be text, got {shown(name_or_id)}")
-        name = next((a.name for a in self.ls() if a.id == name_or_id), None)
-        if name is None:
+        found = self._folders.catalogue.with_id(name_or_id)
+        if not found:
             raise self._not_found(name_or_id)
-        return name
+        return found[0].name
 
     def load(self, adapter: Adapter, layout: LoraLayout, *, base_fingerprint: str | None = None) -> Tensor:
         """The adapter's weights as a flat fp32 vector of `layout`, everything checked.
@@ -209,14 +208,24 @@ class AdapterStore:
 
     def ls(self) -> list[Adapter]:
         """Every sound adapter by name; damaged folders are skipped with a warning, once each."""
-        return self._listing.adapters()
+        return self._folders.catalogue.adapters()
+
+    def changes(self, since: int) -> Changes:
+        """What any process added, removed, renamed or refined after the question answered with `now=since`.
+
+        0 asks for everything. Costs what changed, not what is stored.
+        """
+        return self._folders.catalogue.changes(since)
+
+    def made_for(self, prompt_hash: str) -> list[Adapter]:
+        """The adapters made for exactly this prompt set, by name."""
+        return self._folders.catalogue.made_for(prompt_hash)
 
     def rm(self, name_or_id: str) -> None:
         """Remove an adapter, damaged or not. Raises `AdapterNotFoundError` or `StorageError`."""
         name = self.find(name_or_id)
         if not self._folders.remove(name):
             raise self._not_found(name)
-        self._listing.forget(name)
 
     def verify(self, name: str | None = None) -> list[Problem]:
         """Read and hash one adapter (None: all of them) and report what is wrong, instead of raising.
@@ -291,22 +300,16 @@ class AdapterStore:
                 raise ConfigError(f"{out} exists and is not an empty folder", fix="choose another folder")
         return out
 
-    def version(self) -> str:
-        """A token that changes when any process adds, removes, renames or refines an adapter; costs one listing."""
-        return self._folders.version()
-
     def _refine(self, adapter: Adapter, refine: Refine) -> Adapter:
         """Replace files of a stored adapter by what `refine` makes of it, as it is once nobody else changes it."""
-        refined = adapter
 
-        def make(folder: Path) -> dict[str, bytes]:
-            nonlocal refined
+        def make(folder: Path) -> tuple[Adapter, dict[str, bytes]]:
             stored = read_manifest(folder)
             _check_same(stored, adapter)
-            refined, files = refine(folder, stored)
-            return files
+            return refine(folder, stored)
 
-        if not self._folders.replace_files(adapter.name, make):
+        refined = self._folders.replace_files(adapter.name, make)
+        if refined is None:
             raise self._not_found(adapter.name)
         return refined
 
@@ -325,7 +328,7 @@ class AdapterStore:
         return stored
 
     def _name_of(self, weights_id: str, role: str | None) -> str | None:
-        return next((a.name for a in self.ls() if (a.id, a.role) == (weights_id, role)), None)
+        return next((a.name for a in self._folders.catalogue.with_id(weights_id) if a.role == role), None)
 
     def _problem(self, name: str) -> Problem | None:
         try:
