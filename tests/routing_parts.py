@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dnd_sdk.adapters import Adapter
+from dnd_sdk.adapters import Adapter, Changes
 
 BASE, ENCODER, WIDTH = "b" * 64, "e" * 64, 48
 
@@ -39,27 +39,31 @@ def adapter(name: str, *, created: str = "2026-01-01T00:00:00+00:00", **more: st
 
 @dataclass
 class FakeStore:
-    """The three methods routing uses; counts how often the adapters were listed."""
+    """The methods routing uses; counts how many adapters' exemplars were read."""
 
     kept: dict[str, tuple[Adapter, Tensor | None]] = field(default_factory=dict)
-    changes: int = 0
-    listings: int = 0
+    changed: list[str] = field(default_factory=list)
+    reads: int = 0
 
     def put(self, a: Adapter, exemplars: Tensor | None) -> Adapter:
         self.kept[a.name] = (a, exemplars)
-        self.changes += 1
+        self.changed.append(a.name)
         return a
 
     def rm(self, name: str) -> None:
         del self.kept[name]
-        self.changes += 1
+        self.changed.append(name)
 
-    def ls(self) -> list[Adapter]:
-        self.listings += 1
-        return [self.kept[name][0] for name in sorted(self.kept)]
+    def changes(self, since: int) -> Changes:
+        names, now = set(self.changed[since:]) if since else set(self.kept), len(self.changed)
+        return Changes(now, {n: self.kept[n][0] if n in self.kept else None for n in names}, since == 0)
+
+    def made_for(self, prompt_hash: str) -> list[Adapter]:
+        return [a for a, _ in self.kept.values() if a.prompt_hash == prompt_hash]
+
+    def with_id(self, adapter_id: str) -> list[Adapter]:
+        return [a for a, _ in self.kept.values() if a.id == adapter_id]
 
     def exemplars(self, a: Adapter) -> Tensor | None:
+        self.reads += 1
         return self.kept[a.name][1]
-
-    def version(self) -> str:
-        return str(self.changes)

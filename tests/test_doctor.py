@@ -71,7 +71,7 @@ def test_doctor_sees_a_home_that_is_a_file(tmp_path: Path) -> None:
 
 def test_doctor_sees_a_damaged_index(adapted: World) -> None:
     adapted.session().route(prompts_of("digits"))
-    [manifest] = adapted.home.index.glob("*/index.json")
+    [manifest] = adapted.home.index.glob("*/index.jsonl")
     assert (
         "2 of 2 stored adapters indexed" in by_name(dnd_json("doctor", *adapted.options)["checks"])["index"]["detail"]
     )
@@ -230,7 +230,7 @@ def test_an_index_that_is_behind_the_store(adapted: World) -> None:
 
 def test_an_index_whose_bytes_changed(adapted: World) -> None:
     adapted.session().route(prompts_of("digits"))
-    [file] = adapted.home.index.glob("*/index.faiss")
+    [file] = adapted.home.index.glob("*/vectors-*.f32")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

@@ -15,9 +15,9 @@ from routing_parts import BASE, ENCODER, WIDTH, FakeStore, adapter, task_vectors
 
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
-from dnd_sdk.errors import ConfigError, InputError, StorageError
+from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.routing import Router, Support, Thresholds
-from dnd_sdk.routing.index import INDEX_FILE, MANIFEST_FILE
+from dnd_sdk.routing.vector_file import INDEX_FILE
 from dnd_sdk.routing.support import centres_of
 
 LIMITS = Thresholds(reuse=0.9, reuse_single=0.5, support=0.1)
@@ -169,33 +169,42 @@ def test_adapters_of_another_process_are_noticed(home: Home) -> None:
 
 
 def test_index_is_kept_between_runs_and_made_again_when_damaged(tmp_path: Path) -> None:
-    class Counting(FakeStore):
-        reads = 0
-
-        def exemplars(self, a):  # type: ignore[no-untyped-def]
-            self.reads += 1
-            return super().exemplars(a)
-
-    store = Counting(store_with().kept, changes=3)
+    store = store_with()
     first = router(store, folder=tmp_path).route(task_vectors(1, seed=1))
     assert store.reads == 3
     assert router(store, folder=tmp_path).route(task_vectors(1, seed=1)) == first and store.reads == 3
     saved = next(tmp_path.iterdir())
-    assert {p.name for p in saved.iterdir()} == {INDEX_FILE, MANIFEST_FILE}
+    assert sorted(p.suffix for p in saved.iterdir()) == [".f32", ".jsonl"]
     (saved / INDEX_FILE).write_bytes(b"torn")
     assert router(store, folder=tmp_path).route(task_vectors(1, seed=1)) == first and store.reads == 6
+    assert router(store, folder=tmp_path).route(task_vectors(1, seed=1)) == first and store.reads == 6
+
+
+def test_vectors_damaged_under_a_running_router_are_made_again(tmp_path: Path) -> None:
+    store = store_with()
+    r = router(store, folder=tmp_path)
+    first = r.route(task_vectors(1, seed=1))
+    later = router(store, folder=tmp_path)
+    later._current_index(WIDTH)  # knows where the vectors are, has read none of them
+    [file] = tmp_path.glob("*/*.f32")
+    file.write_bytes(file.read_bytes()[: 4 * WIDTH] + bytes(file.stat().st_size - 4 * WIDTH))
+    assert later.route(task_vectors(1, seed=1)) == first and store.reads == 6
 
 
 def test_a_full_disk_does_not_stop_routing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, data: bytes) -> None:
-        raise StorageError(f"cannot write {path}: No space left on device")
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dnd_sdk.routing.index.write_atomic", full)
+    monkeypatch.setattr("dnd_sdk.routing.vector_file.append_rows", full)
+    store = store_with()
+    r = router(store, folder=tmp_path)
     with caplog.at_level(logging.WARNING, "dnd_sdk"):
-        assert router(store_with(), folder=tmp_path).route(task_vectors(1, seed=1)).decision == "reuse"
-    assert "No space left" in caplog.text
+        assert r.route(task_vectors(1, seed=1)).decision == "reuse"
+        store.put(adapter("t5"), task_vectors(5))
+        assert r.route(task_vectors(5, seed=1)).decision == "reuse"
+    assert "No space left" in caplog.text and len(caplog.records) == 1
 
 
 def test_threads_agree_with_one_thread() -> None:

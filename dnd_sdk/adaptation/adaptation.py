@@ -236,7 +236,7 @@ class Adaptation:
 
     def _keep(self, made: _Made, request: Request, pooled: Tensor, watch: Stopwatch) -> Adapter:
         parts = self._parts
-        before = {a.name for a in parts.store.ls()}
+        before = {a.name for a in parts.store.made_for(request.digest)}
         try:
             with watch.step("store"):
                 adapter = parts.store.put(
@@ -265,8 +265,8 @@ class Adaptation:
 
     def _undo(self, before: set[str], digest: str) -> None:
         """Remove what an unfinished `_keep` may have left, known by its prompts: put's result may be lost to Ctrl-C."""
-        for adapter in self._parts.store.ls():
-            if adapter.name not in before and adapter.prompt_hash == digest:
+        for adapter in self._parts.store.made_for(digest):
+            if adapter.name not in before:
                 self._parts.store.rm(adapter.name)
                 with suppress(BankFullError):  # another thread answers with it already
                     self._parts.engine.bank.evict(adapter.id)

@@ -100,9 +100,7 @@ class AdapterFolders:
                         record(adapter.name, adapter)
                 return published
 
-    def replace_files(
-        self, name: str, make: Callable[[Path], tuple[Adapter, Mapping[str, bytes]]]
-    ) -> Adapter | None:
+    def replace_files(self, name: str, make: Callable[[Path], tuple[Adapter, Mapping[str, bytes]]]) -> Adapter | None:
         """Replace files of a folder by those that `make` gives for it, all or none; None if the folder is gone.
 
         Nobody else adds, removes or replaces meanwhile. `make` also gives the adapter as it then is; its files must

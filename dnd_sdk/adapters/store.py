@@ -300,6 +300,10 @@ class AdapterStore:
                 raise ConfigError(f"{out} exists and is not an empty folder", fix="choose another folder")
         return out
 
+    def with_id(self, adapter_id: str) -> list[Adapter]:
+        """The adapters of these weights, by name: one for each name and role they were stored under."""
+        return self._folders.catalogue.with_id(adapter_id)
+
     def _refine(self, adapter: Adapter, refine: Refine) -> Adapter:
         """Replace files of a stored adapter by what `refine` makes of it, as it is once nobody else changes it."""
 

@@ -5,24 +5,20 @@ A check never raises: what goes wrong while looking is itself the finding.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from dnd_sdk.config import Home
 from dnd_sdk.doctor.environment import OFFLINE_SWITCHES, switch_state, version_of
 from dnd_sdk.errors import DndError
-
-if TYPE_CHECKING:
-    from dnd_sdk.routing import AdapterIndex
 
 MIN_PYTHON = "3.11"
 TESTED = {
@@ -258,36 +254,24 @@ def _adapters(s: _Subject) -> Iterator[Check]:
 def _index(s: _Subject) -> Iterator[Check]:
     """Saved indexes can be read and follow the store."""
     from dnd_sdk.adapters import AdapterStore
+    from dnd_sdk.routing import INDEX_FILE, compare_saved
 
     store = AdapterStore(s.home)
     n_stored = len(store.ls())
-    folders = sorted(path.parent for path in s.home.index.glob("*/index.json"))
+    folders = sorted(path.parent for path in s.home.index.glob(f"*/{INDEX_FILE}"))
     for folder in folders:
-        index = _saved_index(folder)
-        if index is None:
+        try:
+            n_same, n_others = compare_saved(folder, store)
+        except (OSError, ValueError, KeyError, TypeError):
             yield Check("index", "warn", f"{folder} is damaged, the next adapt makes it again", f"delete {folder}")
             continue
-        saved = set(index.names)
-        index.sync(store)  # in memory only
-        wanted = set(index.names)
-        counts = f"{len(saved & wanted)} of {n_stored} stored adapters indexed"
-        if stale := saved ^ wanted:
-            yield Check("index", "warn", f"{counts}, {len(stale)} changed since", "the next adapt or route follows up")
+        counts = f"{n_same} of {n_stored} stored adapters indexed"
+        if n_others:
+            yield Check("index", "warn", f"{counts}, {n_others} changed since", "the next adapt or route follows up")
         else:
             yield Check("index", "ok", counts)
     if not folders:
         yield Check("index", "ok", "not made yet")
-
-
-def _saved_index(folder: Path) -> AdapterIndex | None:
-    from dnd_sdk.routing import MANIFEST_FILE, AdapterIndex, Key
-
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
-        key = Key(**{f.name: manifest[f.name] for f in fields(Key)})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return AdapterIndex.load(folder, key)
 
 
 _LOOKS = (

@@ -4,6 +4,7 @@ from .atomic import (
     sweep as sweep,
     write_atomic as write_atomic,
 )
+from .line_log import LineLog as LineLog
 from .locks import locked as locked
 from .untrusted import (
     FLOATS as FLOATS,

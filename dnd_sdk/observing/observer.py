@@ -123,7 +123,8 @@ class Observer:
         wanted, final = seen.choice.adapter_id, seen.choice.final
         if wanted is None:
             return _Chosen(None, final)
-        return next((_Chosen(a, final) for a in self._parts.router.adapters() if a.id == wanted), None)
+        adapter = self._parts.router.with_id(wanted)
+        return None if adapter is None else _Chosen(adapter, final)
 
     def _adapt(self, seen: Observation) -> AdaptResult | None:
         """Adapt to a cluster; None when another thread does or just did, or the cluster was merged away."""

@@ -1,5 +1,5 @@
 from .decision_log import Decision as Decision, DecisionLog as DecisionLog, read_decisions as read_decisions
-from .index import AdapterIndex as AdapterIndex, Hit as Hit, Key as Key, MANIFEST_FILE as MANIFEST_FILE
+from .index import AdapterIndex as AdapterIndex, Hit as Hit, compare_saved as compare_saved
 from .logged import log_decision as log_decision
 from .measured import measured as measured
 from .probability import Probabilities as Probabilities, ScoreMap as ScoreMap
@@ -18,3 +18,4 @@ from .thresholds import (
     Thresholds as Thresholds,
     fit_thresholds as fit_thresholds,
 )
+from .vector_file import INDEX_FILE as INDEX_FILE, Key as Key

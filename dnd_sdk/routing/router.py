@@ -4,7 +4,7 @@
 * Thresholds come from a `Calibration` measured on real tasks; nothing is guessed here.
 * An adapter made under a role serves that role alone, and one made without serves prompts without: roles are compared
   to the letter, so a prompt never gets a system message it did not come with.
-* Adapters that another process adds or removes are noticed through the store's version at the next question.
+* Adapters that another process adds or removes are noticed at the next question, which costs what changed.
 """
 
 from __future__ import annotations
@@ -14,20 +14,29 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
 from dnd_sdk.adapters import Adapter
-from dnd_sdk.errors import ConfigError, StorageError
-from dnd_sdk.routing.index import AdapterIndex, Key, Store
+from dnd_sdk.errors import ConfigError
+from dnd_sdk.routing.index import AdapterIndex, DamagedIndex
+from dnd_sdk.routing.index import Store as IndexedStore
 from dnd_sdk.routing.support import Support
 from dnd_sdk.routing.thresholds import Thresholds
+from dnd_sdk.routing.vector_file import Key
 
 log = logging.getLogger(__name__)
 
 RouteMode = Literal["auto", "reuse", "generate"]
 _NEIGHBOURS = 5
+
+
+class Store(IndexedStore, Protocol):
+    """What routing needs of an `AdapterStore`."""
+
+    def made_for(self, prompt_hash: str) -> list[Adapter]: ...  # noqa: D102
+    def with_id(self, adapter_id: str) -> list[Adapter]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -117,11 +126,10 @@ class Router:
         self._usable = usable or (lambda adapter: True)
         self._lock = threading.Lock()
         self._index: AdapterIndex | None = None
-        self._listed: tuple[str, tuple[Adapter, ...]] | None = None
 
     def exact(self, prompt_hash: str, role: str | None = None) -> RouteDecision | None:
         """Reuse of the newest adapter made for exactly these prompts, None without one; needs no embeddings."""
-        same = [a for a in self.adapters() if (a.prompt_hash, a.role) == (prompt_hash, role)]
+        same = [a for a in self._store.made_for(prompt_hash) if a.role == role and self._fits(a)]
         if not same:
             return None
         found = max(same, key=lambda a: (a.created, a.name))
@@ -181,37 +189,34 @@ class Router:
             in_distribution=maps.in_distribution(decision.support),
         )
 
-    def adapters(self) -> tuple[Adapter, ...]:
-        """Adapters that may be chosen, read again when the store has changed."""
-        version = self._store.version()
-        listed = self._listed
-        if listed is None or listed[0] != version:
-            mine = [a for a in self._store.ls() if (a.base_fingerprint, a.encoder_fingerprint) == self._fingerprints]
-            listed = self._listed = (version, tuple(a for a in mine if self._usable(a)))
-        return listed[1]
+    def with_id(self, adapter_id: str) -> Adapter | None:
+        """The adapter of these weights that may be chosen, the first by name; None: there is none."""
+        return next((a for a in self._store.with_id(adapter_id) if self._fits(a)), None)
 
     def nearest(self, pooled: Tensor, role: str | None = None) -> list[tuple[Adapter, float]]:
         """Adapters of this role near the prompt set `(n, C)` and their scores, best first."""
         index = self._current_index(pooled.shape[-1])
-        by_name = {a.name: a for a in self.adapters() if a.role == role}
-        return [(by_name[h.name], h.score) for h in index.score(pooled) if h.name in by_name]
+        try:
+            hits = index.score(pooled, role)
+        except DamagedIndex as e:
+            log.warning("the adapter index is damaged (%s), it is made again", e)
+            index.forget()
+            index.sync(self._store)
+            hits = index.score(pooled, role)
+        return [(adapter, h.score) for h in hits if (adapter := index.adapter(h.name)) is not None]
+
+    def _fits(self, adapter: Adapter) -> bool:
+        mine = (adapter.base_fingerprint, adapter.encoder_fingerprint) == self._fingerprints
+        return mine and self._usable(adapter)
 
     def _current_index(self, width: int) -> AdapterIndex:
         with self._lock:
             if self._index is None:
                 base_fp, encoder_fp = self._fingerprints
                 key = Key(width, self._encoder, encoder_fp, base_fp)
-                saved = None if self._folder is None else AdapterIndex.load(self._folder, key)
-                self._index = AdapterIndex(key) if saved is None else saved
-            if self._index.sync(self._store) and self._folder is not None:
-                self._save(self._index, self._folder)
+                self._index = AdapterIndex(key, self._folder, usable=self._usable)
+            self._index.sync(self._store)
             return self._index
-
-    def _save(self, index: AdapterIndex, folder: Path) -> None:
-        try:
-            index.save(folder)
-        except StorageError as e:  # the index is a cache: a full or read-only disk must not stop routing
-            log.warning("the adapter index is not kept: %s", e.message)
 
 
 def _decision(
