@@ -24,7 +24,7 @@ from routing_parts import ENCODER, WIDTH, task_vectors
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.adapters.peft_config import config_text
 from dnd_sdk.config import Home
-from dnd_sdk.routing.index import INDEX_FILE, MANIFEST_FILE, AdapterIndex, Key
+from dnd_sdk.routing import INDEX_FILE, AdapterIndex, Key, compare_saved
 
 KEY = Key(WIDTH, "mini", ENCODER, BASE)
 NAMES = tuple(f"a{i}" for i in range(6))
@@ -37,7 +37,7 @@ def work(home: Home, imports: Path, pipe: int, seed: int) -> None:
     """Change the store at random until killed."""
     rng, store = random.Random(seed), AdapterStore(home)
     encoder = {"encoder": "mini", "encoder_fingerprint": ENCODER}
-    index = AdapterIndex.load(home.index, KEY) or AdapterIndex(KEY)
+    index = AdapterIndex(KEY, home.index)
     while True:
         op, i, task = rng.choice(OPS), rng.randrange(len(NAMES)), rng.randrange(1000)
         name, there = NAMES[i], os.path.isdir(store.root / NAMES[i])
@@ -56,7 +56,6 @@ def work(home: Home, imports: Path, pipe: int, seed: int) -> None:
             store.rm(name)
         else:
             index.sync(store)
-            index.save(home.index)
         say(pipe, {"done": op})
 
 
@@ -105,7 +104,7 @@ def after(state: dict[str, int], op: dict | None) -> dict[str, int]:
 def check(home: Home, before: dict[str, int], op: dict | None) -> dict[str, int]:
     """Start anew; the state found, which must be the one before or after the operation that was cut short."""
     store = AdapterStore(home)
-    index = AdapterIndex.load(home.index, KEY) or AdapterIndex(KEY)
+    index = AdapterIndex(KEY, home.index)
     index.sync(store)
     found = store.ls()
     assert store.verify() == [], store.verify()
@@ -116,12 +115,13 @@ def check(home: Home, before: dict[str, int], op: dict | None) -> dict[str, int]
     for a in found:
         assert torch.equal(store.load(a, TINY), random_flat(TINY, seed=NAMES.index(a.name)))
     assert set(index.names) == set(held)
-    entries = {e.name: index._snapshot.vectors(e) for e in index._snapshot.entries}
-    assert all(same(held[name], entries[name]) for name in held), "the index is stale"
-    left = [p for p in store.root.rglob("*") if p.name.startswith(".")] if store.root.exists() else []
-    if home.index.exists():
-        left += [p for p in home.index.iterdir() if p.name not in (INDEX_FILE, MANIFEST_FILE)]
-    assert left == [], f"left behind: {left}"
+    assert not held or compare_saved(home.index, store) == (len(held), 0), "the index is stale"
+    assert set(store.changes(0).adapters) == set(held)
+    state = store.root / ".store"
+    left = [p for p in store.root.rglob("*") if p.name.startswith(".") and p != state] if store.root.exists() else []
+    left += [p for p in state.glob("*") if p.name != "journal.jsonl"]
+    left += [p for p in home.index.glob("*") if p.name != INDEX_FILE and p.suffix != ".f32"]
+    assert left == [] and len(list(home.index.glob("*.f32"))) <= 1, f"left behind: {left}"
     return fits[0]
 
 
