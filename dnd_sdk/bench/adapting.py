@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from dnd_sdk.bench.timing import WARM_UPS, in_turn, ratio
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 from dnd_sdk.machine import cpu_name, peak_rss_mb
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
-WARM_UPS = 2
 DECODE_TOKENS, DECODE_ROUNDS = 32, 3
 """Length of the answer that decoding is timed with, and rounds per repeat: many short ones share the load fairly."""
 NEXT_TO_NOTHING = 1e-4
@@ -145,7 +145,7 @@ def _time_adapting(dnd: DnD, prompts: list[str], repeats: int, clock: Callable[[
         steps.append(own.adapt(prompts, "generate"))
 
     try:
-        encode_s, plain_s, adapt_s = _in_turn(
+        encode_s, plain_s, adapt_s = in_turn(
             (lambda: encoder.encode(prompts), lambda: None),
             (lambda: own.adapt(prompts, "generate", calibrate=False), own.remove),
             (adapt, own.remove),
@@ -153,15 +153,15 @@ def _time_adapting(dnd: DnD, prompts: list[str], repeats: int, clock: Callable[[
             clock=clock,
         )
         own.adapt(prompts, "generate")
-        (reuse_s,) = _in_turn((lambda: own.adapt(prompts, "auto"), lambda: None), repeats=repeats, clock=clock)
+        (reuse_s,) = in_turn((lambda: own.adapt(prompts, "auto"), lambda: None), repeats=repeats, clock=clock)
     finally:
         own.remove()
     return {
         "encode_s": statistics.median(encode_s),
         "adapt_s": statistics.median(adapt_s),
         "adapt_steps_s": {k: statistics.median(s[k] for s in steps[WARM_UPS:]) for k in steps[0]},
-        "adapt_over_encode": _ratio(adapt_s, encode_s),
-        "uncalibrated_over_encode": _ratio(plain_s, encode_s),
+        "adapt_over_encode": ratio(adapt_s, encode_s),
+        "uncalibrated_over_encode": ratio(plain_s, encode_s),
         "reuse_ms": 1e3 * statistics.median(reuse_s),
     }
 
@@ -207,7 +207,7 @@ def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[s
 
     dnd.engine.bank.load(adapter_id, dnd.generator.mean() * NEXT_TO_NOTHING)
     try:
-        base_s, adapter_s = _in_turn(
+        base_s, adapter_s = in_turn(
             (lambda: complete(None), lambda: None),
             (lambda: complete(adapter_id), lambda: None),
             repeats=DECODE_ROUNDS * repeats,
@@ -218,28 +218,8 @@ def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[s
     return {
         "decode_base_tokens_s": n_tokens[None] / statistics.median(base_s),
         "decode_adapter_tokens_s": n_tokens[adapter_id] / statistics.median(adapter_s),
-        "decode_over_base": _ratio(adapter_s, base_s) * n_tokens[None] / n_tokens[adapter_id],
+        "decode_over_base": ratio(adapter_s, base_s) * n_tokens[None] / n_tokens[adapter_id],
     }
-
-
-def _in_turn(
-    *calls: tuple[Callable[[], Any], Callable[[], Any]], repeats: int, clock: Callable[[], float]
-) -> list[list[float]]:
-    """Seconds of each (timed, untimed clean-up) pair by round, taken in turn after `WARM_UPS` rounds."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(WARM_UPS + repeats):
-        for own, (timed, clean_up) in zip(seconds, calls, strict=True):
-            start = clock()
-            timed()
-            took = clock() - start
-            clean_up()
-            if turn >= WARM_UPS:
-                own.append(took)
-    return seconds
-
-
-def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def _sentence_encoder(dnd: DnD) -> SentenceTransformer:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dnd_sdk.errors import InputError, StorageError
 from dnd_sdk.evaluation.gate import check_gate_report, gate_texts, is_gate_report
+from dnd_sdk.evaluation.store_plot import check_store_report, is_store_report, store_texts
 from dnd_sdk.evaluation.report import SCHEMA_VERSION, render
 from dnd_sdk.evaluation.scoring import COMPARED, METRICS
 from dnd_sdk.evaluation.svg import FAINT, INK, PALETTE, Canvas
@@ -25,7 +26,7 @@ _NAMES = {"exact_match": "exact match", "option_accuracy": "option accuracy"}
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The report that `dnd eval` or `dnd bench gate` printed into `path`; raises `InputError` for anything else."""
+    """The report that `dnd eval` or `dnd bench gate|store` printed into `path`; else raises `InputError`."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} has more than {MAX_BYTES} bytes", fix="pass the report of dnd eval --json")
@@ -36,6 +37,8 @@ def read_report(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON: {str(e)[:200]}", fix="make one: dnd eval TASKS --json > FILE") from e
     if is_gate_report(report):
         return check_gate_report(report)
+    if is_store_report(report):
+        return check_store_report(report)
     for block in _blocks(report):
         block.setdefault("vs", {})  # version 0.1.0 wrote none
     if problem := next(_problems(report), None):
@@ -45,7 +48,8 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def write_plots(report: dict[str, Any], out: Path) -> list[Path]:
     """Write `report.md` and its SVGs into `out`, replacing those of the same name; returns what was written."""
-    texts = gate_texts(report) if is_gate_report(report) else _texts(report)
+    draw = gate_texts if is_gate_report(report) else store_texts if is_store_report(report) else _texts
+    texts = draw(report)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():

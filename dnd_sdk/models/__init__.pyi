@@ -7,7 +7,7 @@ from .embedded import (
     is_pulled as is_pulled,
     list_models as list_models,
 )
-from .encoder import Encoded as Encoded, Encoder as Encoder
+from .encoder import Encoded as Encoded, Encoder as Encoder, EncoderSettings as EncoderSettings
 from .loading import (
     Base as Base,
     fingerprint as fingerprint,
