@@ -7,17 +7,18 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Unpack
 
 from dnd_sdk.adapters.adapter import (
     MANIFEST,
     SOURCES,
+    About,
     Adapter,
     Problem,
     check_name,
@@ -43,8 +44,13 @@ from dnd_sdk.errors import (
     DndError,
     shown,
 )
-from dnd_sdk.files import locked, storage_errors
+from dnd_sdk.files import FloatArray, locked, storage_errors
 from dnd_sdk.lora import LoraLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 FILES = (CONFIG, WEIGHTS, MANIFEST, EXEMPLARS, CARD)
 Refine = Callable[[Path, Adapter], tuple[Adapter, dict[str, bytes]]]
@@ -67,16 +73,8 @@ class AdapterStore:
         base_fingerprint: str,
         source: str,
         name: str | None = None,
-        prompt_hash: str | None = None,
-        n_prompts: int | None = None,
         exemplars: Tensor | None = None,
-        generator: str | None = None,
-        encoder: str | None = None,
-        scores: dict[str, float] | None = None,
-        encoder_fingerprint: str | None = None,
-        origin: str | None = None,
-        parents: dict[str, float] | None = None,
-        role: str | None = None,
+        **about: Unpack[About],
     ) -> Adapter:
         """Store a flat vector; the same weights again (under the same or no name) give the adapter already there.
 
@@ -87,16 +85,9 @@ class AdapterStore:
             base_fingerprint: Only a base with this fingerprint will load it.
             source: One of `SOURCES`.
             name: None names it after its content.
-            prompt_hash: Of the prompt set it was made for.
-            n_prompts: Size of that set.
             exemplars: `(k, C)` normalised prompt embeddings for the router; None leaves it out of routing.
-            generator: The generator's id.
-            encoder: Name of the encoder that made the exemplars.
-            scores: Measured figures, by name.
-            encoder_fingerprint: Of that encoder.
-            origin: The tool that wrote an imported one.
-            parents: Ids and weights of what a merged one was made from.
-            role: The role prompt it was made under; the same weights under another role are another adapter.
+            about: What else is known of it (`About`): `prompt_hash`, `n_prompts`, `generator`, `encoder`,
+                `encoder_fingerprint`, `scores`, `origin`, `parents`, `role`.
 
         Raises:
             ConfigError: The name is not allowed, or taken by other weights or the same under another role.
@@ -108,12 +99,14 @@ class AdapterStore:
             raise ConfigError(f"source must be one of {SOURCES}, got {source!r}")
         if name is not None:
             check_name(name)
-        flat = check_flat(flat, layout)
+        weights = check_flat(flat, layout).numpy()
         kept = None
         if exemplars is not None:
-            kept = exemplars_bytes(check_exemplars(exemplars), encoder, encoder_fingerprint)
-        weights_id = adapter_id(flat, layout)
+            encoder, fingerprint = about.get("encoder"), about.get("encoder_fingerprint")
+            kept = exemplars_bytes(check_exemplars(_array(exemplars)), encoder, fingerprint)
+        weights_id, role = adapter_id(weights, layout), about.get("role")
         chosen = name or self._name_of(weights_id, role) or default_name(weights_id, role)
+        about["scores"], about["parents"] = dict(about.get("scores") or {}), dict(about.get("parents") or {})
         adapter = Adapter(
             name=chosen,
             id=weights_id,
@@ -122,32 +115,10 @@ class AdapterStore:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             base_fingerprint=base_fingerprint,
             layout_digest=layout.digest,
-            prompt_hash=prompt_hash,
-            n_prompts=n_prompts,
-            generator=generator,
-            encoder=encoder,
-            scores=dict(scores or {}),
-            encoder_fingerprint=encoder_fingerprint,
-            origin=origin,
-            parents=dict(parents or {}),
-            role=role,
             exemplars_sha256=exemplars_hash(kept),
+            **about,
         )
-
-        def fill(folder: Path) -> None:
-            write_weights(folder / WEIGHTS, flat, layout)
-            (folder / CONFIG).write_text(config_text(layout, base_name), encoding="utf-8")
-            (folder / MANIFEST).write_text(manifest_text(adapter, layout), encoding="utf-8")
-            (folder / CARD).write_text(card_text(adapter, layout, base_name), encoding="utf-8")
-            if kept is not None:
-                (folder / EXEMPLARS).write_bytes(kept)
-
-        while True:  # a commit fails only when another process took the name first: then its folder decides
-            stored = self._existing(adapter)
-            if stored is not None:
-                return stored
-            if self._folders.commit(chosen, fill):
-                return adapter
+        return self._commit(adapter, lambda folder: _write(folder, adapter, weights, layout, base_name, kept))
 
     def get(self, name_or_id: str) -> Adapter:
         """The adapter of that name or full id. Raises `AdapterNotFoundError`, or `AdapterCorruptError` if damaged."""
@@ -175,7 +146,7 @@ class AdapterStore:
         `StorageError`.
         """
 
-        def reader(folder: Path) -> Tensor:
+        def reader(folder: Path) -> FloatArray:
             _check_same(read_manifest(folder), adapter)
             check_base(adapter, base_fingerprint)
             flat = read_weights(folder, layout)
@@ -185,18 +156,18 @@ class AdapterStore:
         flat = self._folders.read(adapter.name, reader)
         if flat is None:
             raise self._not_found(adapter.name)
-        return flat
+        return _tensor(flat)
 
     def exemplars(self, adapter: Adapter) -> Tensor | None:
         """The adapter's exemplars (k, C), None if it has none. Raises `AdapterCorruptError` when they are damaged."""
 
-        def reader(folder: Path) -> tuple[Tensor | None]:
+        def reader(folder: Path) -> tuple[FloatArray | None]:
             return (read_exemplars(folder, read_manifest(folder).exemplars_sha256),)
 
         found = self._folders.read(adapter.name, reader)
         if found is None:
             raise self._not_found(adapter.name)
-        return found[0]
+        return None if found[0] is None else _tensor(found[0])
 
     def set_exemplars(self, adapter: Adapter, exemplars: Tensor) -> Adapter:
         """Replace an adapter's exemplars by others of the same encoder, `(k, C)`; its weights stay as they are.
@@ -204,7 +175,7 @@ class AdapterStore:
         Raises `InputError` for unusable exemplars, `AdapterNotFoundError` if it was removed or replaced meanwhile, or
         `StorageError`.
         """
-        checked = check_exemplars(exemplars)
+        checked = check_exemplars(_array(exemplars))
         return self._refine(adapter, lambda folder, stored: refined_files(folder, stored, checked))
 
     def ls(self) -> list[Adapter]:
@@ -237,21 +208,24 @@ class AdapterStore:
         exemplars: Tensor | None = None,
         encoder: str | None = None,
         encoder_fingerprint: str | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> Adapter:
         """Copy a PEFT folder into the store after checking all of it; an exported adapter brings its exemplars along.
 
         Folders as XTuner, LLaMA-Factory, trl and Axolotl write them are found and named as the origin (see `foreign`);
         an `adapter_model.bin` becomes safetensors in the store. `base_name` names the base where the folder does not.
-        What is stored already gets the exemplars added that it lacks.
+        What is stored already gets the exemplars added that it lacks. `note` is told, once it is stored, what someone
+        who imports it should know (what was left out, what was not understood); None: the log is warned.
         Raises `InputError` when `path` is no folder, otherwise like `load` and `put`; nothing is stored then.
         """
         if name is not None:
             check_name(name)
         new = read_incoming(path, layout, base_fingerprint, base_name)
         if exemplars is None:
-            exemplars, encoder, encoder_fingerprint = new.exemplars, new.encoder, new.encoder_fingerprint
+            exemplars = None if new.exemplars is None else _tensor(new.exemplars)
+            encoder, encoder_fingerprint = new.encoder, new.encoder_fingerprint
         stored = self.put(
-            new.flat,
+            _tensor(new.flat),
             layout,
             base_name=new.base_name or base_name or "unknown",
             base_fingerprint=base_fingerprint,
@@ -263,10 +237,12 @@ class AdapterStore:
             origin=new.origin,
             **new.kept,
         )
-        if exemplars is None:
-            return stored
-        checked = check_exemplars(exemplars)
-        return self._refine(stored, lambda folder, a: with_more(folder, a, checked, encoder, encoder_fingerprint))
+        if exemplars is not None:
+            checked = check_exemplars(_array(exemplars))
+            stored = self._refine(stored, lambda folder, a: with_more(folder, a, checked, encoder, encoder_fingerprint))
+        for line in new.notes:
+            (note or _log_note)(line)
+        return stored
 
     def export(self, name: str, out_dir: str | os.PathLike[str]) -> Path:
         """Copy a sound adapter to a new folder `out_dir`, which plain peft loads; returns the folder.
@@ -294,6 +270,15 @@ class AdapterStore:
     def version(self) -> str:
         """A token that changes when any process adds, removes, renames or refines an adapter; costs one listing."""
         return self._folders.version()
+
+    def _commit(self, adapter: Adapter, fill: Callable[[Path], None]) -> Adapter:
+        """Publish what `fill` writes, or return the same adapter that is there already."""
+        while True:  # a commit fails only when another process took the name first: then its folder decides
+            stored = self._existing(adapter)
+            if stored is not None:
+                return stored
+            if self._folders.commit(adapter.name, fill):
+                return adapter
 
     def _refine(self, adapter: Adapter, refine: Refine) -> Adapter:
         """Replace files of a stored adapter by what `refine` makes of it, as it is once nobody else changes it."""
@@ -338,6 +323,32 @@ class AdapterStore:
         near = difflib.get_close_matches(str(name), self._folders.names(), n=1)
         fix = f"did you mean {near[0]!r}?" if near else "`dnd adapters ls` lists the adapters there are"
         return AdapterNotFoundError(f"no adapter {shown(name)} in {self.root}", fix=fix)
+
+
+def _write(
+    folder: Path, adapter: Adapter, weights: FloatArray, layout: LoraLayout, base_name: str, exemplars: bytes | None
+) -> None:
+    write_weights(folder / WEIGHTS, weights, layout)
+    (folder / CONFIG).write_text(config_text(layout, base_name), encoding="utf-8")
+    (folder / MANIFEST).write_text(manifest_text(adapter, layout), encoding="utf-8")
+    (folder / CARD).write_text(card_text(adapter, layout, base_name), encoding="utf-8")
+    if exemplars is not None:
+        (folder / EXEMPLARS).write_bytes(exemplars)
+
+
+def _array(tensor: Tensor) -> FloatArray:
+    """fp32 on the CPU, without a copy where it is that already."""
+    return tensor.detach().cpu().float().numpy()
+
+
+def _tensor(array: FloatArray) -> Tensor:
+    import torch  # only who asks for a tensor needs it
+
+    return torch.from_numpy(array)
+
+
+def _log_note(line: str) -> None:
+    log.warning("imported: %s", line)
 
 
 def _check_same(stored: Adapter, adapter: Adapter) -> None:
