@@ -15,27 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from dnd_sdk.adapters.adapter import (
-    MANIFEST,
-    SOURCES,
-    About,
-    Adapter,
-    Problem,
-    check_name,
-    default_name,
-    is_name,
-    manifest_text,
-    read_manifest,
-)
-from dnd_sdk.adapters.card import CARD, card_text
+from dnd_sdk.adapters.adapter import SOURCES, About, Adapter, Problem, check_name, default_name, is_name, read_manifest
 from dnd_sdk.adapters.checks import check_base, check_folder, check_read_hash
-from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, exemplars_bytes, exemplars_hash, read_exemplars
+from dnd_sdk.adapters.exemplars import check_exemplars, exemplars_bytes, exemplars_hash, read_exemplars
 from dnd_sdk.adapters.folders import AdapterFolders, publish
 from dnd_sdk.adapters.incoming import read_incoming
 from dnd_sdk.adapters.listing import Listing
-from dnd_sdk.adapters.peft_config import CONFIG, config_text
-from dnd_sdk.adapters.peft_folder import WEIGHTS, adapter_id, check_flat, read_weights, write_weights
+from dnd_sdk.adapters.peft_folder import adapter_id, check_flat, read_weights
 from dnd_sdk.adapters.refining import refined_files, with_more
+from dnd_sdk.adapters.writing import FILES, write_folder
 from dnd_sdk.config import Home, path_of
 from dnd_sdk.errors import (
     AdapterCorruptError,
@@ -52,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FILES = (CONFIG, WEIGHTS, MANIFEST, EXEMPLARS, CARD)
 Refine = Callable[[Path, Adapter], tuple[Adapter, dict[str, bytes]]]
 
 
@@ -100,10 +87,7 @@ class AdapterStore:
         if name is not None:
             check_name(name)
         weights = check_flat(flat, layout).numpy()
-        kept = None
-        if exemplars is not None:
-            encoder, fingerprint = about.get("encoder"), about.get("encoder_fingerprint")
-            kept = exemplars_bytes(check_exemplars(_array(exemplars)), encoder, fingerprint)
+        kept = None if exemplars is None else _exemplars_file(exemplars, about)
         weights_id, role = adapter_id(weights, layout), about.get("role")
         chosen = name or self._name_of(weights_id, role) or default_name(weights_id, role)
         about["scores"], about["parents"] = dict(about.get("scores") or {}), dict(about.get("parents") or {})
@@ -118,7 +102,7 @@ class AdapterStore:
             exemplars_sha256=exemplars_hash(kept),
             **about,
         )
-        return self._commit(adapter, lambda folder: _write(folder, adapter, weights, layout, base_name, kept))
+        return self._commit(adapter, lambda folder: write_folder(folder, adapter, weights, layout, base_name, kept))
 
     def get(self, name_or_id: str) -> Adapter:
         """The adapter of that name or full id. Raises `AdapterNotFoundError`, or `AdapterCorruptError` if damaged."""
@@ -220,6 +204,8 @@ class AdapterStore:
         """
         if name is not None:
             check_name(name)
+        if note is not None and not callable(note):
+            raise ConfigError(f"note must be a function or None, got {shown(note)}")
         new = read_incoming(path, layout, base_fingerprint, base_name)
         if exemplars is None:
             exemplars = None if new.exemplars is None else _tensor(new.exemplars)
@@ -325,15 +311,9 @@ class AdapterStore:
         return AdapterNotFoundError(f"no adapter {shown(name)} in {self.root}", fix=fix)
 
 
-def _write(
-    folder: Path, adapter: Adapter, weights: FloatArray, layout: LoraLayout, base_name: str, exemplars: bytes | None
-) -> None:
-    write_weights(folder / WEIGHTS, weights, layout)
-    (folder / CONFIG).write_text(config_text(layout, base_name), encoding="utf-8")
-    (folder / MANIFEST).write_text(manifest_text(adapter, layout), encoding="utf-8")
-    (folder / CARD).write_text(card_text(adapter, layout, base_name), encoding="utf-8")
-    if exemplars is not None:
-        (folder / EXEMPLARS).write_bytes(exemplars)
+def _exemplars_file(exemplars: Tensor, about: About) -> bytes:
+    encoder, fingerprint = about.get("encoder"), about.get("encoder_fingerprint")
+    return exemplars_bytes(check_exemplars(_array(exemplars)), encoder, fingerprint)
 
 
 def _array(tensor: Tensor) -> FloatArray:
