@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from adapter_folders import TINY, store_one
 from cli_runner import dnd, dnd_json
-from helpers import random_flat
 from tiny_world import World, prompts_of
 
-from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 
 
@@ -81,48 +75,6 @@ def test_verify_finds_damage(adapted: World) -> None:
     assert [p["name"] for p in report["problems"]] == ["upper"] and "hash" in report["problems"][0]["what"]
     assert dnd("adapters", "verify", *home).exit_code == 3
     assert dnd_json("adapters", "verify", "lower", *home)["checked"] == 1
-
-
-LIGHT = """
-import sys
-from typer.testing import CliRunner
-from dnd_sdk.cli.main import app
-
-for words in {commands}:
-    result = CliRunner().invoke(app, [*words, "--home", {home!r}])
-    assert result.exit_code == 0, (words, result.output)
-    found = {{"torch", "transformers", "faiss", "peft"}} & sys.modules.keys()
-    assert not found, (words, found)
-{more}
-"""
-DOCTOR = """
-from dnd_sdk.config import Home
-from dnd_sdk.doctor.checks import _Subject, _adapters
-assert [c.status for c in _adapters(_Subject(Home.find({home!r}), None, None, None, "auto"))] == ["ok"]
-assert "torch" not in sys.modules
-"""
-
-
-def in_new_interpreter(home: Home, commands: list[list[str]], more: str = "") -> subprocess.CompletedProcess[str]:
-    code = LIGHT.format(commands=commands, home=str(home.root), more=more.format(home=str(home.root)))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-def test_reading_the_store_loads_no_torch(home: Home, tmp_path: Path) -> None:
-    store = AdapterStore(home)
-    for i, name in enumerate(("one", "two", "three")):
-        store_one(store, random_flat(TINY, seed=i), name=name, exemplars=torch.eye(3, 5), encoder="e")
-    out = str(tmp_path / "out")
-    commands = [["ls"], ["ls", "--json"], ["show", "one"], ["verify"], ["verify", "two"], ["export", "two", out]]
-    commands += [["rm", "one", "three"], ["ls", "-q"]]
-    done = in_new_interpreter(home, [["adapters", *words] for words in commands], DOCTOR)
-    assert done.returncode == 0, done.stderr
-    assert [a.name for a in store.ls()] == ["two"] and (tmp_path / "out" / "dnd.json").is_file()
-
-
-def test_the_check_above_can_fail(home: Home) -> None:
-    done = in_new_interpreter(home, [["adapters", "ls"]], "import torch\n" + DOCTOR)
-    assert done.returncode != 0 and "AssertionError" in done.stderr
 
 
 def test_models_ls(home: Home) -> None:
