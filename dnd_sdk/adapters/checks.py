@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dnd_sdk.adapters.adapter import MANIFEST, Adapter, check_name, read_adapter, read_layout
 from dnd_sdk.adapters.exemplars import read_exemplars
-from dnd_sdk.adapters.peft_folder import adapter_id, read_stored_weights
+from dnd_sdk.adapters.peft_folder import adapter_id, read_weights
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
 from dnd_sdk.files import FloatArray
 from dnd_sdk.lora import LoraLayout
@@ -52,4 +52,4 @@ def _check_stored_hash(folder: Path, adapter: Adapter, layout: LoraLayout) -> No
     """Read the weights with the layout they were stored with, and hash them."""
     if layout.digest != adapter.layout_digest:
         raise AdapterCorruptError(f"{folder / MANIFEST}: layout_digest does not match its layout")
-    check_hash(adapter, read_stored_weights(folder, layout), layout)
+    check_hash(adapter, read_weights(folder, layout, whole=True), layout)

@@ -109,14 +109,9 @@ def write_weights(path: Path, flat: FloatArray, layout: LoraLayout) -> None:
         f.write(flat.data.cast("B"))
 
 
-def read_weights(folder: Path, layout: LoraLayout) -> FloatArray:
+def read_weights(folder: Path, layout: LoraLayout, *, whole: bool = False) -> FloatArray:
     """The flat vector of a folder that the store wrote; see `read_peft`."""
-    return read_peft(folder, layout, read_config(folder)).flat
-
-
-def read_stored_weights(folder: Path, layout: LoraLayout) -> FloatArray:
-    """`read_weights` with the layout the folder itself claims: its size is believed only if the file bears it out."""
-    return read_peft(folder, layout, read_config(folder), whole=True).flat
+    return read_peft(folder, layout, read_config(folder), whole=whole).flat
 
 
 def read_peft(
@@ -124,15 +119,15 @@ def read_peft(
 ) -> Weights:
     """Read a PEFT folder with these settings as a flat vector of `layout`; modules the folder leaves out stay zero.
 
-    `foreign` also reads an `adapter_model.bin` where there is no safetensors file; `whole` asks for as many values as
-    the layout has. Raises `AdapterCorruptError` for damaged, hostile or incomplete folders, `LayoutMismatchError` for
-    weights of another base or rank, `StorageError` when the disk refuses; messages name the file and the tensor.
+    `foreign` also reads an `adapter_model.bin` where there is no safetensors file. `whole` asks for as many values as
+    the layout has: a layout that the folder itself claims is believed only if its file bears it out. Raises
+    `AdapterCorruptError` for damaged, hostile or incomplete folders, `LayoutMismatchError` for weights of another base
+    or rank, `StorageError` when the disk refuses; messages name the file and the tensor.
     """
     max_bytes = MAX_HEADER_BYTES + 4 * (layout.n_parameters // layout.r) * MAX_RANK + 8
     with _open_weights(folder, max_bytes, foreign) as f:
-        n = sum(math.prod(info.shape) for info in f.header.values())
-        if whole and n != layout.n_parameters:
-            raise AdapterCorruptError(f"{f.path} holds {n} values, its layout needs {layout.n_parameters}")
+        if whole:
+            _check_whole(f.header, layout, f.path)
         weights = _read(f, layout, settings)
         _check_finite(weights.flat, layout, str(f.path))
     return weights
@@ -179,6 +174,12 @@ def _open_weights(
         return open_torch(folder, PICKLED, max_bytes)
     _refuse_pickle(folder)
     return open_safetensors(folder, WEIGHTS, max_bytes)
+
+
+def _check_whole(header: Mapping[str, TensorInfo], layout: LoraLayout, path: Path) -> None:
+    n = sum(math.prod(info.shape) for info in header.values())
+    if n != layout.n_parameters:
+        raise AdapterCorruptError(f"{path} holds {n} values, its layout needs {layout.n_parameters}")
 
 
 def _check_lengths(header: Mapping[str, TensorInfo], path: Path) -> None:
