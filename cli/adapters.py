@@ -92,21 +92,21 @@ def import_(
     field: Field = None,
 ) -> None:
     """Check a LoRA folder made for this base (peft, XTuner, LLaMA-Factory, trl, Axolotl) and take it into the store."""
-    from dnd_sdk.adapters import find_adapter, import_notes
+    from dnd_sdk.adapters import find_adapter
     from dnd_sdk.prompts import read_prompts
 
     find_adapter(folder)  # before the slow part
     prompt_set = read_prompts(prompts, field=field) if prompts else None
+    notes: list[str] = []
     with models.load(out) as dnd:
-        adapter = dnd.import_adapter(folder, name=name, prompts=prompt_set)
-        notes = import_notes(folder, dnd.base.name)
+        adapter = dnd.import_adapter(folder, name=name, prompts=prompt_set, note=notes.append)
     if prompt_set is not None:
-        notes = (*notes, *prompt_set.notes)
+        notes.extend(prompt_set.notes)
     else:
-        notes = (*notes, "without --prompts it is used by name only, never by routing")
+        notes.append("without --prompts it is used by name only, never by routing")
     for line in notes:
         out.note(f"note: {line}")
-    payload = {"adapter": _describe(adapter), "notes": list(notes)}
+    payload = {"adapter": _describe(adapter), "notes": notes}
     out.emit(payload, adapter.name if out.quiet else f"imported {adapter.name}")
 
 

@@ -152,9 +152,9 @@ bench_app.command("adapt", epilog=_examples("dnd bench adapt", "dnd bench adapt 
 bench_app.command(
     "gate", epilog=_examples("dnd bench gate tasks", "dnd bench gate tasks --seeds 5 --json > gate.json")
 )(command(gate.bench_gate))
-bench_app.command(
-    "store", epilog=_examples("dnd bench store --sizes 10,100", "dnd bench store --json > store.json")
-)(command(store.bench_store))
+bench_app.command("store", epilog=_examples("dnd bench store --sizes 10,100", "dnd bench store --json > store.json"))(
+    command(store.bench_store)
+)
 app.add_typer(bench_app, name="bench")
 
 models_app = _group("The weights dnd works with.")

@@ -17,7 +17,7 @@ def plot(
     ],
     folder: Annotated[Path, typer.Option("--out", help="Folder for report.md and its pictures (SVG).")] = Path("plots"),
 ) -> None:
-    """Draw a report of dnd eval (methods, tasks, format against knowledge), dnd bench gate (reliability) or store (growth)."""
+    """Draw a report of dnd eval (methods, tasks), dnd bench gate (reliability) or dnd bench store (growth)."""
     from dnd_sdk.evaluation import read_report, write_plots
 
     written = write_plots(read_report(report), folder)

@@ -11,6 +11,9 @@ from helpers import random_flat
 from safetensors.torch import save_file
 
 from dnd_sdk.adapters import Adapter, AdapterStore
+from dnd_sdk.adapters.incoming import read_incoming
+from dnd_sdk.adapters.peft_config import read_config
+from dnd_sdk.adapters.peft_folder import read_peft
 from dnd_sdk.lora.layout import LoraLayout, LoraModule
 
 TINY = LoraLayout(4, 8.0, ("q_proj", "v_proj"), (LoraModule("m.0.q_proj", 6, 10), LoraModule("m.0.v_proj", 6, 5)))
@@ -55,3 +58,13 @@ def listed(root: Path) -> list[str]:
 def seen(store: AdapterStore) -> int:
     """How many changes a store has noticed so far."""
     return store.changes(0).now
+
+
+def read_flat(folder: Path, layout: LoraLayout = TINY, *, foreign: bool = False) -> torch.Tensor:
+    """The flat vector of a PEFT folder."""
+    return torch.from_numpy(read_peft(folder, layout, read_config(folder), foreign=foreign).flat)
+
+
+def notes_of(folder: Path, layout: LoraLayout = TINY, base_name: str = "") -> tuple[str, ...]:
+    """What an import of `folder` into a base of that name tells."""
+    return read_incoming(folder, layout, BASE, base_name).notes

@@ -163,7 +163,7 @@ def test_a_new_process_reads_one_file(home: Home, monkeypatch: pytest.MonkeyPatc
 
 def test_the_journal_is_folded(store: AdapterStore) -> None:
     store_one(store, name="kept")
-    for i in range(400):
+    for _ in range(400):
         store_one(store, random_flat(TINY, seed=1), name="passing")
         store.rm("passing")
     journal = store.root / ".store" / "journal.jsonl"

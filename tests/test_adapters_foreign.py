@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_folders import BASE, TINY, peft_folder, peft_tensors
+from adapter_folders import BASE, TINY, notes_of, peft_folder, peft_tensors, read_flat
 from cli_runner import dnd as run_dnd
 from cli_runner import dnd_json
 from helpers import SAME_MATHS, tiny_model
@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from tiny_world import World, prompts_of
 
 from dnd_sdk.adapters import AdapterStore
-from dnd_sdk.adapters.foreign import find_adapter, import_notes
-from dnd_sdk.adapters.peft_folder import read_weights
+from dnd_sdk.adapters.foreign import find_adapter
 from dnd_sdk.config import Home
 from dnd_sdk.errors import AdapterCorruptError, ConfigError, DndError, InputError, LayoutMismatchError
+from dnd_sdk.lora import LoraLayout
 
 IDS = torch.tensor([[5, 9, 40, 77, 130, 200]])
 A0 = TINY.segments[0].peft_key
@@ -118,23 +118,23 @@ def test_names_of_a_live_model_and_parameters_are_read(tmp_path: Path) -> None:
     tensors = peft_tensors()
     live = {k.replace(".weight", ".default.weight"): torch.nn.Parameter(t) for k, t in tensors.items()}
     folder = bin_folder(tmp_path, live)
-    flat = read_weights(folder, TINY, foreign=True)
+    flat = read_flat(folder, TINY, foreign=True)
     assert all(torch.equal(view, tensors[s.peft_key]) for s, view in TINY.views(flat))
     torch.save({**live, **tensors}, folder / "adapter_model.bin")
     with pytest.raises(AdapterCorruptError, match="holds a matrix twice"):
-        read_weights(folder, TINY, foreign=True)
+        read_flat(folder, TINY, foreign=True)
 
 
 def test_safetensors_win_over_a_pickle_beside_them(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path)
     (folder / "adapter_model.bin").write_bytes(b"never opened")
-    assert read_weights(folder, TINY, foreign=True).any()
+    assert read_flat(folder, TINY, foreign=True).any()
 
 
 def test_stored_adapters_are_never_read_from_a_pickle(tmp_path: Path) -> None:
     folder = bin_folder(tmp_path, peft_tensors())
     with pytest.raises(AdapterCorruptError, match="a pickle"):
-        read_weights(folder, TINY)
+        read_flat(folder, TINY)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_another_base_is_told_by_shapes_and_by_name(world: World, tmp_path: Path
     (fits / "adapter_config.json").write_text(text)
     answer = dnd_json("adapters", "import", fits, *world.options)
     assert answer["notes"][0].startswith("it fits, but its config names the base 'org/Other-7B'")
-    assert import_notes(fits, "/models/other-7b/") == ()
+    assert notes_of(fits, LoraLayout.from_model(tiny_model()), "/models/other-7b/") == ()
 
 
 def test_the_command_says_where_it_is_from(world: World, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_damage_anywhere_is_an_error_of_ours_or_harmless(tmp_path: Path) -> None
     for at in range(0, len(data), 17):
         path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
         with suppress(DndError):
-            assert read_weights(tmp_path, TINY, foreign=True).shape == (TINY.n_parameters,)
+            assert read_flat(tmp_path, TINY, foreign=True).shape == (TINY.n_parameters,)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin"])

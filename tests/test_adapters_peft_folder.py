@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapter_folders import TINY, peft_folder, peft_tensors
+from adapter_folders import TINY, peft_folder, peft_tensors, read_flat
 from helpers import FAMILIES, SAME_MATHS, random_flat, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dnd_sdk.adapters.peft_config import config_text
-from dnd_sdk.adapters.peft_folder import adapter_id, check_flat, read_weights, write_weights
+from dnd_sdk.adapters.peft_folder import adapter_id, check_flat, write_weights
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
 from dnd_sdk.lora.layout import LoraLayout, LoraModule
 from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
@@ -45,7 +45,7 @@ def test_written_folder_loads_in_plain_peft(tmp_path: Path, family: str) -> None
     model = tiny_model(family)
     layout = LoraLayout.from_model(model, r=3, lora_alpha=7.5)
     flat = random_flat(layout)
-    write_weights(tmp_path / WEIGHTS, flat, layout)
+    write_weights(tmp_path / WEIGHTS, flat.numpy(), layout)
     (tmp_path / "adapter_config.json").write_text(config_text(layout, "tiny"))
     with torch.no_grad():
         base = model(IDS).logits
@@ -64,12 +64,12 @@ def test_folder_of_plain_peft_is_read(tmp_path: Path, rslora: bool) -> None:
     layout = LoraLayout.from_model(tiny_model(), r=5, lora_alpha=3.0)  # larger rank, other alpha, more modules
     with torch.no_grad():
         expected = model(IDS).logits
-    torch.testing.assert_close(hooked_logits("llama", layout, read_weights(tmp_path, layout)), expected, **SAME_MATHS)
+    torch.testing.assert_close(hooked_logits("llama", layout, read_flat(tmp_path, layout)), expected, **SAME_MATHS)
 
 
 def test_safetensors_reads_what_we_write(tmp_path: Path) -> None:
     flat = random_flat(TINY)
-    write_weights(tmp_path / WEIGHTS, flat, TINY)
+    write_weights(tmp_path / WEIGHTS, flat.numpy(), TINY)
     tensors = load_file(tmp_path / WEIGHTS)
     assert set(tensors) == {s.peft_key for s in TINY.segments}
     assert all(torch.equal(tensors[s.peft_key], view) for s, view in TINY.views(flat))
@@ -89,9 +89,9 @@ def test_write_then_read_is_exact(tmp_path_factory: pytest.TempPathFactory, widt
     layout = LoraLayout(r, 2.5, ("x",), modules)
     flat = random_flat(layout, seed=seed)
     folder = tmp_path_factory.mktemp("w")
-    write_weights(folder / WEIGHTS, flat, layout)
+    write_weights(folder / WEIGHTS, flat.numpy(), layout)
     (folder / "adapter_config.json").write_text(json.dumps({"r": r, "lora_alpha": 2.5, "target_modules": ["x"]}))
-    assert torch.equal(read_weights(folder, layout), flat)
+    assert torch.equal(read_flat(folder, layout), flat)
 
 
 def test_config_is_what_peft_writes_in_a_stable_order() -> None:
@@ -105,7 +105,7 @@ def test_config_is_what_peft_writes_in_a_stable_order() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_float_dtypes_are_accepted(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {k: t.to(dtype) for k, t in peft_tensors().items()}
-    flat = read_weights(peft_folder(tmp_path, tensors), TINY)
+    flat = read_flat(peft_folder(tmp_path, tensors), TINY)
     assert flat.dtype == torch.float32
     assert all(torch.equal(view, tensors[s.peft_key].float()) for s, view in TINY.views(flat))
 
@@ -115,7 +115,7 @@ def test_float_dtypes_are_accepted(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_smaller_rank_keeps_the_product(tmp_path: Path, r: int, rslora: bool) -> None:
     small = LoraLayout(r, 5.0, TINY.target_modules, TINY.modules)
     tensors = peft_tensors(small)
-    flat = read_weights(peft_folder(tmp_path, tensors, small, use_rslora=rslora), TINY)
+    flat = read_flat(peft_folder(tmp_path, tensors, small, use_rslora=rslora), TINY)
     scaling = 5.0 / (math.sqrt(r) if rslora else r)
     for name, product in delta(TINY, flat).items():
         A, B = (tensors[f"base_model.model.{name}.{part}.weight"] for part in ("lora_A", "lora_B"))
@@ -124,7 +124,7 @@ def test_smaller_rank_keeps_the_product(tmp_path: Path, r: int, rslora: bool) ->
 
 def test_modules_left_out_are_zero(tmp_path: Path) -> None:
     tensors = {k: t for k, t in peft_tensors().items() if "q_proj" in k}
-    flat = read_weights(peft_folder(tmp_path, tensors, target_modules=["q_proj"]), TINY)
+    flat = read_flat(peft_folder(tmp_path, tensors, target_modules=["q_proj"]), TINY)
     split = TINY.segments[1].stop
     assert flat[:split].abs().min() > 0 and not flat[split:].any()
 
@@ -133,17 +133,17 @@ def test_layers_left_out_by_the_config_are_zero(tmp_path: Path) -> None:
     layout = LoraLayout(4, 8.0, ("q",), (LoraModule("m.h.0.q", 6, 10), LoraModule("m.h.1.q", 6, 10)))
     tensors = {k: t for k, t in peft_tensors(layout).items() if "m.h.1" in k}
     folder = peft_folder(tmp_path, tensors, layout, layers_to_transform=[1])
-    assert not read_weights(folder, layout)[: layout.segments[1].stop].any()
+    assert not read_flat(folder, layout)[: layout.segments[1].stop].any()
     folder = peft_folder(tmp_path, tensors, layout)
     with pytest.raises(AdapterCorruptError, match=r"2 tensors are missing: .*m\.h\.0\.q\.lora_A"):
-        read_weights(folder, layout)
+        read_flat(folder, layout)
 
 
 def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path)
     (folder / WEIGHTS).rename(folder / "blob")
     (folder / WEIGHTS).symlink_to("blob")
-    assert read_weights(folder, TINY).any()
+    assert read_flat(folder, TINY).any()
 
 
 def changed(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -190,12 +190,12 @@ def with_value(value: float) -> dict[str, torch.Tensor]:
 )
 def test_wrong_tensors(tmp_path: Path, tensors: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        read_weights(peft_folder(tmp_path, tensors), TINY)
+        read_flat(peft_folder(tmp_path, tensors), TINY)
 
 
 def test_values_that_overflow_when_rescaled(tmp_path: Path) -> None:
     with pytest.raises(AdapterCorruptError, match=r"q_proj\.lora_B\.weight holds NaN or inf"):
-        read_weights(peft_folder(tmp_path, with_value(1e38), lora_alpha=1000), TINY)
+        read_flat(peft_folder(tmp_path, with_value(1e38), lora_alpha=1000), TINY)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_values_that_overflow_when_rescaled(tmp_path: Path) -> None:
 )
 def test_configs_that_ask_for_more_than_plain_lora(tmp_path: Path, config: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        read_weights(peft_folder(tmp_path, **config), TINY)
+        read_flat(peft_folder(tmp_path, **config), TINY)
 
 
 def test_rank_above_the_layout(tmp_path: Path) -> None:
     large = LoraLayout(8, 8.0, TINY.target_modules, TINY.modules)
     with pytest.raises(LayoutMismatchError, match="rank 8 is above this base's slots of rank 4"):
-        read_weights(peft_folder(tmp_path, layout=large), TINY)
+        read_flat(peft_folder(tmp_path, layout=large), TINY)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b" " * (2**20 + 1)])
@@ -234,21 +234,21 @@ def test_damaged_config(tmp_path: Path, content: bytes) -> None:
     folder = peft_folder(tmp_path)
     (folder / "adapter_config.json").write_bytes(content)
     with pytest.raises(AdapterCorruptError, match=r"adapter_config\.json"):
-        read_weights(folder, TINY)
+        read_flat(folder, TINY)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
 def test_missing_file(tmp_path: Path, name: str) -> None:
     (peft_folder(tmp_path) / name).unlink()
     with pytest.raises(AdapterCorruptError, match=f"{name} is missing"):
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
 
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path)
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(AdapterCorruptError, match=r"only as adapter_model\.bin, a pickle, which can run code"):
-        read_weights(folder, TINY)
+        read_flat(folder, TINY)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -256,7 +256,7 @@ def test_truncated_weights(tmp_path: Path, keep: int) -> None:
     path = peft_folder(tmp_path) / WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(AdapterCorruptError, match="truncated"):
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
 
 
 def header_file(path: Path, header: object, data: bytes = b"") -> None:
@@ -290,7 +290,7 @@ def entry(dtype: str = "F32", shape: tuple = (4, 6), offsets: tuple = (0, 96)) -
 def test_hostile_headers(tmp_path: Path, header: object, data: bytes, message: str) -> None:
     header_file(peft_folder(tmp_path) / WEIGHTS, header, data)
     with pytest.raises(AdapterCorruptError, match=message):
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
 
 
 def test_header_and_file_sizes_are_bounded_before_reading(tmp_path: Path) -> None:
@@ -299,11 +299,11 @@ def test_header_and_file_sizes_are_bounded_before_reading(tmp_path: Path) -> Non
         f.write(struct.pack("<Q", 8 * 2**20 + 1))
         f.truncate(8 * 2**20 + 1000)
     with pytest.raises(AdapterCorruptError, match="header of 8388609 bytes, at most 8388608"):
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
     with open(path, "wb") as f:
         f.truncate(2**40)
     with pytest.raises(AdapterCorruptError, match=f"has {2**40} bytes, at most"):
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
 
 
 def test_claimed_sizes_are_never_allocated(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_claimed_sizes_are_never_allocated(tmp_path: Path) -> None:
         f.write(struct.pack("<Q", len(header)) + header)
         f.truncate(8 + len(header) + rows * 24)
     with pytest.raises(LayoutMismatchError, match=r"has shape \(32768, 6\), expected \(4, 6\)"):
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
@@ -323,7 +323,7 @@ def test_links_that_leave_the_folder(tmp_path: Path, name: str) -> None:
     (folder / name).rename(tmp_path / "outside")
     (folder / name).symlink_to(tmp_path / "outside")
     with pytest.raises(AdapterCorruptError, match="is a link that leaves its folder"):
-        read_weights(folder, TINY)
+        read_flat(folder, TINY)
 
 
 def test_loops_pipes_and_folders_are_refused(tmp_path: Path) -> None:
@@ -331,25 +331,25 @@ def test_loops_pipes_and_folders_are_refused(tmp_path: Path) -> None:
     path.unlink()
     path.symlink_to(path)
     with pytest.raises(AdapterCorruptError, match="loop of links"):
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(AdapterCorruptError, match="not a plain file"):
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
     path.unlink()
     path.mkdir()
     with pytest.raises(AdapterCorruptError, match="not a plain file"):
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
 
 
 def test_misaligned_data_is_read(tmp_path: Path) -> None:
     # the format only recommends alignment: a header of odd length is legal
     path = peft_folder(tmp_path) / WEIGHTS
-    expected = read_weights(tmp_path, TINY)
+    expected = read_flat(tmp_path, TINY)
     raw = path.read_bytes()
     n = struct.unpack("<Q", raw[:8])[0]
     path.write_bytes(struct.pack("<Q", n + 1) + raw[8 : 8 + n] + b" " + raw[8 + n :])
-    assert torch.equal(read_weights(tmp_path, TINY), expected)
+    assert torch.equal(read_flat(tmp_path, TINY), expected)
 
 
 @pytest.mark.parametrize(
@@ -376,15 +376,15 @@ def test_a_single_bad_value_anywhere_is_found(at: int) -> None:
 
 
 def test_id_depends_on_every_value_and_on_the_layout() -> None:
-    flat = random_flat(TINY)
-    other = flat.clone()
+    flat = random_flat(TINY).numpy()
+    other = flat.copy()
     other[-1] += 1e-6
     alpha = LoraLayout(TINY.r, 9.0, TINY.target_modules, TINY.modules)
     assert len({adapter_id(flat, TINY), adapter_id(other, TINY), adapter_id(flat, alpha)}) == 3
-    assert adapter_id(flat, TINY) == adapter_id(flat.clone(), TINY)
+    assert adapter_id(flat, TINY) == adapter_id(flat.copy(), TINY)
 
 
 def test_weights_saved_by_someone_else_hash_the_same(tmp_path: Path) -> None:
     flat = random_flat(TINY)
     save_file({s.peft_key: v.clone() for s, v in TINY.views(flat)}, peft_folder(tmp_path) / WEIGHTS)
-    assert adapter_id(read_weights(tmp_path, TINY), TINY) == adapter_id(flat, TINY)
+    assert adapter_id(read_flat(tmp_path).numpy(), TINY) == adapter_id(flat.numpy(), TINY)

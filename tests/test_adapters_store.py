@@ -398,7 +398,7 @@ def test_ctrl_c_leaves_nothing(store: AdapterStore, monkeypatch: pytest.MonkeyPa
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for where in ("dnd_sdk.adapters.store.manifest_text", "dnd_sdk.adapters.folders.os.rename"):
+    for where in ("dnd_sdk.adapters.writing.manifest_text", "dnd_sdk.adapters.folders.os.rename"):
         with monkeypatch.context() as patch:
             patch.setattr(where, interrupt)
             with pytest.raises(KeyboardInterrupt):

@@ -10,16 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_folders import BASE, TINY, peft_folder, peft_tensors
+from adapter_folders import BASE, TINY, notes_of, peft_folder, peft_tensors, read_flat
 from cli_runner import dnd_json
 from helpers import SAME_MATHS, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny_world import World
 
 from dnd_sdk.adapters import AdapterStore
-from dnd_sdk.adapters.foreign import import_notes
 from dnd_sdk.adapters.peft_config import read_config
-from dnd_sdk.adapters.peft_folder import read_weights
 from dnd_sdk.config import Home
 from dnd_sdk.errors import AdapterCorruptError, DndError, LayoutMismatchError
 from dnd_sdk.lora.layout import ALL_LINEAR, LoraLayout
@@ -55,7 +53,7 @@ def our_logits(folder: Path, r: int = 4) -> torch.Tensor:
     model = tiny_model()
     layout = LoraLayout.from_model(model, r=r, lora_alpha=5.0)
     attach_lora(model, layout)
-    with torch.no_grad(), use_lora(tables_from_flat(layout, read_weights(folder, layout)[None]), 0):
+    with torch.no_grad(), use_lora(tables_from_flat(layout, read_flat(folder, layout)[None]), 0):
         return model(IDS).logits
 
 
@@ -84,7 +82,7 @@ def test_only_what_the_config_targets_is_taken_as_peft_does(tmp_path: Path, conf
     say(folder, **config)
     expected = peft_logits(folder)
     torch.testing.assert_close(our_logits(folder), expected, **SAME_MATHS)
-    dropped = [n for n in import_notes(folder, "") if "does not target" in n]
+    dropped = [n for n in notes_of(folder, LoraLayout.from_model(tiny_model(), r=4)) if "does not target" in n]
     assert bool(dropped) == (not torch.allclose(everything_on, expected, atol=1e-4))
 
 
@@ -143,7 +141,7 @@ def test_an_import_by_patterns_is_stored_and_answers_like_peft(world: World, tmp
 )
 def test_what_peft_could_not_match_is_refused(tmp_path: Path, config: dict[str, Any], match: str) -> None:
     with pytest.raises(DndError, match=match) as caught:
-        read_weights(peft_folder(tmp_path, **config), TINY)
+        read_flat(peft_folder(tmp_path, **config), TINY)
     assert caught.value.fix
 
 
@@ -158,27 +156,27 @@ def test_names_without_the_prefix_are_lora_all_the_same(tmp_path: Path, rename: 
             for k, t in tensors.items()
         },
     )
-    flat = read_weights(folder, TINY)
+    flat = read_flat(folder, TINY)
     assert all(torch.equal(view, tensors[s.peft_key]) for s, view in TINY.views(flat))
 
 
 def test_a_matrix_with_and_without_the_prefix_is_there_twice(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path, peft_tensors() | {A0.removeprefix("base_model.model."): torch.ones(4, 6)})
     with pytest.raises(AdapterCorruptError, match="holds a matrix twice"):
-        read_weights(folder, TINY)
+        read_flat(folder, TINY)
 
 
 def test_tensors_of_unknown_modules_that_no_target_names_are_dropped(tmp_path: Path) -> None:
     more = {f"base_model.model.vision.fc.lora_{p}.weight": torch.ones(4, 4) for p in "AB"}
     folder = peft_folder(tmp_path, peft_tensors() | more)
-    assert torch.equal(read_weights(folder, TINY), read_weights(peft_folder(tmp_path / "plain"), TINY))
-    [note] = [n for n in import_notes(folder, "") if "does not target" in n]
+    assert torch.equal(read_flat(folder, TINY), read_flat(peft_folder(tmp_path / "plain"), TINY))
+    [note] = [n for n in notes_of(folder) if "does not target" in n]
     assert "vision.fc" in note
 
 
 def test_config_keys_nobody_knows_are_named_and_cut(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path, use_magic=True, **{"k" * 5000: 1}, lora_dropout=0.1, corda_config=None)
-    [note] = [n for n in import_notes(folder, "base") if "not understood" in n]
+    [note] = [n for n in notes_of(folder) if "not understood" in n]
     assert "use_magic" in note and "lora_dropout" not in note and len(note) < 500
 
 
@@ -194,7 +192,7 @@ def test_base_names_that_cannot_be_kept_are_left_out_with_a_note(tmp_path: Path,
     store = AdapterStore(home)
     adapter = store.import_folder(folder, TINY, base_fingerprint=BASE, base_name="mine")
     assert json.loads((adapter.path / CONFIG).read_text())["base_model_name_or_path"] == "mine"
-    assert store.verify() == [] and any("base_model_name_or_path" in n for n in import_notes(folder, "mine"))
+    assert store.verify() == [] and any("base_model_name_or_path" in n for n in notes_of(folder, base_name="mine"))
 
 
 @pytest.mark.parametrize(
@@ -209,11 +207,11 @@ def test_an_r_that_is_no_number_gets_a_fix_that_helps(tmp_path: Path, r: object,
 def test_ranks_above_the_slots_are_named_with_a_way_to_more(tmp_path: Path) -> None:
     large = LoraLayout(8, 8.0, TINY.target_modules, TINY.modules)
     with pytest.raises(LayoutMismatchError, match=r"rank 8 is above this base's slots of rank 4") as caught:
-        read_weights(peft_folder(tmp_path, peft_tensors(large), large), TINY)
+        read_flat(peft_folder(tmp_path, peft_tensors(large), large), TINY)
     assert "r=8" in str(caught.value.fix)
     folder = peft_folder(tmp_path / "by-pattern", rank_pattern={"v_proj": 7})
     with pytest.raises(LayoutMismatchError, match=r"rank 7 .*v_proj.* is above this base's slots of rank 4"):
-        read_weights(folder, TINY)
+        read_flat(folder, TINY)
 
 
 def huge(folder: Path, factor: float, **config: Any) -> Path:
@@ -253,5 +251,5 @@ def test_shapes_of_endless_numbers_are_refused_at_once(tmp_path: Path, shape: li
     header = json.dumps({A0: {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
     (peft_folder(tmp_path) / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(AdapterCorruptError, match="shape") as caught:
-        read_weights(tmp_path, TINY)
+        read_flat(tmp_path, TINY)
     assert len(str(caught.value).encode()) < 2000

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dnd_sdk.bench import adapting as bench
+from dnd_sdk.bench import timing
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 
 ADAPT_S, PLAIN_S, ENCODE_S, REUSE_S, TOKEN_S, ADAPTER_TOKEN_S = 0.3, 0.25, 0.2, 0.004, 0.01, 0.0105

@@ -12,8 +12,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from adapter_folders import TINY, store_one
+from helpers import random_flat
 
 import dnd_sdk
+from dnd_sdk.adapters import AdapterStore
+from dnd_sdk.config import Home
 
 ROOT = Path(dnd_sdk.__file__).parents[1]
 TREES = ("dnd_sdk", "cli", "integrations")
@@ -73,6 +78,30 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
 def test_the_dnd_script_loads_no_torch_for_help() -> None:
     call = "try: main()\nexcept SystemExit as e: assert not e.code"
     assert loaded_after(f"import sys; sys.argv = ['dnd', '--help']\nfrom dnd_sdk.cli.main import main\n{call}") == set()
+
+
+READING_THE_STORE = """
+from typer.testing import CliRunner
+from dnd_sdk.cli.main import app
+from dnd_sdk.config import Home
+from dnd_sdk.doctor.checks import _Subject, _adapters
+
+for words in {commands}:
+    result = CliRunner().invoke(app, ["adapters", *words, "--home", {home!r}])
+    assert result.exit_code == 0, (words, result.output)
+assert [c.status for c in _adapters(_Subject(Home.find({home!r}), None, None, None, "auto"))] == ["ok"]
+"""
+
+
+def test_what_only_reads_the_store_loads_no_torch(home: Home, tmp_path: Path) -> None:
+    store, out = AdapterStore(home), tmp_path / "out"
+    for i, name in enumerate(("one", "two", "three")):
+        store_one(store, random_flat(TINY, seed=i), name=name, exemplars=torch.eye(3, 5), encoder="e")
+    commands = [["ls"], ["ls", "--json"], ["show", "one"], ["verify"], ["verify", "two"], ["export", "two", str(out)]]
+    commands += [["rm", "one", "three"], ["ls", "-q"]]
+    loaded = loaded_after(READING_THE_STORE.format(commands=commands, home=str(home.root)))
+    assert loaded <= {"numpy", "pydantic_settings"}
+    assert [a.name for a in store.ls()] == ["two"] and (out / "dnd.json").is_file()
 
 
 def test_the_check_above_can_fail() -> None:

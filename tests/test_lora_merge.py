@@ -48,7 +48,7 @@ def logits(layout: LoraLayout, flat: torch.Tensor) -> torch.Tensor:
 def peft_logits(folder: Path, layout: LoraLayout, flats: list[torch.Tensor], how: str) -> torch.Tensor:
     for i, flat in enumerate(flats):
         (folder / str(i)).mkdir()
-        write_weights(folder / str(i) / "adapter_model.safetensors", flat, layout)
+        write_weights(folder / str(i) / "adapter_model.safetensors", flat.numpy(), layout)
         (folder / str(i) / "adapter_config.json").write_text(config_text(layout, "tiny"))
     model = peft.PeftModel.from_pretrained(tiny_model(), folder / "0", adapter_name="0")
     for i in range(1, len(flats)):

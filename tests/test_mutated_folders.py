@@ -15,7 +15,6 @@ from mutated_folders import MUTATIONS, PICKLED, WEIGHTS, mutated_folders
 from safetensors.torch import load_file
 from tiny_world import World, prompts_of
 
-from dnd_sdk.adapters import import_notes
 from dnd_sdk.errors import DndError
 from dnd_sdk.session import DnD
 
@@ -63,12 +62,13 @@ def logits(dnd: DnD, adapter_id: str | None) -> torch.Tensor:
 
 def try_import(dnd: DnD, folder: Path) -> str:
     """Import, use and remove; the outcome as one word."""
+    notes: list[str] = []
     try:
-        adapter = dnd.import_adapter(folder, name="mutated")
+        adapter = dnd.import_adapter(folder, name="mutated", note=notes.append)
     except DndError as e:
         assert e.message and len(str(e).encode()) < 2000, str(e)[:4000]
         return type(e).__name__
-    assert all(len(note.encode()) < 2000 for note in import_notes(folder, dnd.base.name))
+    assert all(len(note.encode()) < 2000 for note in notes)
     dnd.make_resident(adapter)
     assert torch.isfinite(logits(dnd, adapter.id)).all()
     dnd.store.rm("mutated")

@@ -88,7 +88,7 @@ CALLS: Calls = {
     "adapt": (DnD.adapt, ADAPT, AdaptResult),
     "route": (DnD.route, {"prompts": ["hi"], "role": None}, RouteDecision),
     "observe": (DnD.observe, {"prompt": "hi"}, ObserveResult),
-    "import": (DnD.import_adapter, {"folder": "nowhere", "name": None, "prompts": None}, Adapter),
+    "import": (DnD.import_adapter, {"folder": "nowhere", "name": None, "prompts": None, "note": None}, Adapter),
     "get": (lambda dnd, **how: dnd.store.get(**how), {"name_or_id": "a"}, Adapter),
     "verify": (lambda dnd, **how: dnd.store.verify(**how), {"name": "a"}, list),
     "export": (lambda dnd, **how: dnd.store.export(**how), {"name": "nothing", "out_dir": "nowhere"}, Path),

@@ -17,8 +17,8 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.routing import Router, Support, Thresholds
-from dnd_sdk.routing.vector_file import INDEX_FILE
 from dnd_sdk.routing.support import centres_of
+from dnd_sdk.routing.vector_file import INDEX_FILE
 
 LIMITS = Thresholds(reuse=0.9, reuse_single=0.5, support=0.1)
 TASKS = centres_of(torch.cat([task_vectors(t) for t in range(4)]), 8)

@@ -11,8 +11,9 @@ import json
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dnd_sdk.errors import AdapterCorruptError, ConfigError, InputError, LayoutMismatchError, shown
 from dnd_sdk.files import is_finite_number, read_json
@@ -22,6 +23,8 @@ from dnd_sdk.prompts import Role
 MANIFEST = "dnd.json"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 4 * 2**20
+_MAX_KEPT = 2**18
+"""Characters of a layout that is kept for the next manifest; those of large bases have a tenth."""
 SOURCES = ("generated", "imported", "merged", "trained")
 ORIGINS = ("axolotl", "llama-factory", "peft", "trl", "xtuner")
 
@@ -60,6 +63,28 @@ class Adapter:
     """When its exemplars were last replaced, ISO 8601, UTC; None: never."""
     exemplars_sha256: str | None = None
     """Of the exemplars' file; empty: it has none; None: not recorded (stored by an earlier version)."""
+
+
+class About(TypedDict, total=False):
+    """What may be said of an adapter when it is stored: fields of `Adapter`."""
+
+    prompt_hash: str | None
+    """Of the prompt set it was made for."""
+    n_prompts: int | None
+    """Size of that set."""
+    generator: str | None
+    """The generator's id."""
+    encoder: str | None
+    """Name of the encoder that made the exemplars."""
+    encoder_fingerprint: str | None
+    scores: dict[str, float]
+    """Measured figures, by name."""
+    origin: str | None
+    """The tool that wrote an imported one."""
+    parents: dict[str, float]
+    """Ids and weights of what a merged one was made from."""
+    role: str | None
+    """The role prompt it was made under; the same weights under another role are another adapter."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +128,17 @@ def read_manifest(folder: Path) -> Adapter:
     return adapter_from(folder, _load(folder))
 
 
+def read_layout(folder: Path) -> LoraLayout:
+    """The layout the adapter in `folder` was stored with; raises like `read_manifest`."""
+    return _layout(folder, _load(folder))
+
+
+def read_adapter(folder: Path) -> tuple[Adapter, LoraLayout]:
+    """The adapter in `folder` and the layout it was stored with, from one reading; raises like `read_manifest`."""
+    data = _load(folder)
+    return adapter_from(folder, data), _layout(folder, data)
+
+
 def adapter_fields(adapter: Adapter) -> dict[str, Any]:
     """What is kept of an adapter, JSON-able: all but its name and path."""
     return {key: getattr(adapter, key) for key in _FIELDS}
@@ -120,15 +156,23 @@ def adapter_from(folder: Path, data: dict[str, Any]) -> Adapter:
     return Adapter(name=folder.name, path=folder, **values)
 
 
-def read_layout(folder: Path) -> LoraLayout:
-    """The layout the adapter in `folder` was stored with."""
+def _layout(folder: Path, data: dict[str, Any]) -> LoraLayout:
     try:
-        layout = LoraLayout.from_dict(_load(folder).get("layout") or {})
-    except (LayoutMismatchError, ConfigError, OverflowError) as e:
+        # the same object for the same text: adapters of one base share a layout, and what it has worked out
+        text = json.dumps(data.get("layout") or {})
+        layout = (_layout_once if len(text) <= _MAX_KEPT else _layout_of)(text)
+    except (LayoutMismatchError, ConfigError, OverflowError, RecursionError) as e:
         raise AdapterCorruptError(f"{folder / MANIFEST}: {str(e)[:200]}", fix=_fix(folder)) from e
     if any(m.in_features < 1 or m.out_features < 1 for m in layout.modules):
         raise AdapterCorruptError(f"{folder / MANIFEST}: its layout has a module without features", fix=_fix(folder))
     return layout
+
+
+def _layout_of(text: str) -> LoraLayout:
+    return LoraLayout.from_dict(json.loads(text))
+
+
+_layout_once = lru_cache(maxsize=8)(_layout_of)
 
 
 def _load(folder: Path) -> dict[str, Any]:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
-from dnd_sdk.adapters.adapter import MANIFEST, Adapter, check_name, read_layout, read_manifest
+from dnd_sdk.adapters.adapter import MANIFEST, Adapter, check_name, read_adapter, read_layout
 from dnd_sdk.adapters.exemplars import read_exemplars
-from dnd_sdk.adapters.peft_folder import adapter_id, read_stored_weights
+from dnd_sdk.adapters.peft_folder import adapter_id, read_weights
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
+from dnd_sdk.files import FloatArray
 from dnd_sdk.lora import LoraLayout
 
 
 def check_folder(folder: Path) -> None:
     """Read everything a stored folder holds and hash its weights; raises what is wrong."""
     check_name(folder.name)
-    adapter = read_manifest(folder)
-    check_stored_hash(folder, adapter)
+    adapter, layout = read_adapter(folder)
+    _check_stored_hash(folder, adapter, layout)
     read_exemplars(folder, adapter.exemplars_sha256)
 
 
@@ -31,23 +30,15 @@ def check_base(adapter: Adapter, base_fingerprint: str | None) -> None:
         )
 
 
-def check_read_hash(folder: Path, adapter: Adapter, flat: Tensor, layout: LoraLayout) -> None:
+def check_read_hash(folder: Path, adapter: Adapter, flat: FloatArray, layout: LoraLayout) -> None:
     """`check_hash` of weights read from `folder` for `layout`, whatever layout they were stored with."""
     if adapter.layout_digest == layout.digest:
         check_hash(adapter, flat, layout)
     else:  # padded or folded: only as they were stored do they have the hash
-        check_stored_hash(folder, adapter)
+        _check_stored_hash(folder, adapter, read_layout(folder))
 
 
-def check_stored_hash(folder: Path, adapter: Adapter) -> None:
-    """Read the weights with the layout they were stored with, and hash them."""
-    layout = read_layout(folder)
-    if layout.digest != adapter.layout_digest:
-        raise AdapterCorruptError(f"{folder / MANIFEST}: layout_digest does not match its layout")
-    check_hash(adapter, read_stored_weights(folder, layout), layout)
-
-
-def check_hash(adapter: Adapter, flat: Tensor, layout: LoraLayout) -> None:
+def check_hash(adapter: Adapter, flat: FloatArray, layout: LoraLayout) -> None:
     """Raise `AdapterCorruptError` unless `flat` holds the weights that the adapter's id stands for."""
     found = adapter_id(flat, layout)
     if found != adapter.id:
@@ -55,3 +46,10 @@ def check_hash(adapter: Adapter, flat: Tensor, layout: LoraLayout) -> None:
             f"{adapter.path}: the weights' hash is {found[:16]}, {MANIFEST} says {adapter.id[:16]}",
             fix=f"remove it with `dnd adapters rm {adapter.name}` and make it again",
         )
+
+
+def _check_stored_hash(folder: Path, adapter: Adapter, layout: LoraLayout) -> None:
+    """Read the weights with the layout they were stored with, and hash them."""
+    if layout.digest != adapter.layout_digest:
+        raise AdapterCorruptError(f"{folder / MANIFEST}: layout_digest does not match its layout")
+    check_hash(adapter, read_weights(folder, layout, whole=True), layout)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import torch
-from safetensors.torch import save
-from torch import Tensor
+import numpy as np
 
 from dnd_sdk.errors import AdapterCorruptError, InputError
-from dnd_sdk.files import open_safetensors
+from dnd_sdk.files import FloatArray, TensorInfo, all_finite, open_safetensors, safetensors_header
 
 EXEMPLARS = "exemplars.safetensors"
 MAX_EXEMPLARS_BYTES = 64 * 2**20
@@ -22,23 +20,22 @@ _SAME = 1e-4
 """Rows nearer than this are the same prompt, encoded in another batch or on another machine."""
 
 
-def check_exemplars(exemplars: Tensor) -> Tensor:
-    """Return exemplars (k, C) as contiguous fp32 on the CPU; raises `InputError` unless 2-D, finite and not empty."""
-    if exemplars.dim() != 2 or exemplars.numel() == 0:
-        raise InputError(f"exemplars must have shape (k, width), got {tuple(exemplars.shape)}")
-    exemplars = exemplars.detach().to("cpu", torch.float32).contiguous()
-    if not torch.isfinite(exemplars).all():
+def check_exemplars(exemplars: FloatArray) -> FloatArray:
+    """Return exemplars (k, C) in one piece; raises `InputError` unless 2-D, finite and not empty."""
+    if exemplars.ndim != 2 or exemplars.size == 0:
+        raise InputError(f"exemplars must have shape (k, width), got {exemplars.shape}")
+    if not all_finite(exemplars):
         raise InputError("exemplars hold NaN or inf")
-    if exemplars.numel() * 4 > MAX_EXEMPLARS_BYTES // 2:
-        raise InputError(f"exemplars of shape {tuple(exemplars.shape)} are too many", fix="keep fewer of them")
-    return exemplars
+    if exemplars.nbytes > MAX_EXEMPLARS_BYTES // 2:
+        raise InputError(f"exemplars of shape {exemplars.shape} are too many", fix="keep fewer of them")
+    return np.ascontiguousarray(exemplars)
 
 
-def exemplars_bytes(exemplars: Tensor, encoder: str | None, fingerprint: str | None) -> bytes:
+def exemplars_bytes(exemplars: FloatArray, encoder: str | None, fingerprint: str | None) -> bytes:
     """The content of the file."""
     metadata = {"format": "pt", "encoder": encoder or "", "encoder_fingerprint": fingerprint or ""}
-    data: bytes = save({"exemplars": exemplars}, metadata)
-    return data
+    info = TensorInfo("F32", exemplars.shape, 0, exemplars.nbytes)
+    return safetensors_header({"exemplars": info}, metadata) + exemplars.tobytes()
 
 
 def exemplars_hash(data: bytes | None) -> str:
@@ -46,7 +43,7 @@ def exemplars_hash(data: bytes | None) -> str:
     return NONE_KEPT if data is None else hashlib.sha256(data).hexdigest()
 
 
-def read_exemplars(folder: Path, recorded: str | None = None) -> Tensor | None:
+def read_exemplars(folder: Path, recorded: str | None = None) -> FloatArray | None:
     """The exemplars (k, C) in `folder`, None without any.
 
     `recorded` is what the manifest says of the file, None if nothing. Raises `AdapterCorruptError` when the file is
@@ -68,27 +65,28 @@ def read_exemplars(folder: Path, recorded: str | None = None) -> Tensor | None:
     return exemplars
 
 
-def merged_exemplars(old: Tensor | None, new: Tensor) -> Tensor | None:
+def merged_exemplars(old: FloatArray | None, new: FloatArray) -> FloatArray | None:
     """Both sets (k, C) without repeats, of the old ones an even sample where room is short; None: `new` adds nothing.
 
     Sets of another width cannot be compared: then `new` takes the place of `old`.
     """
     if old is None or old.shape[1] != new.shape[1]:
         return new
-    added = new[torch.cdist(new, old, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1) > _SAME]
+    # row by row: all differences at once take (new, old, C) values
+    added = new[[bool(np.linalg.norm(old - row, axis=1).min() > _SAME) for row in new]]
     if len(added) == 0:
         return None
     room = max(0, min(len(old), MAX_EXEMPLARS - len(added)))
-    return torch.cat([old[torch.arange(room) * len(old) // max(room, 1)], added])
+    return np.concatenate([old[np.arange(room) * len(old) // max(room, 1)], added])
 
 
-def _read(folder: Path) -> tuple[Tensor, str]:
+def _read(folder: Path) -> tuple[FloatArray, str]:
     """The exemplars and the hash of the file they came from: one open file, which nobody replaces between the two."""
     with open_safetensors(folder, EXEMPLARS, MAX_EXEMPLARS_BYTES) as f:
         kinds = {name: (info.dtype, len(info.shape)) for name, info in f.header.items()}
         if kinds != {"exemplars": ("F32", 2)}:
             raise AdapterCorruptError(f"{f.path} must hold one 2-D F32 tensor named exemplars, got {str(kinds)[:200]}")
-        exemplars, digest = f.read()["exemplars"], f.sha256()
+        exemplars, digest = f.array("exemplars"), f.sha256()
     try:
         return check_exemplars(exemplars), digest
     except InputError as e:

@@ -7,12 +7,11 @@ tokenizers) is never opened.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
-
-from dnd_sdk.adapters.peft_config import CONFIG, read_config, some
-from dnd_sdk.adapters.peft_folder import read_weights, untargeted
+from dnd_sdk.adapters.peft_config import CONFIG, PeftSettings, some
+from dnd_sdk.adapters.peft_folder import Weights, read_peft
 from dnd_sdk.config import path_of
 from dnd_sdk.errors import AdapterCorruptError, InputError, LayoutMismatchError, brief
 from dnd_sdk.files import storage_errors
@@ -48,29 +47,27 @@ def find_adapter(path: str | os.PathLike[str]) -> tuple[Path, str]:
     return folder, _origin(names)
 
 
-def import_notes(path: str | os.PathLike[str], base_name: str) -> tuple[str, ...]:
-    """What someone who imports `path` for the base `base_name` should know; raises like `find_adapter`."""
-    folder, _ = find_adapter(path)
-    settings = read_config(folder)
-    named = other_base(settings.base_name, base_name)
-    unused = untargeted(folder, settings)
-    left = [n for n in _LLAVA_REST if n in _names(folder.parent)] if folder.name == LLM_ADAPTER else []
+def notes_on(folder: Path, settings: PeftSettings, left_out: Iterable[str], named: str | None) -> tuple[str, ...]:
+    """What someone who imports the adapter in `folder` should know.
+
+    `left_out` are modules that its config does not target, `named` is what `other_base` says.
+    """
+    rest = [n for n in _LLAVA_REST if n in _names(folder.parent)] if folder.name == LLM_ADAPTER else []
     notes = [] if named is None else [f"it fits, but {named}"]
-    if left:
-        notes.append(f"only the language model's part is taken, not {', '.join(left)}")
-    if unused:
-        names = some(brief(m, 120) for m in unused)
+    if rest:
+        notes.append(f"only the language model's part is taken, not {', '.join(rest)}")
+    if names := some(brief(m, 120) for m in left_out):
         notes.append(f"left out, as peft does: weights of modules that its config does not target: {names}")
     return (*notes, *settings.notes)
 
 
-def read_foreign(folder: Path, layout: LoraLayout, *, ours: bool, named: str | None) -> Tensor:
-    """`read_weights` of a folder to import.
+def read_foreign(folder: Path, layout: LoraLayout, settings: PeftSettings, *, ours: bool, named: str | None) -> Weights:
+    """`read_peft` of a folder to import.
 
     One of `ours` never holds a pickle; `named` (see `other_base`) goes into the error when shapes do not fit.
     """
     try:
-        return read_weights(folder, layout, foreign=not ours)
+        return read_peft(folder, layout, settings, foreign=not ours)
     except LayoutMismatchError as e:
         if named is None:
             raise

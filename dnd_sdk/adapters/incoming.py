@@ -6,14 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from dnd_sdk.adapters.adapter import MANIFEST, read_manifest
 from dnd_sdk.adapters.checks import check_base, check_read_hash
 from dnd_sdk.adapters.exemplars import read_exemplars
-from dnd_sdk.adapters.foreign import find_adapter, other_base, read_foreign
+from dnd_sdk.adapters.foreign import find_adapter, notes_on, other_base, read_foreign
 from dnd_sdk.adapters.peft_config import read_config
 from dnd_sdk.adapters.peft_folder import check_plausible
+from dnd_sdk.files import FloatArray
 from dnd_sdk.lora import LoraLayout
 
 _KEPT = ("prompt_hash", "n_prompts", "generator", "scores", "parents", "role")
@@ -23,14 +22,16 @@ _KEPT = ("prompt_hash", "n_prompts", "generator", "scores", "parents", "role")
 class Incoming:
     """One folder's weights, and what it says of itself."""
 
-    flat: Tensor
+    flat: FloatArray
     base_name: str | None
     origin: str | None
-    exemplars: Tensor | None
+    exemplars: FloatArray | None
     encoder: str | None
     encoder_fingerprint: str | None
     kept: dict[str, Any]
     """Of an exported adapter: the fields it keeps."""
+    notes: tuple[str, ...]
+    """What someone who imports it should know."""
 
 
 def read_incoming(
@@ -41,13 +42,16 @@ def read_incoming(
     known = read_manifest(folder) if (folder / MANIFEST).exists() else None
     if known is not None:
         check_base(known, base_fingerprint)
-    named_base = read_config(folder).base_name
-    flat = read_foreign(folder, layout, ours=known is not None, named=other_base(named_base, base_name))
+    settings = read_config(folder)
+    named = other_base(settings.base_name, base_name)
+    flat, left_out = read_foreign(folder, layout, settings, ours=known is not None, named=named)
     if known is not None:  # first: where the hash is wrong, that is what is wrong
         check_read_hash(folder, known, flat, layout)
     check_plausible(flat, layout, str(folder))
+    notes = notes_on(folder, settings, left_out, named)
     if known is None:
-        return Incoming(flat, named_base, origin, None, None, None, {})
+        return Incoming(flat, settings.base_name, origin, None, None, None, {}, notes)
     exemplars = read_exemplars(folder, known.exemplars_sha256)
     kept = {key: getattr(known, key) for key in _KEPT}
-    return Incoming(flat, named_base, known.origin, exemplars, known.encoder, known.encoder_fingerprint, kept)
+    encoder = known.encoder, known.encoder_fingerprint
+    return Incoming(flat, settings.base_name, known.origin, exemplars, *encoder, kept, notes)

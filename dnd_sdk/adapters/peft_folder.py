@@ -1,33 +1,48 @@
 """A PEFT folder's weights <-> one flat LoRA vector.
 
-* Written in flat order behind a safetensors header: one write of the vector's own memory, no per-tensor copies.
+* Written in flat order behind a safetensors header: one write of the vector's own memory, and read as one piece again.
 * Read only after the header proves names, shapes, dtypes and ranks; a smaller rank is padded with zeros and its scaling
   moved into B, so that `scaling * B @ A` stays the same, module by module (`rank_pattern`, `alpha_pattern`).
 * Tensors of modules that the config does not target are left out, as peft leaves them unused.
 * What the store wrote is safetensors; `foreign` folders may hold `adapter_model.bin` instead, see `torch_file`.
+* Vectors are numpy arrays here: only who gives or wants a tensor needs torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from dnd_sdk.adapters.peft_config import PeftSettings, read_config, some
-from dnd_sdk.adapters.torch_file import TorchReader, open_torch
 from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError
-from dnd_sdk.files import FLOATS, MAX_HEADER_BYTES, SafetensorsReader, TensorInfo, open_safetensors, storage_errors
+from dnd_sdk.files import (
+    FLOATS,
+    MAX_HEADER_BYTES,
+    FloatArray,
+    SafetensorsReader,
+    TensorInfo,
+    all_finite,
+    open_safetensors,
+    safetensors_header,
+    storage_errors,
+)
 from dnd_sdk.lora import MAX_RANK, LoraLayout, Segment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dnd_sdk.adapters.torch_file import TorchReader
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-MAX_STORED_BYTES = 2**34
 MAX_NAME = 1024
 """Characters of a tensor's name."""
 MAX_VALUE = 65504.0
@@ -41,10 +56,19 @@ _ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.default(?=\.weight$)")
 """What a state dict taken from a live peft model has in its names, and what peft leaves out when it saves."""
 
 
-def adapter_id(flat: Tensor, layout: LoraLayout) -> str:
-    """sha256 hex over the layout digest and the fp32 values of a CPU vector."""
+class Weights(NamedTuple):
+    """What was read from a folder."""
+
+    flat: FloatArray
+    """`(layout.n_parameters,)`."""
+    left_out: tuple[str, ...]
+    """Modules that the folder holds LoRA of and its config does not target, sorted."""
+
+
+def adapter_id(flat: FloatArray, layout: LoraLayout) -> str:
+    """sha256 hex over the layout digest and the values of a vector."""
     digest = hashlib.sha256(layout.digest.encode())
-    digest.update(flat.numpy().data)
+    digest.update(flat.data)
     return digest.hexdigest()
 
 
@@ -58,16 +82,15 @@ def check_flat(flat: Tensor, layout: LoraLayout) -> Tensor:
     layout.check_size(flat.shape[0])
     if not flat.is_floating_point():
         raise AdapterCorruptError(f"LoRA weights must be floating point, got {flat.dtype}")
-    flat = flat.detach().to("cpu", torch.float32).contiguous()
-    _check_finite(flat, layout, "the LoRA weights")
+    flat = flat.detach().cpu().float().contiguous()
+    _check_finite(flat.numpy(), layout, "the LoRA weights")
     return flat
 
 
-def check_plausible(flat: Tensor, layout: LoraLayout, where: str) -> None:
+def check_plausible(flat: FloatArray, layout: LoraLayout, where: str) -> None:
     """Raise `AdapterCorruptError` for finite weights that no training gives: see `MAX_VALUE` and `MAX_CHANGE`."""
-    views = list(layout.views(flat))
-    for (a, A), (b, B) in zip(views[::2], views[1::2], strict=True):
-        largest_a, largest_b = (float(t.abs().amax()) for t in (A, B))
+    for a, b in zip(layout.segments[::2], layout.segments[1::2], strict=True):
+        largest_a, largest_b = (_largest(flat[s.start : s.stop]) for s in (a, b))
         change = layout.r * layout.scaling * largest_a * largest_b
         if max(largest_a, largest_b * layout.scaling) > MAX_VALUE or change > MAX_CHANGE:
             s = a if largest_a >= largest_b else b
@@ -79,54 +102,65 @@ def check_plausible(flat: Tensor, layout: LoraLayout, where: str) -> None:
             )
 
 
-def write_weights(path: Path, flat: Tensor, layout: LoraLayout) -> None:
+def write_weights(path: Path, flat: FloatArray, layout: LoraLayout) -> None:
     """Write a checked vector as the safetensors file peft and vLLM read."""
-    entries = {
-        s.peft_key: {"dtype": "F32", "shape": list(s.shape), "data_offsets": [4 * s.start, 4 * s.stop]}
-        for s in layout.segments
-    }
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the format asks for aligned data
     with open(path, "wb") as f:
-        f.write(len(header).to_bytes(8, "little") + header)
-        f.write(flat.numpy().data.cast("B"))
+        f.write(safetensors_header(_flat_header(layout), {"format": "pt"}))
+        f.write(flat.data.cast("B"))
 
 
-def read_weights(folder: Path, layout: LoraLayout, *, foreign: bool = False) -> Tensor:
-    """Read a PEFT folder into a flat fp32 vector of `layout`; modules the folder leaves out stay zero.
+def read_weights(folder: Path, layout: LoraLayout, *, whole: bool = False) -> FloatArray:
+    """The flat vector of a folder that the store wrote; see `read_peft`."""
+    return read_peft(folder, layout, read_config(folder), whole=whole).flat
 
-    `foreign` also reads an `adapter_model.bin` where there is no safetensors file. Raises `AdapterCorruptError` for
-    damaged, hostile or incomplete folders, `LayoutMismatchError` for weights of another base or rank, `StorageError`
-    when the disk refuses; messages name the file and the tensor.
+
+def read_peft(
+    folder: Path, layout: LoraLayout, settings: PeftSettings, *, foreign: bool = False, whole: bool = False
+) -> Weights:
+    """Read a PEFT folder with these settings as a flat vector of `layout`; modules the folder leaves out stay zero.
+
+    `foreign` also reads an `adapter_model.bin` where there is no safetensors file. `whole` asks for as many values as
+    the layout has: a layout that the folder itself claims is believed only if its file bears it out. Raises
+    `AdapterCorruptError` for damaged, hostile or incomplete folders, `LayoutMismatchError` for weights of another base
+    or rank, `StorageError` when the disk refuses; messages name the file and the tensor.
     """
-    settings = read_config(folder)
     max_bytes = MAX_HEADER_BYTES + 4 * (layout.n_parameters // layout.r) * MAX_RANK + 8
-    flat = torch.zeros(layout.n_parameters)
     with _open_weights(folder, max_bytes, foreign) as f:
-        names = _taken(_plain_names(f.header, f.path), settings, f.path)
-        _check_dtypes(f.header, f.path)
-        _check_header({plain: f.header[name] for plain, name in names.items()}, layout, settings, f.path)
-        tensors = f.read(names.values())
-        _fill(flat, layout, {plain: tensors[name] for plain, name in names.items()}, settings)
-        _check_finite(flat, layout, str(f.path))
-    return flat
+        if whole:
+            _check_whole(f.header, layout, f.path)
+        weights = _read(f, layout, settings)
+        _check_finite(weights.flat, layout, str(f.path))
+    return weights
 
 
-def untargeted(folder: Path, settings: PeftSettings) -> list[str]:
-    """The modules that a foreign folder holds LoRA of and its config does not target; raises like `read_weights`."""
-    with _open_weights(folder, MAX_STORED_BYTES, foreign=True) as f:
-        modules = {m for name in _plain_names(f.header, f.path) if (m := _module_of(name)) is not None}
-    return sorted(m for m in modules if not settings.targets.take(m))
+def _read(f: SafetensorsReader | TorchReader, layout: LoraLayout, settings: PeftSettings) -> Weights:
+    _check_lengths(f.header, f.path)
+    if isinstance(f, SafetensorsReader) and _is_flat(f.header, layout, settings):
+        return Weights(f.data.view(np.float32), ())
+    names = _plain_names(f.header, f.path)
+    taken = _taken(names, settings, f.path)
+    _check_dtypes(f.header, f.path)
+    _check_header({plain: f.header[name] for plain, name in taken.items()}, layout, settings, f.path)
+    left_out = {str(_module_of(plain)) for plain in names.keys() - taken.keys()}
+    return Weights(_filled(f, taken, layout, settings), tuple(sorted(left_out)))
 
 
-def read_stored_weights(folder: Path, layout: LoraLayout) -> Tensor:
-    """`read_weights` with the layout the folder itself claims: its size is believed only if the file bears it out."""
-    _refuse_pickle(folder)
-    with open_safetensors(folder, WEIGHTS, MAX_STORED_BYTES) as f:
-        n = sum(math.prod(info.shape) for info in f.header.values())
-    if n != layout.n_parameters:
-        raise AdapterCorruptError(f"{folder / WEIGHTS} holds {n} values, its layout needs {layout.n_parameters}")
-    return read_weights(folder, layout)
+@lru_cache(maxsize=8)
+def _flat_header(layout: LoraLayout) -> dict[str, TensorInfo]:
+    """The tensors of a file whose bytes are the flat vector itself."""
+    return {s.peft_key: TensorInfo("F32", s.shape, 4 * s.start, 4 * s.stop) for s in layout.segments}
+
+
+def _is_flat(header: Mapping[str, TensorInfo], layout: LoraLayout, settings: PeftSettings) -> bool:
+    """Whether a file's bytes are the flat vector itself, and its config takes all of them as they are.
+
+    So are those that the store wrote; whatever else is checked of a file holds for them.
+    """
+    return header == _flat_header(layout) and all(
+        settings.targets.take(m.name)
+        and (settings.rank_of(m.name), settings.scaling_of(m.name)) == (layout.r, layout.scaling)
+        for m in layout.modules
+    )
 
 
 def _open_weights(
@@ -135,18 +169,30 @@ def _open_weights(
     with storage_errors("read", folder):
         pickled = foreign and not (folder / WEIGHTS).exists() and (folder / PICKLED).exists()
     if pickled:
+        from dnd_sdk.adapters.torch_file import open_torch
+
         return open_torch(folder, PICKLED, max_bytes)
     _refuse_pickle(folder)
     return open_safetensors(folder, WEIGHTS, max_bytes)
 
 
-def _plain_names(header: dict[str, TensorInfo], path: Path) -> dict[str, str]:
-    """The names peft saves under -> the names in the file."""
-    if (longest := max(header, key=len, default="")) and len(longest) > MAX_NAME:
+def _check_whole(header: Mapping[str, TensorInfo], layout: LoraLayout, path: Path) -> None:
+    n = sum(math.prod(info.shape) for info in header.values())
+    if n != layout.n_parameters:
+        raise AdapterCorruptError(f"{path} holds {n} values, its layout needs {layout.n_parameters}")
+
+
+def _check_lengths(header: Mapping[str, TensorInfo], path: Path) -> None:
+    longest = max(header, key=len, default="")
+    if len(longest) > MAX_NAME:
         raise AdapterCorruptError(
             f"{path}: tensor {longest} has a name of {len(longest)} characters, at most {MAX_NAME} are allowed",
             fix="save the adapter again",
         )
+
+
+def _plain_names(header: Mapping[str, TensorInfo], path: Path) -> dict[str, str]:
+    """The names peft saves under -> the names in the file."""
     names = {_plain_name(name): name for name in header}
     if len(names) != len(header):
         raise AdapterCorruptError(
@@ -178,17 +224,21 @@ def _taken(names: dict[str, str], settings: PeftSettings, path: Path) -> dict[st
     return kept
 
 
-def _fill(flat: Tensor, layout: LoraLayout, tensors: dict[str, Tensor], settings: PeftSettings) -> None:
-    for segment, view in layout.views(flat):
-        tensor = tensors.get(segment.peft_key)
-        if tensor is None:
+def _filled(
+    f: SafetensorsReader | TorchReader, names: Mapping[str, str], layout: LoraLayout, settings: PeftSettings
+) -> FloatArray:
+    flat = np.zeros(layout.n_parameters, np.float32)
+    for s in layout.segments:
+        if (name := names.get(s.peft_key)) is None:
             continue
-        r = settings.rank_of(segment.module)
-        if segment.part == "lora_A":
-            view[:r].copy_(tensor)
-        else:
-            factor = settings.scaling_of(segment.module) / layout.scaling
-            view[:, :r].copy_(tensor if factor == 1.0 else tensor.float() * factor)
+        r, view = settings.rank_of(s.module), flat[s.start : s.stop].reshape(s.shape)
+        if s.part == "lora_A":
+            view[:r] = f.array(name)
+            continue
+        factor = settings.scaling_of(s.module) / layout.scaling
+        with np.errstate(over="ignore", invalid="ignore"):  # what leaves fp32 is told of afterwards
+            np.multiply(f.array(name), np.float32(factor), out=view[:, :r])
+    return flat
 
 
 def _refuse_pickle(folder: Path) -> None:
@@ -204,7 +254,7 @@ def _refuse_pickle(folder: Path) -> None:
         )
 
 
-def _check_header(header: dict[str, TensorInfo], layout: LoraLayout, settings: PeftSettings, path: Path) -> None:
+def _check_header(header: Mapping[str, TensorInfo], layout: LoraLayout, settings: PeftSettings, path: Path) -> None:
     wanted = {s.peft_key: s for s in layout.segments}
     _check_names(header, wanted, path)
     for key, info in header.items():
@@ -225,16 +275,16 @@ def _check_header(header: dict[str, TensorInfo], layout: LoraLayout, settings: P
     _check_complete(header, layout.segments, settings, path)
 
 
-def _check_dtypes(header: dict[str, TensorInfo], path: Path) -> None:
+def _check_dtypes(header: Mapping[str, TensorInfo], path: Path) -> None:
     for name, info in header.items():
         if info.dtype not in FLOATS:
             raise AdapterCorruptError(
-                f"{path}: tensor {name} is {info.dtype}, expected one of {sorted(FLOATS)}",
+                f"{path}: tensor {name} is {info.dtype}, expected one of {list(FLOATS)}",
                 fix="save the adapter again in one of these",
             )
 
 
-def _check_names(header: dict[str, TensorInfo], wanted: dict[str, Segment], path: Path) -> None:
+def _check_names(header: Mapping[str, TensorInfo], wanted: dict[str, Segment], path: Path) -> None:
     extra = sorted(set(header) - set(wanted))
     foreign = sorted({m for k in extra if (m := _module_of(k)) is not None})
     if foreign:
@@ -251,8 +301,12 @@ def _check_names(header: dict[str, TensorInfo], wanted: dict[str, Segment], path
         raise AdapterCorruptError(f"{path} holds no tensors", fix="save the adapter again")
 
 
+def _largest(values: FloatArray) -> float:
+    return float(max(values.max(), -values.min()))
+
+
 def _check_complete(
-    header: dict[str, TensorInfo], segments: tuple[Segment, ...], settings: PeftSettings, path: Path
+    header: Mapping[str, TensorInfo], segments: tuple[Segment, ...], settings: PeftSettings, path: Path
 ) -> None:
     present = {s.module for s in segments if s.peft_key in header}
     missing = [
@@ -264,12 +318,10 @@ def _check_complete(
         )
 
 
-def _check_finite(flat: Tensor, layout: LoraLayout, where: str) -> None:
-    # NaN and inf both reach the extremes: far cheaper than a mask of millions
-    low, high = flat.aminmax()
-    if torch.isfinite(low) and torch.isfinite(high):
+def _check_finite(flat: FloatArray, layout: LoraLayout, where: str) -> None:
+    if all_finite(flat):
         return
-    bad = next(s for s, view in layout.views(flat) if not torch.isfinite(view).all())
+    bad = next(s for s in layout.segments if not all_finite(flat[s.start : s.stop]))
     raise AdapterCorruptError(
         f"{where}: tensor {bad.peft_key} holds NaN or inf",
         fix="the adapter is broken: make it again, or an earlier one",

@@ -6,16 +6,15 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from torch import Tensor
-
 from dnd_sdk.adapters.adapter import MANIFEST, Adapter, manifest_text, read_layout
 from dnd_sdk.adapters.card import CARD, card_text
 from dnd_sdk.adapters.exemplars import EXEMPLARS, exemplars_bytes, exemplars_hash, merged_exemplars, read_exemplars
 from dnd_sdk.adapters.peft_config import read_config
 from dnd_sdk.errors import AdapterCorruptError
+from dnd_sdk.files import FloatArray
 
 
-def refined_files(folder: Path, refined: Adapter, exemplars: Tensor) -> tuple[Adapter, dict[str, bytes]]:
+def refined_files(folder: Path, refined: Adapter, exemplars: FloatArray) -> tuple[Adapter, dict[str, bytes]]:
     """The adapter with checked exemplars (k, C) of its `encoder`, and the content of the files that say so."""
     data = exemplars_bytes(exemplars, refined.encoder, refined.encoder_fingerprint)
     now = datetime.now(UTC).isoformat(timespec="microseconds")
@@ -27,7 +26,7 @@ def refined_files(folder: Path, refined: Adapter, exemplars: Tensor) -> tuple[Ad
 
 
 def with_more(
-    folder: Path, stored: Adapter, exemplars: Tensor, encoder: str | None, fingerprint: str | None
+    folder: Path, stored: Adapter, exemplars: FloatArray, encoder: str | None, fingerprint: str | None
 ) -> tuple[Adapter, dict[str, bytes]]:
     """The adapter with these exemplars too, and the files to replace: none if it has them all.
 

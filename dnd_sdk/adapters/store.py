@@ -7,34 +7,23 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
-from torch import Tensor
-
-from dnd_sdk.adapters.adapter import (
-    MANIFEST,
-    SOURCES,
-    Adapter,
-    Problem,
-    check_name,
-    default_name,
-    is_name,
-    manifest_text,
-    read_manifest,
-)
-from dnd_sdk.adapters.card import CARD, card_text
+from dnd_sdk.adapters.adapter import SOURCES, About, Adapter, Problem, check_name, default_name, is_name, read_manifest
 from dnd_sdk.adapters.catalogue import Changes
 from dnd_sdk.adapters.checks import check_base, check_folder, check_read_hash
-from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, exemplars_bytes, exemplars_hash, read_exemplars
+from dnd_sdk.adapters.exemplars import check_exemplars, exemplars_bytes, exemplars_hash, read_exemplars
 from dnd_sdk.adapters.folders import AdapterFolders, publish
 from dnd_sdk.adapters.incoming import read_incoming
-from dnd_sdk.adapters.peft_config import CONFIG, config_text
-from dnd_sdk.adapters.peft_folder import WEIGHTS, adapter_id, check_flat, read_weights, write_weights
+from dnd_sdk.adapters.peft_folder import adapter_id, check_flat, read_weights
 from dnd_sdk.adapters.refining import refined_files, with_more
+from dnd_sdk.adapters.writing import FILES, write_folder
 from dnd_sdk.config import Home, path_of
 from dnd_sdk.errors import (
     AdapterCorruptError,
@@ -43,10 +32,14 @@ from dnd_sdk.errors import (
     DndError,
     shown,
 )
-from dnd_sdk.files import locked, storage_errors
+from dnd_sdk.files import FloatArray, locked, storage_errors
 from dnd_sdk.lora import LoraLayout
 
-FILES = (CONFIG, WEIGHTS, MANIFEST, EXEMPLARS, CARD)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
 Refine = Callable[[Path, Adapter], tuple[Adapter, dict[str, bytes]]]
 
 
@@ -66,16 +59,8 @@ class AdapterStore:
         base_fingerprint: str,
         source: str,
         name: str | None = None,
-        prompt_hash: str | None = None,
-        n_prompts: int | None = None,
         exemplars: Tensor | None = None,
-        generator: str | None = None,
-        encoder: str | None = None,
-        scores: dict[str, float] | None = None,
-        encoder_fingerprint: str | None = None,
-        origin: str | None = None,
-        parents: dict[str, float] | None = None,
-        role: str | None = None,
+        **about: Unpack[About],
     ) -> Adapter:
         """Store a flat vector; the same weights again (under the same or no name) give the adapter already there.
 
@@ -86,16 +71,9 @@ class AdapterStore:
             base_fingerprint: Only a base with this fingerprint will load it.
             source: One of `SOURCES`.
             name: None names it after its content.
-            prompt_hash: Of the prompt set it was made for.
-            n_prompts: Size of that set.
             exemplars: `(k, C)` normalised prompt embeddings for the router; None leaves it out of routing.
-            generator: The generator's id.
-            encoder: Name of the encoder that made the exemplars.
-            scores: Measured figures, by name.
-            encoder_fingerprint: Of that encoder.
-            origin: The tool that wrote an imported one.
-            parents: Ids and weights of what a merged one was made from.
-            role: The role prompt it was made under; the same weights under another role are another adapter.
+            about: What else is known of it (`About`): `prompt_hash`, `n_prompts`, `generator`, `encoder`,
+                `encoder_fingerprint`, `scores`, `origin`, `parents`, `role`.
 
         Raises:
             ConfigError: The name is not allowed, or taken by other weights or the same under another role.
@@ -107,12 +85,11 @@ class AdapterStore:
             raise ConfigError(f"source must be one of {SOURCES}, got {source!r}")
         if name is not None:
             check_name(name)
-        flat = check_flat(flat, layout)
-        kept = None
-        if exemplars is not None:
-            kept = exemplars_bytes(check_exemplars(exemplars), encoder, encoder_fingerprint)
-        weights_id = adapter_id(flat, layout)
+        weights = check_flat(flat, layout).numpy()
+        kept = None if exemplars is None else _exemplars_file(exemplars, about)
+        weights_id, role = adapter_id(weights, layout), about.get("role")
         chosen = name or self._name_of(weights_id, role) or default_name(weights_id, role)
+        about["scores"], about["parents"] = dict(about.get("scores") or {}), dict(about.get("parents") or {})
         adapter = Adapter(
             name=chosen,
             id=weights_id,
@@ -121,32 +98,10 @@ class AdapterStore:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             base_fingerprint=base_fingerprint,
             layout_digest=layout.digest,
-            prompt_hash=prompt_hash,
-            n_prompts=n_prompts,
-            generator=generator,
-            encoder=encoder,
-            scores=dict(scores or {}),
-            encoder_fingerprint=encoder_fingerprint,
-            origin=origin,
-            parents=dict(parents or {}),
-            role=role,
             exemplars_sha256=exemplars_hash(kept),
+            **about,
         )
-
-        def fill(folder: Path) -> None:
-            write_weights(folder / WEIGHTS, flat, layout)
-            (folder / CONFIG).write_text(config_text(layout, base_name), encoding="utf-8")
-            (folder / MANIFEST).write_text(manifest_text(adapter, layout), encoding="utf-8")
-            (folder / CARD).write_text(card_text(adapter, layout, base_name), encoding="utf-8")
-            if kept is not None:
-                (folder / EXEMPLARS).write_bytes(kept)
-
-        while True:  # a commit fails only when another process took the name first: then its folder decides
-            stored = self._existing(adapter)
-            if stored is not None:
-                return stored
-            if self._folders.commit(adapter, fill):
-                return adapter
+        return self._commit(adapter, lambda folder: write_folder(folder, adapter, weights, layout, base_name, kept))
 
     def get(self, name_or_id: str) -> Adapter:
         """The adapter of that name or full id. Raises `AdapterNotFoundError`, or `AdapterCorruptError` if damaged."""
@@ -174,7 +129,7 @@ class AdapterStore:
         `StorageError`.
         """
 
-        def reader(folder: Path) -> Tensor:
+        def reader(folder: Path) -> FloatArray:
             _check_same(read_manifest(folder), adapter)
             check_base(adapter, base_fingerprint)
             flat = read_weights(folder, layout)
@@ -184,18 +139,18 @@ class AdapterStore:
         flat = self._folders.read(adapter.name, reader)
         if flat is None:
             raise self._not_found(adapter.name)
-        return flat
+        return _tensor(flat)
 
     def exemplars(self, adapter: Adapter) -> Tensor | None:
         """The adapter's exemplars (k, C), None if it has none. Raises `AdapterCorruptError` when they are damaged."""
 
-        def reader(folder: Path) -> tuple[Tensor | None]:
+        def reader(folder: Path) -> tuple[FloatArray | None]:
             return (read_exemplars(folder, read_manifest(folder).exemplars_sha256),)
 
         found = self._folders.read(adapter.name, reader)
         if found is None:
             raise self._not_found(adapter.name)
-        return found[0]
+        return None if found[0] is None else _tensor(found[0])
 
     def set_exemplars(self, adapter: Adapter, exemplars: Tensor) -> Adapter:
         """Replace an adapter's exemplars by others of the same encoder, `(k, C)`; its weights stay as they are.
@@ -203,7 +158,7 @@ class AdapterStore:
         Raises `InputError` for unusable exemplars, `AdapterNotFoundError` if it was removed or replaced meanwhile, or
         `StorageError`.
         """
-        checked = check_exemplars(exemplars)
+        checked = check_exemplars(_array(exemplars))
         return self._refine(adapter, lambda folder, stored: refined_files(folder, stored, checked))
 
     def ls(self) -> list[Adapter]:
@@ -246,21 +201,26 @@ class AdapterStore:
         exemplars: Tensor | None = None,
         encoder: str | None = None,
         encoder_fingerprint: str | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> Adapter:
         """Copy a PEFT folder into the store after checking all of it; an exported adapter brings its exemplars along.
 
         Folders as XTuner, LLaMA-Factory, trl and Axolotl write them are found and named as the origin (see `foreign`);
         an `adapter_model.bin` becomes safetensors in the store. `base_name` names the base where the folder does not.
-        What is stored already gets the exemplars added that it lacks.
+        What is stored already gets the exemplars added that it lacks. `note` is told, once it is stored, what someone
+        who imports it should know (what was left out, what was not understood); None: the log is warned.
         Raises `InputError` when `path` is no folder, otherwise like `load` and `put`; nothing is stored then.
         """
         if name is not None:
             check_name(name)
+        if note is not None and not callable(note):
+            raise ConfigError(f"note must be a function or None, got {shown(note)}")
         new = read_incoming(path, layout, base_fingerprint, base_name)
         if exemplars is None:
-            exemplars, encoder, encoder_fingerprint = new.exemplars, new.encoder, new.encoder_fingerprint
+            exemplars = None if new.exemplars is None else _tensor(new.exemplars)
+            encoder, encoder_fingerprint = new.encoder, new.encoder_fingerprint
         stored = self.put(
-            new.flat,
+            _tensor(new.flat),
             layout,
             base_name=new.base_name or base_name or "unknown",
             base_fingerprint=base_fingerprint,
@@ -272,10 +232,12 @@ class AdapterStore:
             origin=new.origin,
             **new.kept,
         )
-        if exemplars is None:
-            return stored
-        checked = check_exemplars(exemplars)
-        return self._refine(stored, lambda folder, a: with_more(folder, a, checked, encoder, encoder_fingerprint))
+        if exemplars is not None:
+            checked = check_exemplars(_array(exemplars))
+            stored = self._refine(stored, lambda folder, a: with_more(folder, a, checked, encoder, encoder_fingerprint))
+        for line in new.notes:
+            (note or _log_note)(line)
+        return stored
 
     def export(self, name: str, out_dir: str | os.PathLike[str]) -> Path:
         """Copy a sound adapter to a new folder `out_dir`, which plain peft loads; returns the folder.
@@ -303,6 +265,15 @@ class AdapterStore:
     def with_id(self, adapter_id: str) -> list[Adapter]:
         """The adapters of these weights, by name: one for each name and role they were stored under."""
         return self._folders.catalogue.with_id(adapter_id)
+
+    def _commit(self, adapter: Adapter, fill: Callable[[Path], None]) -> Adapter:
+        """Publish what `fill` writes, or return the same adapter that is there already."""
+        while True:  # a commit fails only when another process took the name first: then its folder decides
+            stored = self._existing(adapter)
+            if stored is not None:
+                return stored
+            if self._folders.commit(adapter, fill):
+                return adapter
 
     def _refine(self, adapter: Adapter, refine: Refine) -> Adapter:
         """Replace files of a stored adapter by what `refine` makes of it, as it is once nobody else changes it."""
@@ -345,6 +316,26 @@ class AdapterStore:
         near = difflib.get_close_matches(str(name), self._folders.names(), n=1)
         fix = f"did you mean {near[0]!r}?" if near else "`dnd adapters ls` lists the adapters there are"
         return AdapterNotFoundError(f"no adapter {shown(name)} in {self.root}", fix=fix)
+
+
+def _exemplars_file(exemplars: Tensor, about: About) -> bytes:
+    encoder, fingerprint = about.get("encoder"), about.get("encoder_fingerprint")
+    return exemplars_bytes(check_exemplars(_array(exemplars)), encoder, fingerprint)
+
+
+def _array(tensor: Tensor) -> FloatArray:
+    """fp32 on the CPU, without a copy where it is that already."""
+    return tensor.detach().cpu().float().numpy()
+
+
+def _tensor(array: FloatArray) -> Tensor:
+    import torch  # only who asks for a tensor needs it
+
+    return torch.from_numpy(array)
+
+
+def _log_note(line: str) -> None:
+    log.warning("imported: %s", line)
 
 
 def _check_same(stored: Adapter, adapter: Adapter) -> None:

@@ -76,6 +76,8 @@ class ByModule(Generic[T]):
 
     def of(self, module: str, otherwise: T) -> T:
         """The value for `module`."""
+        if not self._values:
+            return otherwise
         if module not in self._found:
             ends = (text for text, pattern in self._patterns if pattern.match(module))
             self._found[module] = self._values.get(next(ends, module))

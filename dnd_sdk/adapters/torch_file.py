@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import pickletools
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.errors import AdapterCorruptError
-from dnd_sdk.files import FLOATS, MAX_HEADER_BYTES, TensorInfo, open_regular
+from dnd_sdk.files import MAX_HEADER_BYTES, FloatArray, TensorInfo, open_regular
 
 FIX = "save the adapter again with safetensors (peft: save_pretrained(..., safe_serialization=True))"
 _IMPORTS = {
@@ -33,7 +33,7 @@ _IMPORTS = {
 }
 """All that a state dict of floating-point LoRA matrices imports."""
 _IMPORTING = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
-_DTYPES = {dtype: name for name, dtype in FLOATS.items()}
+_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 class TorchReader:
@@ -46,9 +46,9 @@ class TorchReader:
         }
         self._tensors = tensors
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of these names, still mapped from the file; call only after judging `header`."""
-        return {name: self._tensors[name] for name in names}
+    def array(self, name: str) -> FloatArray:
+        """One tensor as fp32, where it is that already still mapped from the file; call only after judging `header`."""
+        return self._tensors[name].float().numpy()
 
 
 @contextmanager

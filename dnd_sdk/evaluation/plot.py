@@ -14,9 +14,9 @@ from typing import Any
 
 from dnd_sdk.errors import InputError, StorageError
 from dnd_sdk.evaluation.gate import check_gate_report, gate_texts, is_gate_report
-from dnd_sdk.evaluation.store_plot import check_store_report, is_store_report, store_texts
 from dnd_sdk.evaluation.report import SCHEMA_VERSION, render
 from dnd_sdk.evaluation.scoring import COMPARED, METRICS
+from dnd_sdk.evaluation.store_plot import check_store_report, is_store_report, store_texts
 from dnd_sdk.evaluation.svg import FAINT, INK, PALETTE, Canvas
 
 MAX_BYTES = 256 * 2**20

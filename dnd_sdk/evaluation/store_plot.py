@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from dnd_sdk.errors import InputError
@@ -80,7 +81,7 @@ def growth_plot(report: dict[str, Any]) -> str:
     for i, (key, name) in enumerate(LINES.items()):
         ink = PALETTE[i % len(PALETTE)]
         points = [(x.at(b["n"]), y.at(b[key])) for b in blocks]
-        for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False):
+        for (x1, y1), (x2, y2) in pairwise(points):
             canvas.line(x1, y1, x2, y2, ink=ink, width=1.6)
         for (px, py), b in zip(points, blocks, strict=True):
             canvas.dot(px, py, 3, ink=ink, note=f"{name}: {b[key]:.2f} ms with {b['n']:,}")

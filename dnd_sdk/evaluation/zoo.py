@@ -84,7 +84,7 @@ class Zoo:
         with open_safetensors(self._root, SHARED, limit) as reader:
             if {n: i.dtype in FLOATS for n, i in reader.header.items()} != {"shared": True}:
                 raise AdapterCorruptError(f"{path} must hold one tensor of floats named 'shared'")
-            return check_flat(reader.read()["shared"], self._layout)
+            return check_flat(torch.from_numpy(reader.array("shared")), self._layout)
 
     def training_settings(self) -> dict[str, Any]:
         """The settings that the zoo's run folder records, as `dnd train` read them; empty when it records none."""

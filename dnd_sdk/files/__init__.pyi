@@ -6,13 +6,14 @@ from .atomic import (
 )
 from .line_log import LineLog as LineLog
 from .locks import locked as locked
-from .untrusted import (
+from .tensors import (
     FLOATS as FLOATS,
     MAX_HEADER_BYTES as MAX_HEADER_BYTES,
+    FloatArray as FloatArray,
     SafetensorsReader as SafetensorsReader,
     TensorInfo as TensorInfo,
-    is_finite_number as is_finite_number,
-    open_regular as open_regular,
+    all_finite as all_finite,
     open_safetensors as open_safetensors,
-    read_json as read_json,
+    safetensors_header as safetensors_header,
 )
+from .untrusted import is_finite_number as is_finite_number, open_regular as open_regular, read_json as read_json

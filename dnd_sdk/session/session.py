@@ -229,12 +229,14 @@ class DnD:
         folder: str | os.PathLike[str],
         name: str | None = None,
         prompts: Sequence[str] | PromptSet | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> Adapter:
         """Take a PEFT LoRA folder made for this base into the store, checked; see `AdapterStore.import_folder`.
 
         Folders as XTuner, LLaMA-Factory, trl or Axolotl leave them are fine; `adapter.origin` says whose it is.
 
-        `prompts` of its task let the router find it; None: it is used by name only.
+        `prompts` of its task let the router find it; None: it is used by name only. `note` is told line by line what
+        whoever imports it should know, such as weights that were left out; None: the log is warned.
         """
         exemplars: Tensor | None = None
         if prompts is not None:
@@ -249,6 +251,7 @@ class DnD:
             exemplars=exemplars,
             encoder=None if exemplars is None else self.encoder.name,
             encoder_fingerprint=None if exemplars is None else self.encoder.fingerprint,
+            note=note,
         )
 
     def make_resident(self, adapter: Adapter) -> None:
