@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,18 +64,18 @@ def say(pipe: int, what: dict[str, object]) -> None:
     os.write(pipe, json.dumps(what).encode() + b"\n")
 
 
-def one_kill(home: Home, imports: Path, rng: random.Random) -> list[dict]:
-    """Let a worker run for a moment; what it said until it was killed."""
+def one_kill(work: Callable[[int, int], None], rng: random.Random, max_s: float = MAX_S) -> list[dict]:
+    """Let a worker (told its pipe and a seed) run for a moment; what it said until it was killed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            work(home, imports, writing, rng.randrange(2**31))
+            work(writing, rng.randrange(2**31))
         except BaseException as e:
             say(writing, {"error": repr(e)})
         os._exit(1)
     os.close(writing)
-    time.sleep(rng.uniform(0.002, MAX_S))
+    time.sleep(rng.uniform(0.002, max_s))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with os.fdopen(reading, "rb") as lines:
@@ -117,12 +118,17 @@ def check(home: Home, before: dict[str, int], op: dict | None) -> dict[str, int]
     assert set(index.names) == set(held)
     assert not held or compare_saved(home.index, store) == (len(held), 0), "the index is stale"
     assert set(store.changes(0).adapters) == set(held)
-    state = store.root / ".store"
-    left = [p for p in store.root.rglob("*") if p.name.startswith(".") and p != state] if store.root.exists() else []
-    left += [p for p in state.glob("*") if p.name != "journal.jsonl"]
-    left += [p for p in home.index.glob("*") if p.name != INDEX_FILE and p.suffix != ".f32"]
-    assert left == [] and len(list(home.index.glob("*.f32"))) <= 1, f"left behind: {left}"
+    assert (left := left_behind(home, home.index)) == [], f"left behind: {left}"
     return fits[0]
+
+
+def left_behind(home: Home, index: Path) -> list[Path]:
+    """What no finished operation leaves in the store's folder and in that of its index."""
+    state = home.adapters / ".store"
+    left = [p for p in home.adapters.rglob("*") if p.name.startswith(".") and p != state]
+    left += [p for p in state.glob("*") if p.name != "journal.jsonl"]
+    left += [p for p in index.glob("*") if p.name != INDEX_FILE and p.suffix != ".f32"]
+    return left + sorted(index.glob("*.f32"))[1:]
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
@@ -140,7 +146,7 @@ def run(root: Path, kills: int, seed: int) -> dict[str, object]:
     state: dict[str, int] = {}
     cut, done = Counter[str](), 0
     for _ in range(kills):
-        said = one_kill(home, imports, rng)
+        said = one_kill(lambda pipe, seed: work(home, imports, pipe, seed), rng)
         state, op = replay(state, said)
         done += sum("done" in line for line in said)
         cut[op["begin"] if op else "between"] += 1

@@ -1,4 +1,4 @@
-"""kill -9 at any moment loses nothing that was reported as stored, and leaves nothing behind; see `kill_store`."""
+"""kill -9 at any moment loses nothing that was reported as stored, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 
-
-@pytest.mark.parametrize("seed", [0])
-def test_forty_kills(tmp_path: Path, seed: int) -> None:
-    script = Path(__file__).with_name("kill_store.py")
-    command = [sys.executable, str(script), str(tmp_path), "--kills", "40", "--seed", str(seed)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def killed(script: str, root: Path, kills: int) -> dict:
+    path = Path(__file__).with_name(script)
+    command = [sys.executable, str(path), str(root), "--kills", str(kills)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    report = json.loads(ended.stdout)
+    return json.loads(ended.stdout)
+
+
+def test_kills_in_the_store(tmp_path: Path) -> None:
+    report = killed("kill_store.py", tmp_path, 40)
     assert report["kills"] == 40 and report["done"] > 40
+
+
+def test_kills_in_adapt_and_the_command(tmp_path: Path) -> None:
+    report = killed("kill_session.py", tmp_path, 12)
+    assert report["kills"] == 12 and report["done"] > 12
