@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -18,7 +19,8 @@ import gguf
 import pytest
 import torch
 from helpers import FAMILIES, tiny_model, tiny_tokenizer
-from transformers import BertConfig, BertModel
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from transformers.utils import logging
 
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, StorageError, WeightsUnavailableError
@@ -343,6 +345,34 @@ def test_gguf_becomes_a_plain_safetensors_folder(
     assert capfd.readouterr().err == ""  # no progress bars where nobody looks
 
 
+def test_loads_in_two_threads_leave_stderr_and_the_log_level_as_they_were() -> None:
+    stderr, verbosity = sys.stderr, logging.get_verbosity()
+    first_in, first_may_go = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with embedded.quiet_transformers():
+            first_in.set()
+            assert first_may_go.wait(60)
+
+    def second() -> None:
+        assert first_in.wait(60)
+        with embedded.quiet_transformers():  # entered while the first is inside, left after it
+            first_ended.wait(60)
+
+    first_ended = threading.Event()
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    assert first_in.wait(60)
+    threads[1].join(0.2)  # time to come in, where two may be inside
+    first_may_go.set()
+    threads[0].join(60)
+    first_ended.set()
+    threads[1].join(60)
+    assert sys.stderr is stderr and logging.get_verbosity() == verbosity
+    print("still open", file=sys.stderr)
+
+
 # ---- other names -----------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +383,9 @@ def test_load_base_from_a_local_folder(tmp_path: Path, home: Home, family: str) 
     base = models.load_base(str(tmp_path / "m"), home)
     ids = torch.arange(3, 40)[None]
     assert torch.equal(base.model(ids).logits, tiny_model(family)(ids).logits)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
+    assert base.model.state_dict().keys() == plain.keys()
+    assert all(torch.equal(value, plain[name]) for name, value in base.model.state_dict().items())
     assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
     assert base.fingerprint == models.fingerprint(tiny_model(family))
 

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ DEFAULT_BASE = "smollm2-135m"
 DEFAULT_ENCODER = "all-minilm-l6-v2"
 SOURCE_FILE = "dnd-source.json"
 _FORMAT_VERSION = 1
+_QUIET = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -193,16 +195,20 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' load reports, and its progress bars unless stderr is a terminal."""
+    """Hold back transformers' load reports, and its progress bars unless stderr is a terminal.
+
+    Both belong to the process: threads that load take turns.
+    """
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(40)  # ERROR; set_verbosity_error() has no type
-    try:
-        with _bars_on_tty_only():
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with _QUIET:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(40)  # ERROR; set_verbosity_error() has no type
+        try:
+            with _bars_on_tty_only():
+                yield
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager
