@@ -18,7 +18,7 @@ from dnd_sdk.models.embedded import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, SOU
 from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.models.loading import load_base
 from dnd_sdk.models.wheels import sha256_file
-from dnd_sdk.routing import Calibration, Support, Thresholds
+from dnd_sdk.routing import RouterData, Support, Thresholds
 
 
 def shortened(recipe: str) -> str:
@@ -48,8 +48,8 @@ def install(root: Path, patch: pytest.MonkeyPatch) -> Home:
     encoder = Encoder.load(DEFAULT_ENCODER, home)
     made = save_generator(root / "generators" / "tiny", load_base(DEFAULT_BASE, home), encoder, r=8)
     # tell the example jobs apart, which to this encoder are much alike
-    limits = Thresholds(reuse=0.995, reuse_single=0.996, support=-1.0)
-    Calibration(limits, Support(encoder.encode(["A job."], with_states=False).pooled)).save(made)
+    thresholds = Thresholds(reuse=0.995, reuse_single=0.996, support=-1.0)
+    RouterData(thresholds, Support(encoder.encode(["A job."], with_states=False).pooled)).save(made)
     patch.setattr(finding, "SHIPPED", made.parent)
     return home
 
