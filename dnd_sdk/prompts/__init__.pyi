@@ -1,4 +1,5 @@
 from .reading import (
+    MAX_ITEMS as MAX_ITEMS,
     MAX_PROMPTS as MAX_PROMPTS,
     PromptSet as PromptSet,
     clean_prompts as clean_prompts,
