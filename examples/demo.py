@@ -65,10 +65,11 @@ def dnd_command(*arguments: str) -> str:
 
 def fetch_weights(home: Any) -> None:
     """Fetch what is missing, by the command."""
-    from dnd_sdk.models import EMBEDDED, is_pulled
+    from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, is_pulled
 
-    if all(is_pulled(name, home) for name in EMBEDDED):
-        print(f"  {', '.join(EMBEDDED)}: already in {home.models}")
+    wanted = (DEFAULT_BASE, DEFAULT_ENCODER)
+    if all(is_pulled(name, home) for name in wanted):
+        print(f"  {', '.join(wanted)}: already in {home.models}")
     else:
         print(dnd_command("models", "pull").rstrip())
 

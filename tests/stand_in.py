@@ -14,11 +14,12 @@ from tiny_world import prompts_of, save_encoder, save_generator
 
 from dnd_sdk.config import Home
 from dnd_sdk.generator import finding
-from dnd_sdk.models.embedded import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, SOURCE_FILE
+from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED
+from dnd_sdk.models.embedded import SOURCE_FILE
 from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.models.loading import load_base
 from dnd_sdk.models.wheels import sha256_file
-from dnd_sdk.routing import Calibration, Support, Thresholds
+from dnd_sdk.routing import RouterData, Support, Thresholds
 
 
 def shortened(recipe: str) -> str:
@@ -34,22 +35,22 @@ def install(root: Path, patch: pytest.MonkeyPatch) -> Home:
     model.config.max_position_embeddings = 16_384  # to its tokenizer an ordinary prompt is long: one token a byte
     for part in (model, tiny_tokenizer()):
         part.save_pretrained(home.models / DEFAULT_BASE)
-    for name, known in EMBEDDED.items():
-        folder = home.models / name
+    for name in (DEFAULT_BASE, DEFAULT_ENCODER):
+        known, folder = EMBEDDED[name], home.models / name
         files = sorted(folder.iterdir())
-        source: dict[str, Any] = {"format_version": 1, "wheel_sha256": known.wheel.sha256}
+        source: dict[str, Any] = {"format_version": 1, "wheel_sha256": known.wheels[0].sha256}
         source |= {
             "files": {p.name: p.stat().st_size for p in files},
             "sha256": {p.name: sha256_file(p) for p in files},
         }
         (folder / SOURCE_FILE).write_text(json.dumps(source), "utf-8")
-        if (folder / known.pinned_file).is_file():
-            patch.setitem(EMBEDDED, name, replace(known, pinned_sha256=sha256_file(folder / known.pinned_file)))
+        pins = {file: sha256_file(folder / file) for file in known.pins if (folder / file).is_file()}
+        patch.setitem(EMBEDDED, name, replace(known, pins=pins))
     encoder = Encoder.load(DEFAULT_ENCODER, home)
     made = save_generator(root / "generators" / "tiny", load_base(DEFAULT_BASE, home), encoder, r=8)
     # tell the example jobs apart, which to this encoder are much alike
-    limits = Thresholds(reuse=0.995, reuse_single=0.996, support=-1.0)
-    Calibration(limits, Support(encoder.encode(["A job."], with_states=False).pooled)).save(made)
+    thresholds = Thresholds(reuse=0.995, reuse_single=0.996, support=-1.0)
+    RouterData(thresholds, Support(encoder.encode(["A job."], with_states=False).pooled)).save(made)
     patch.setattr(finding, "SHIPPED", made.parent)
     return home
 

@@ -14,7 +14,7 @@ from tiny_world import World, prompts_of
 
 from dnd_sdk.adaptation.results import STEPS
 from dnd_sdk.adapters import AdapterStore
-from dnd_sdk.routing import Calibration, Probabilities, ScoreMap, Support, Thresholds
+from dnd_sdk.routing import Probabilities, RouterData, ScoreMap, Support, Thresholds
 from dnd_sdk.routing.decision_log import read_decisions
 
 
@@ -143,8 +143,8 @@ def test_route_shows_the_decision(adapted: World) -> None:
 def test_measured_maps_are_told(adapted: World, prompts: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(adapted.generator, tmp_path / "generator")
     half = ScoreMap(1e-9, 0.0)
-    limits = Thresholds(0.9, 0.9, -1.0, {}, Probabilities(half, half, half))
-    Calibration(limits, Support(torch.eye(32)[:2])).save(folder)
+    thresholds = Thresholds(0.9, 0.9, -1.0, {}, Probabilities(half, half, half))
+    RouterData(thresholds, Support(torch.eye(32)[:2])).save(folder)
     options = ["--generator", folder, *adapted.options[:2], *adapted.options[4:]]
     one = dnd_json("route", "hello", "--explain", *options)
     assert (one["probability"], one["in_distribution"]) == (pytest.approx(0.5), None)

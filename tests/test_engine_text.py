@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
+
 import pytest
 from helpers import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dnd_sdk.engine.text import RowText
 
 TOK = tiny_tokenizer()
+BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
+
+
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters, and a token for each byte of those it does not know."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "a", *(f"<0x{b:02X}>" for b in range(256))])}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+
+
+FALLBACK = fallback_tokenizer()
 END = frozenset([TOK.eos_token_id])
 
 
@@ -38,7 +55,9 @@ def test_pieces_join_to_the_text(text: str, chunk: int) -> None:
 @given(st.lists(st.integers(4, 259), max_size=30))
 def test_broken_bytes_decode_as_a_whole(tokens: list[int]) -> None:
     pieces, row = run(tokens)
-    assert "".join(pieces) == row.text == TOK.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
+    raw = bytes(BYTES[token] for token in TOK.convert_ids_to_tokens(tokens))
+    # not final: an incomplete last character is left out, and nothing else
+    assert "".join(pieces) == row.text == codecs.getincrementaldecoder("utf-8")("replace").decode(raw)
 
 
 def test_no_piece_has_half_a_character() -> None:
@@ -85,6 +104,25 @@ def test_an_answer_cut_inside_a_character_ends_before_it(n_bytes: int, cancelled
     result = row.result(1, cancelled=cancelled)
     assert result.text == "".join(pieces) == "a日"
     assert result.completion_tokens == 4 + n_bytes
+
+
+@pytest.mark.parametrize("tok", [TOK, FALLBACK], ids=["byte-level", "byte fallback"])
+@pytest.mark.parametrize("char", "éࠀ日퟿\ufffd\U00010000🦙\U0010ffff")
+def test_only_an_incomplete_last_character_is_cut(tok: PreTrainedTokenizerFast, char: str) -> None:
+    written = tok("a\ufffd", add_special_tokens=False)["input_ids"]
+    tokens = tok(char, add_special_tokens=False)["input_ids"]
+    assert len(tokens) == len(char.encode()) > 1
+    for n in range(len(tokens) + 1):
+        row = RowText(tok, frozenset())
+        row.feed([*written, *tokens[:n]])
+        assert row.result(1, cancelled=False).text == "a\ufffd" + (char if n == len(tokens) else ""), n
+
+
+def test_a_tokenizer_without_bytes_shows_what_the_model_wrote() -> None:
+    raw = Tokenizer(models.WordLevel({"\ufffd": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
+    row = RowText(PreTrainedTokenizerFast(tokenizer_object=raw), frozenset())
+    row.feed([1, 0])
+    assert row.result(1, cancelled=False).text == "a \ufffd"
 
 
 def test_broken_bytes_before_the_cut_stay() -> None:

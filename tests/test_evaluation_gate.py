@@ -24,9 +24,9 @@ from dnd_sdk.evaluation.gate.reliability import auroc, brier, ece, measure, tabl
 from dnd_sdk.evaluation.gate.report import build_gate_report
 from dnd_sdk.evaluation.plot import read_report, write_plots
 from dnd_sdk.routing import (
-    Calibration,
     Probabilities,
     Router,
+    RouterData,
     ScoreMap,
     Support,
     Thresholds,
@@ -36,7 +36,7 @@ from dnd_sdk.routing import (
 
 WIDTH = 48
 MAPS = Probabilities(ScoreMap(2.0, -3.0, "logit"), ScoreMap(2.0, 0.0, "logit"), ScoreMap(9.0, 0.0))
-LIMITS = Thresholds(0.9, 0.4, -0.1, {}, MAPS)
+THRESHOLDS = Thresholds(0.9, 0.4, -0.1, {}, MAPS)
 
 
 @pytest.fixture(autouse=True)
@@ -115,9 +115,9 @@ def tasks() -> dict[str, torch.Tensor]:
     return {f"t{t}": task_vectors(t, 40) for t in range(5)}
 
 
-def gate(limits: Thresholds = LIMITS) -> Gate:
+def gate(thresholds: Thresholds = THRESHOLDS) -> Gate:
     noise = unit(torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(9)))
-    return Gate(FakeEncoder(), limits, Support(torch.cat(list(tasks().values())), noise), "g")  # type: ignore[arg-type]
+    return Gate(FakeEncoder(), thresholds, Support(torch.cat(list(tasks().values())), noise), "g")  # type: ignore[arg-type]
 
 
 def noise() -> dict[str, dict[str, torch.Tensor]]:
@@ -132,7 +132,7 @@ def test_decisions_are_those_of_the_router() -> None:
         order = torch.randperm(40, generator=rng)
         store.put(adapter(name), choose_exemplars(v[order[:20]]))
         asking[name] = v[order[20:]]
-    router = Router(store, "mini", "e" * 64, "b" * 64, LIMITS, support=gate().support)
+    router = Router(store, "mini", "e" * 64, "b" * 64, THRESHOLDS, support=gate().support)
     order = torch.randperm(20, generator=rng)
     route = router.route_one(asking["t0"][order[:1]])
     first = found[0]
@@ -222,7 +222,7 @@ def test_the_command_needs_no_base(world: World, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("dnd_sdk.session.loading.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     monkeypatch.setattr("dnd_sdk.evaluation.gate.gate.SIZES", (1, 8))
     folder = shutil.copytree(world.generator, tmp_path / "generator")
-    Calibration(LIMITS, Support(torch.eye(32)[:3], torch.eye(32)[3:6])).save(folder)
+    RouterData(THRESHOLDS, Support(torch.eye(32)[:3], torch.eye(32)[3:6])).save(folder)
     options = ["--base", tmp_path / "none", "--generator", folder, "--home", world.home.root]
     tasks, kept = tasks_folder(tmp_path / "tasks"), tmp_path / "run"
     found = dnd_json("bench", "gate", tasks, "--role", "train", "--seeds", 1, "--run-dir", kept, *options)

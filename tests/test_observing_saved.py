@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import dnd_sdk.observing.saved as stream_state
 from dnd_sdk.errors import StorageError
+from dnd_sdk.files import locked
 from dnd_sdk.observing.prompt_stream import Choice, PromptStream, StreamSettings
 from dnd_sdk.observing.saved import STATE_FILE, load_stream, save_stream
 
@@ -157,10 +158,8 @@ def test_an_unwritable_folder_is_said(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_never_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_state, "LOCK_TIMEOUT_S", 0.05)
-    with (
-        stream_state._locked(tmp_path / "s"),
-        pytest.raises(StorageError, match="another process"),
-    ):
+    (tmp_path / "s").mkdir()
+    with locked(tmp_path / "s"), pytest.raises(StorageError, match="another process"):
         save_stream(PromptStream(), tmp_path / "s", encoder="e")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dnd_sdk.errors import ConfigError, DndError, InputError
-from dnd_sdk.prompts import PromptSet, read_prompts
+from dnd_sdk.prompts import PromptSet, read_prompts, user_text
 
 USER = {"role": "user", "content": "hello"}
 CHAT = [
@@ -310,3 +311,21 @@ def test_every_shape_gives_back_what_was_written(tmp_path: Path, texts: list[str
         array = write(tmp_path / "p.json.gz", json.dumps(rows))
         lines = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
         assert read_prompts(array).prompts == read_prompts(lines).prompts == wanted
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "a"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": None}], "a"),
+        (({"from": "human", "value": "a"},), "a"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}], "a"),
+        ([UserDict(role="user", content="a"), 5], "a"),
+        ([{"role": "system", "content": "a"}], None),
+        ([], None),
+        ("user", None),
+        (None, None),
+    ],
+)
+def test_what_a_chat_is_about(messages: object, text: str | None) -> None:
+    assert user_text(messages) == text

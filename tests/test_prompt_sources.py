@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,3 +51,45 @@ def test_unpacked_text_has_the_limit_of_files(tmp_path: Path, monkeypatch: pytes
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
         with pytest.raises(InputError, match="is larger than"):
             read_prompts(tmp_path / name)
+
+
+class Counting(io.BufferedReader):
+    """Standard input that counts what is asked of it."""
+
+    n_calls = 0
+
+    def readline(self, *args: Any) -> bytes:
+        self.n_calls += 1
+        return super().readline(*args)
+
+    def read(self, *args: Any) -> bytes:
+        self.n_calls += 1
+        return super().read(*args)
+
+    def peek(self, *args: Any) -> bytes:
+        self.n_calls += 1
+        return super().peek(*args)
+
+
+@pytest.mark.parametrize("blank", [b"\n", b" \t\r\n", b"\r\n"])
+@pytest.mark.parametrize(("first", "second"), [(b"", b"{"), (b'{"prompt": "a"}\n', b"{")])
+def test_blank_lines_cost_next_to_nothing_and_count_as_lines(first: bytes, second: bytes, blank: bytes) -> None:
+    n = 2**18
+    stream = Counting(io.BytesIO(first + blank * n + second + b'"prompt": "b"}\n' + blank * n + b"{no JSON}\n"))
+    line = n + 2 + bool(first) + n
+    with pytest.raises(InputError, match=f"standard input line {line} is not JSON"):
+        read_prompts("-", stdin=stream)
+    assert stream.n_calls < n // 64
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.txt", "p.csv", "p.jsonl.gz", "p"])
+def test_blank_lines_alone(tmp_path: Path, name: str) -> None:
+    content = b"\n" * 2**20
+    (tmp_path / name).write_bytes(gzip.compress(content, compresslevel=1) if name.endswith("gz") else content)
+    with pytest.raises(InputError, match=r"holds no prompts|has no column"):
+        read_prompts(tmp_path / name)
+
+
+def test_blank_lines_inside_a_quoted_field_stay(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_bytes(b'\n \n\nprompt,other\n"a\n\n\nb",1\n\n\nc,2\n')
+    assert read_prompts(tmp_path / "p.csv").prompts == ("a\n\n\nb", "c")

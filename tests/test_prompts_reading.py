@@ -8,12 +8,14 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from itertools import count, repeat
 from pathlib import Path
 
 import pytest
 
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.prompts import sources
+from dnd_sdk.prompts import reading, sources
 from dnd_sdk.prompts.reading import MAX_PROMPTS, clean_prompts, prompt_set_hash, read_prompts
 
 
@@ -193,6 +195,32 @@ def test_one_prompt_is_enough_and_limit_is_checked() -> None:
 def test_bad_lists(prompts: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         clean_prompts(prompts)  # type: ignore[arg-type]
+
+
+def test_an_iterator_without_end_is_refused_and_a_long_list_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_ITEMS", 100)
+    for endless in (repeat("a"), map(str, count()), repeat(" ")):
+        with pytest.raises(InputError, match=r"go on after MAX_ITEMS = 100 of them.*\n  fix: .*islice"):
+            clean_prompts(endless)
+    assert clean_prompts(str(i) for i in range(100)).n_read == 100
+    assert clean_prompts([str(i) for i in range(101)]).n_read == 101
+
+
+def test_an_iterator_that_fails_is_told_with_its_place_and_cause() -> None:
+    def failing() -> Iterator[str]:
+        yield "a"
+        raise ZeroDivisionError("theirs")
+
+    with pytest.raises(InputError, match="prompt 1 could not be had: ZeroDivisionError: theirs") as e:
+        clean_prompts(failing())
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+
+    def interrupted() -> Iterator[str]:
+        yield "a"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        clean_prompts(interrupted())
 
 
 def test_hash_ignores_order_duplicates_and_whitespace_only() -> None:

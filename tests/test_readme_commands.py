@@ -30,7 +30,7 @@ from stand_in import furnish, install
 from test_readme import ROOT, TEXT, blocks
 
 from dnd_sdk.config import Home
-from dnd_sdk.models.embedded import DEFAULT_BASE, DEFAULT_ENCODER
+from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER
 from dnd_sdk.training import settings as training_settings
 
 EXAMPLES = ROOT / "examples"

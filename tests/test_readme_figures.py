@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_readme import ROOT, TEXT
 
-from dnd_sdk.models.embedded import DEFAULT_BASE
+from dnd_sdk.models.catalogue import DEFAULT_BASE
 
 SHIPPED = ROOT / "dnd_sdk" / "generator" / "shipped" / DEFAULT_BASE / "evaluation.json"
 METRICS = ("exact_match", "option_accuracy", "valid_format")

@@ -13,7 +13,7 @@ from routing_parts import FakeStore, adapter, task_vectors
 from torch import Tensor
 
 from dnd_sdk.errors import ConfigError, GeneratorError
-from dnd_sdk.routing import Calibration, Probabilities, Router, ScoreMap, Support, Thresholds, fit_thresholds
+from dnd_sdk.routing import Probabilities, Router, RouterData, ScoreMap, Support, Thresholds, fit_thresholds
 from dnd_sdk.routing.probability import fit_map, reuse_map, support_map
 from dnd_sdk.routing.support import centres_of
 from dnd_sdk.routing.thresholds import THRESHOLDS_FILE
@@ -124,7 +124,7 @@ def test_a_fitted_calibration_keeps_its_maps(tmp_path: Path) -> None:
     maps = made.thresholds.probability
     assert maps.reuse and maps.reuse_single and maps.support and maps.reuse.link == "logit"
     made.save(tmp_path)
-    assert Calibration.load(tmp_path).thresholds == made.thresholds
+    assert RouterData.load(tmp_path).thresholds == made.thresholds
     assert fit_thresholds(vectors, {n: n for n in vectors})[0].thresholds.probability.support is None
 
 
@@ -142,8 +142,8 @@ def test_a_file_of_before_loads_without_maps_and_a_damaged_one_does_not(tmp_path
 def test_decisions_carry_probabilities() -> None:
     store, maps = FakeStore(), Probabilities(ScoreMap(2.0, 0.0), ScoreMap(3.0, 0.0), ScoreMap(4.0, 0.0))
     store.put(adapter("a", prompt_hash="h"), task_vectors(0))
-    limits = Thresholds(0.9, 0.5, -2.0 / 2, {}, maps)
-    router = Router(store, "mini", "e" * 64, "b" * 64, limits, support=Support(task_vectors(1)))
+    thresholds = Thresholds(0.9, 0.5, -2.0 / 2, {}, maps)
+    router = Router(store, "mini", "e" * 64, "b" * 64, thresholds, support=Support(task_vectors(1)))
     found = router.route(task_vectors(0, 8, seed=3))
     assert found.score is not None and found.support is not None
     assert found.probability == 1 / (1 + math.exp(-2 * found.score))
@@ -153,5 +153,5 @@ def test_decisions_carry_probabilities() -> None:
     assert one.probability == 1 / (1 + math.exp(-3 * one.score))
     assert router.route(task_vectors(0), prompt_hash="h").probability == 1.0
     assert {"probability", "in_distribution"} <= found.to_dict().keys()
-    plain = Router(store, "mini", "e" * 64, "b" * 64, replace(limits, probability=Probabilities()))
+    plain = Router(store, "mini", "e" * 64, "b" * 64, replace(thresholds, probability=Probabilities()))
     assert plain.route(task_vectors(0)).probability is None and asdict(Probabilities())["reuse"] is None

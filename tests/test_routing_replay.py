@@ -10,7 +10,7 @@ from test_routing_decision_log import decision
 from dnd_sdk.routing import Thresholds
 from dnd_sdk.routing.replay import replay_decisions
 
-LIMITS = Thresholds(reuse=0.9, reuse_single=0.5, support=-0.1)
+THRESHOLDS = Thresholds(reuse=0.9, reuse_single=0.5, support=-0.1)
 
 
 def one_set(score: float, made: str, **changes: Any) -> Any:
@@ -37,13 +37,13 @@ def one_set(score: float, made: str, **changes: Any) -> Any:
     ],
 )
 def test_each_rule(logged: Any, now: str | None) -> None:
-    changes, n_scored = replay_decisions([logged], LIMITS)
+    changes, n_scored = replay_decisions([logged], THRESHOLDS)
     assert [c.now for c in changes] == ([] if now is None else [now])
     assert n_scored == (logged.by in ("scores", "vetting"))
 
 
 def test_nothing_changes_under_the_thresholds_of_the_time() -> None:
     logged = [one_set(s / 10, "reuse" if s >= 9 else "generate", support=0.0) for s in range(11)]
-    assert replay_decisions(logged, LIMITS) == ([], 11)
+    assert replay_decisions(logged, THRESHOLDS) == ([], 11)
     stricter = Thresholds(reuse=0.95, reuse_single=0.5, support=-0.1)
     assert [(c.logged.score, c.now) for c in replay_decisions(logged, stricter)[0]] == [(0.9, "generate")]

@@ -20,7 +20,7 @@ from dnd_sdk.routing import Router, Support, Thresholds
 from dnd_sdk.routing.support import centres_of
 from dnd_sdk.routing.vector_file import INDEX_FILE
 
-LIMITS = Thresholds(reuse=0.9, reuse_single=0.5, support=0.1)
+THRESHOLDS = Thresholds(reuse=0.9, reuse_single=0.5, support=0.1)
 TASKS = centres_of(torch.cat([task_vectors(t) for t in range(4)]), 8)
 
 
@@ -32,7 +32,7 @@ def store_with(n: int = 3) -> FakeStore:
 
 
 def router(store: FakeStore | AdapterStore, **more) -> Router:  # type: ignore[no-untyped-def]
-    return Router(store, "mini", ENCODER, BASE, LIMITS, **more)
+    return Router(store, "mini", ENCODER, BASE, THRESHOLDS, **more)
 
 
 def test_known_task_is_reused() -> None:

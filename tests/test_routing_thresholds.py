@@ -10,7 +10,7 @@ import torch
 from routing_parts import FakeStore, adapter, task_vectors, unit
 
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
-from dnd_sdk.routing import Calibration, Router, Support, Thresholds, fit_thresholds, noise_prompts
+from dnd_sdk.routing import Router, RouterData, Support, Thresholds, fit_thresholds, noise_prompts
 from dnd_sdk.routing.similarity import set_similarity
 from dnd_sdk.routing.support import centres_of
 from dnd_sdk.routing.thresholds import SUPPORT_FILE, THRESHOLDS_FILE, compare_tasks, threshold_for
@@ -124,7 +124,7 @@ def test_unusable_tasks_are_refused(given, kinds, error, match) -> None:  # type
 def test_saved_and_loaded_is_the_same(tmp_path: Path, noise: torch.Tensor | None) -> None:
     made, _ = fit_thresholds(tasks(), families(), noise=noise, fitted_on={"encoder": "mini"})
     made.save(tmp_path)
-    again = Calibration.load(tmp_path)
+    again = RouterData.load(tmp_path)
     assert again.thresholds == made.thresholds and again.thresholds.fitted_on["encoder"] == "mini"
     assert torch.equal(again.support.tasks, made.support.tasks) and again.support.tasks.shape == (4 * N_TASKS, WIDTH)
     assert (again.support.noise is None) == (noise is None)
@@ -153,7 +153,7 @@ def test_damaged_files_are_refused(tmp_path: Path, file: str, content: bytes | N
     fit_thresholds(tasks(3), families())[0].save(tmp_path)
     (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
     with pytest.raises(GeneratorError, match=match):
-        Calibration.load(tmp_path)
+        RouterData.load(tmp_path)
 
 
 def test_support_vectors_are_checked() -> None:

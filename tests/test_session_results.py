@@ -40,7 +40,7 @@ def test_one_stop_string_is_no_list_of_letters(dnd: DnD) -> None:
 
 def test_half_a_surrogate_pair_and_a_giant_answer_are_refused(dnd: DnD) -> None:
     for call in (dnd.complete, dnd.stream):
-        with pytest.raises(InputError, match="half a surrogate pair"):
+        with pytest.raises(InputError, match="the text holds half of a surrogate pair"):
             call("hi\ud800")
         with pytest.raises(InputError, match="kept for the answer, at most"):
             call("hi", max_new_tokens=10**9)

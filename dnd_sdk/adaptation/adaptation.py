@@ -3,7 +3,7 @@
 * An identical prompt set is answered from the store without encoding anything.
 * Nothing is kept of an adaptation that does not finish: an error or Ctrl-C after the store was written removes the new
   adapter again, so store, index and engine are as they were.
-* One adaptation at a time: threads by a lock, processes by a lock file while an adapter is being made.
+* One adaptation at a time: threads by a lock, processes by one on the home while an adapter is being made.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
-from filelock import FileLock
-
 from dnd_sdk.adaptation.label_calibration import LabelCalibration
 from dnd_sdk.adaptation.parts import Parts
 from dnd_sdk.adaptation.results import AdaptResult, Mode, Stopwatch
@@ -24,7 +22,8 @@ from dnd_sdk.adaptation.vetting import Limits, Vetting
 from dnd_sdk.adapters import check_name
 from dnd_sdk.chat import with_role
 from dnd_sdk.config import flag, one_of, whole_number
-from dnd_sdk.errors import BankFullError, GeneratorError, StorageError
+from dnd_sdk.errors import BankFullError, GeneratorError
+from dnd_sdk.files import locked, storage_errors
 from dnd_sdk.lora import merge_flats
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash, role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars, log_decision
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from dnd_sdk.models import Encoded
     from dnd_sdk.prompts import Role
 
-LOCK_FILE = "adapt.lock"
 MAX_MERGED = 16
 """Adapters in one merge."""
 
@@ -279,13 +277,7 @@ class Adaptation:
     @contextmanager
     def _no_other_process(self) -> Iterator[None]:
         root = self._parts.home.root
-        lock = FileLock(root / LOCK_FILE)
-        try:
+        with storage_errors("write", root):
             root.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except OSError as e:
-            raise StorageError(f"cannot write {root}: {e.strerror or e}", fix="choose another home folder") from e
-        try:
+        with locked(root):
             yield
-        finally:
-            lock.release()

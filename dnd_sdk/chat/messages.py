@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dnd_sdk.errors import InputError
-from dnd_sdk.prompts import Role
+from dnd_sdk.prompts import Role, user_text
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """One user message, or chat messages, oldest first; see `chat.template.Messages`."""
@@ -21,7 +21,7 @@ def with_role(prompt: Prompt, role: Role | None, own: str | None) -> Prompt:
     if text is None or not isinstance(prompt, str | Sequence):  # what is no prompt is refused where it is read
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if any(_is_by(m, "system") for m in messages):
+    if any(map(_is_system, messages)):
         if role is not None:
             raise InputError("the messages have a system message already", fix="leave out either it or the role")
         return prompt
@@ -29,16 +29,13 @@ def with_role(prompt: Prompt, role: Role | None, own: str | None) -> Prompt:
 
 
 def last_user_text(prompt: Prompt) -> str:
-    """The text to route a prompt by; raises `InputError` when there is none."""
-    if isinstance(prompt, str):
-        return prompt
-    messages = prompt if isinstance(prompt, Sequence) else ()
-    texts = [m.get("content") for m in messages if isinstance(m, Mapping) and _is_by(m, "user")]
-    if not texts or not isinstance(texts[-1], str):
+    """The prompt, or its user's last message; raises `InputError` when there is none."""
+    text = prompt if isinstance(prompt, str) else user_text(prompt)
+    if text is None:
         raise InputError("no user message to route by", fix="name an adapter, or add a user message")
-    return texts[-1]
+    return text
 
 
-def _is_by(message: object, role: str) -> bool:
+def _is_system(message: object) -> bool:
     said = message.get("role") if isinstance(message, Mapping) else None
-    return isinstance(said, str) and said == role  # an array compares to many answers
+    return isinstance(said, str) and said == "system"  # an array compares to many answers

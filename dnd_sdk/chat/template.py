@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dnd_sdk.errors import ConfigError, InputError, shown
+from dnd_sdk.prompts import checked_text
 
 Messages = str | Sequence[Mapping[str, Any]]
 """A chat, oldest message first, of `role` and `content` (strings); a plain string is one user message.
@@ -195,11 +196,4 @@ def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], tool
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> list[int]:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise InputError(
-            "the text holds half a surrogate pair, which no tokenizer reads",
-            fix='clean it with text.encode("utf-8", "replace").decode()',
-        ) from e
-    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    return list(tokenizer(checked_text(text, "the text"), add_special_tokens=add_special_tokens)["input_ids"])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What decoders show for bytes that are no character, or not yet one; a model may also write it."""
+
+_BYTE_TOKENS = (("<0x8F>", "<0xA0>", "<0x80>"), ("ı", "ł", "Ģ"))
+"""Tokens of the bytes 8F, A0 and 80, as vocabularies with a byte fallback and byte-level ones spell them."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,28 @@ class RowText:
     def _decode(self, flush: bool, cut: bool = False) -> None:
         old = self._plain(self._ids[self._context : self._shown])
         new = self._plain(self._ids[self._context :])
-        if cut:  # some decoders show one sign for the bytes of half a character, some one for each
-            new = new.rstrip(_INCOMPLETE)
+        if cut and new.endswith(_INCOMPLETE):
+            new = self._without_half(self._ids[self._context :], new)
         if len(new) <= len(old) or (new.endswith(_INCOMPLETE) and not flush):
             return
         self._context, self._shown = self._shown, len(self._ids)
         seen = len(self.text)
         self.text += new[len(old) :]
         self._cut_at_stop(seen)
+
+    def _without_half(self, ids: list[int], text: str) -> str:
+        """The text of the tokens, without a last character of which only the first bytes are there.
+
+        Such bytes become another character with the right ones after them; a sign that the model wrote, and bytes that
+        begin no character, stay what they are. Bytes differ in what may come second: one of 8F and A0 always may.
+        """
+        for names in _BYTE_TOKENS:
+            known: list[Any] = [self._tokenizer.convert_tokens_to_ids(name) for name in names]
+            for end in ([b, *known[2:] * n] for b in known[:2] for n in range(3)):
+                whole = "" if None in end else self._plain([*ids, *end])
+                if whole and whole[-1] != _INCOMPLETE and len(whole) <= len(text) and text.startswith(whole[:-1]):
+                    return whole[:-1]
+        return text
 
     def _plain(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

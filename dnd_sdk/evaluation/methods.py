@@ -243,10 +243,10 @@ class _Builder:
         return self.parts.generator.mean()
 
     def _calibration(self) -> Callable[[Tensor, list[str]], Tensor]:
-        prior = self.parts.label_calibration
-        if prior is None:
+        calibration = self.parts.label_calibration
+        if calibration is None:
             raise self._missing("a base to calibrate on", "load a session")
-        return lambda flat, prompts: prior.calibrate(flat, prompts, prompts).flat
+        return lambda flat, prompts: calibration.calibrate(flat, prompts, prompts).flat
 
     def _encoder(self) -> Callable[[Task, int], Tensor]:
         encoder = self.parts.encoder

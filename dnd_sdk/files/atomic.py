@@ -12,27 +12,46 @@ from pathlib import Path
 
 from dnd_sdk.errors import DndError, StorageError
 
+_FULL = "free some disk space, or choose another home with --home or DND_HOME; nothing half-written was left"
+_IN_THE_WAY = "a file stands where a folder should: move it, or choose another home with --home or DND_HOME"
 _FIXES = {
-    errno.ENOSPC: "free some disk space, then try again; nothing half-written was left",
+    errno.ENOSPC: _FULL,
     errno.EDQUOT: "free some of your disk quota, then try again; nothing half-written was left",
     errno.EROFS: "the disk is read-only: choose a writable home with --home or DND_HOME",
     errno.EACCES: "no permission: choose a writable home with --home or DND_HOME",
     errno.EPERM: "no permission: choose a writable home with --home or DND_HOME",
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EIO: "check the disk: it fails to read or write",
+    errno.EFBIG: "choose a home on a disk that takes larger files, with --home or DND_HOME",
 }
+"""What helps, by what only a disk and its permissions say."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 """The names that `replacing` writes to."""
 
 
 @contextmanager
-def storage_errors(doing: str, path: Path) -> Iterator[None]:
-    """Turn any `OSError` inside the block into a `StorageError` saying what was being done, where, and what helps."""
+def storage_errors(doing: str, path: Path, *, all_os_errors: bool = True) -> Iterator[None]:
+    """Turn the disk's errors inside the block into a `StorageError`: what was being done, where, and what helps.
+
+    Every `OSError` is one, and what libraries say of a full disk in text alone. `all_os_errors` False: only those that
+    nothing but a disk raises, for code that raises `OSError` over much else.
+    """
     try:
         yield
     except DndError:
         raise
-    except OSError as e:
-        fix = _FIXES.get(e.errno or 0, "check the disk and the folder's permissions")
-        raise StorageError(f"cannot {doing} {path}: {e.strerror or e}", fix=fix) from e
+    except Exception as e:
+        number = errno.ENOSPC if _says_full(e) else getattr(e, "errno", None)
+        if number not in _FIXES and not (all_os_errors and isinstance(e, OSError)):
+            raise
+        fix = _FIXES.get(number or 0, "check the disk and the folder's permissions")
+        raise StorageError(f"cannot {doing} {path}: {getattr(e, 'strerror', None) or e}", fix=fix) from e
+
+
+def _says_full(error: Exception) -> bool:
+    # safetensors reports the system's error as text only
+    return any(words in str(error) for words in ("No space left", "os error 28"))
 
 
 @contextmanager

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,16 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 
+_POLL_S = 0.005
+
+
 @contextmanager
-def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+def locked(folder: Path, *, shared: bool = False, wait: bool | float = True) -> Iterator[bool]:
     """Hold the folder's lock, alone or `shared`, and yield whether it is held.
 
-    False: the folder is missing, cannot be locked, or is locked by others and `wait` is False. Not re-entrant: each
-    call is a holder of its own, also within one thread.
+    `wait` is for others to let go of it: True as long as it takes, False not at all, a number that many seconds, after
+    which `TimeoutError` is raised. False is yielded when the folder is missing, cannot be locked, or is locked by
+    others and `wait` is False. Not re-entrant: each call is a holder of its own, also within one thread.
     """
     file = _acquired(folder, shared, wait)
     try:
@@ -34,7 +39,7 @@ def locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator
             os.close(file)
 
 
-def _acquired(folder: Path, shared: bool, wait: bool) -> int | None:
+def _acquired(folder: Path, shared: bool, wait: bool | float) -> int | None:
     if fcntl is None:
         return None
     try:
@@ -42,11 +47,28 @@ def _acquired(folder: Path, shared: bool, wait: bool) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(file)
-        return None
-    except BaseException:  # Ctrl-C while waiting
+        held = _flocked(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait)
+    except BaseException:  # Ctrl-C while waiting, too
         os.close(file)
         raise
+    if not held:
+        os.close(file)
+        return None
     return file
+
+
+def _flocked(file: int, kind: int, wait: bool | float) -> bool:
+    """Take the lock; raises `TimeoutError`."""
+    until = None if isinstance(wait, bool) else time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, kind if wait is True else kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError as e:
+            if until is None:
+                return False
+            if time.monotonic() >= until:
+                raise TimeoutError(f"another process has held its lock for {wait:g} s") from e
+            time.sleep(_POLL_S)
+        except OSError:
+            return False

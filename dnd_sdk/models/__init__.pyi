@@ -1,7 +1,5 @@
+from .catalogue import DEFAULT_BASE as DEFAULT_BASE, DEFAULT_ENCODER as DEFAULT_ENCODER, EMBEDDED as EMBEDDED
 from .embedded import (
-    DEFAULT_BASE as DEFAULT_BASE,
-    DEFAULT_ENCODER as DEFAULT_ENCODER,
-    EMBEDDED as EMBEDDED,
     ModelInfo as ModelInfo,
     damaged_files as damaged_files,
     is_pulled as is_pulled,

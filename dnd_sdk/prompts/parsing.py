@@ -24,10 +24,10 @@ def parsed(source: Source, taker: Taker) -> Iterator[str]:
     if source.suffix in (".csv", ".tsv"):
         return _from_table(source, taker, _DELIMITERS if source.suffix == ".csv" else ("\t",))
     if source.suffix in (".jsonl", ".ndjson"):
-        return _from_lines(source, source.lines(), taker)
+        return _from_lines(source, source.lines(blank=False), taker)
     if source.suffix == ".json":
         return _from_values(source, source.pieces(), taker)
-    filled = (text for text in source.lines() if text.strip())
+    filled = (text for text in source.lines(blank=False) if text.strip())
     return filled if source.suffix == ".txt" else _sniffed(source, filled, taker)
 
 
@@ -130,8 +130,8 @@ class _Values:
 
 
 def _from_table(source: Source, taker: Taker, delimiters: Iterable[str]) -> Iterator[str]:
+    first = next((text for text in source.lines(blank=False) if text.strip()), "")
     texts = source.lines()
-    first = next((text for text in texts if text.strip()), "")
     try:
         delimiter = max(delimiters, key=lambda d: _fit(first, d, taker))
         rows = csv.reader(chain([first], texts), delimiter=delimiter)

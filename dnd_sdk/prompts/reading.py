@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import IO, Any
 
 from dnd_sdk.errors import ConfigError, InputError
@@ -20,6 +21,8 @@ from dnd_sdk.prompts.shapes import DEFAULT_COLUMN, Taker, checked_text
 from dnd_sdk.prompts.sources import opened
 
 MAX_PROMPTS = 512
+MAX_ITEMS = 2**18
+"""Prompts in memory: more are taken only of what has a length, as a list does. An iterator may never end."""
 
 _SAMPLE_KEY = b"dnd prompt sample"
 
@@ -68,14 +71,19 @@ def read_prompts(
 
 
 def clean_prompts(prompts: Iterable[str], *, limit: int = MAX_PROMPTS) -> PromptSet:
-    """Apply the rules of `read_prompts` to prompts in memory; raises `InputError` naming the index of a bad one."""
+    """Apply the rules of `read_prompts` to prompts in memory.
+
+    Raises `InputError` naming the index of a bad one, also of one that an iterator fails to make, or `MAX_ITEMS` for an
+    iterator that goes on beyond them.
+    """
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         raise InputError(f"prompts must be a list of strings, got {type(prompts).__name__}", fix="pass [prompt, ...]")
     try:
         found = iter(prompts)
     except TypeError as e:  # an array of no dimension only seems to be a list
         raise InputError(f"prompts must be a list of strings, got {type(prompts).__name__}") from e
-    return _collect(_checked_items(found), limit, where="the list of prompts")
+    size = len(prompts) if isinstance(prompts, Sized) else 0
+    return _collect(_checked(_items(found, max(size, MAX_ITEMS))), limit, where="the list of prompts")
 
 
 def prompt_set_hash(prompts: Iterable[str], role: str | None = None) -> str:
@@ -89,7 +97,23 @@ def prompt_set_hash(prompts: Iterable[str], role: str | None = None) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _checked_items(prompts: Iterable[object]) -> Iterator[str]:
+def _items(prompts: Iterator[object], most: int) -> Iterator[object]:
+    for i in count():
+        try:
+            prompt = next(prompts)
+        except StopIteration:
+            return
+        except Exception as e:
+            raise InputError(f"prompt {i} could not be had: {type(e).__name__}: {str(e)[:200]}") from e
+        if i >= most:
+            raise InputError(
+                f"prompts go on after MAX_ITEMS = {MAX_ITEMS} of them, perhaps without end",
+                fix="pass a list, or a part: itertools.islice(prompts, 10_000)",
+            )
+        yield prompt
+
+
+def _checked(prompts: Iterator[object]) -> Iterator[str]:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"prompt {i} is a {type(prompt).__name__}, expected a string")

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dnd_sdk.errors import InputError
+from dnd_sdk.prompts.shapes import checked_text
 
 MAX_ROLE_BYTES = 64 * 2**10
 """Far above any role in use, and more than most bases can take as one message."""
@@ -160,10 +161,7 @@ def read_role(path: str | os.PathLike[str]) -> Role:
 
 
 def _check(text: str, where: str) -> None:
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as e:
-        raise InputError(f"{where} holds half of a surrogate pair, which is no text", fix="fix its encoding") from e
+    size = len(checked_text(text, where).encode())
     if size > MAX_ROLE_BYTES:
         raise _too_large(where, size)
     if "\0" in text:

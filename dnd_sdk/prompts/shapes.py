@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dnd_sdk.errors import ConfigError, InputError
@@ -174,11 +174,14 @@ def described(row: object) -> str:
 
 
 def checked_text(text: str, where: str) -> str:
-    """The text; raises `InputError` when it cannot be encoded."""
+    """The text; raises `InputError` naming `where` when it cannot be encoded, which no tokenizer and no file takes."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise InputError(f"{where} holds half of a surrogate pair, which is no text", fix="fix its encoding") from e
+        raise InputError(
+            f"{where} holds half of a surrogate pair, which is no text",
+            fix='fix its encoding, or clean it with text.encode("utf-8", "replace").decode()',
+        ) from e
     return text
 
 
@@ -227,11 +230,20 @@ def _texts(value: object) -> Found | None:
     return _last_user(value) or _content(value)
 
 
+def user_text(messages: object) -> str | None:
+    """What a chat is about: the text of the user's last message that holds any; None: no messages, or none of theirs.
+
+    Messages may come as OpenAI's (`role`, `content`, also in parts) or as ShareGPT's (`from`, `value`).
+    """
+    found = _last_user(messages)
+    return None if found is None else found.texts[0]
+
+
 def _last_user(messages: object) -> Found | None:
     """The user's last message that holds text, and how many parts of later ones and of itself are none."""
     n_dropped = 0
-    for message in reversed(messages) if isinstance(messages, list) else ():
-        if not isinstance(message, dict):
+    for message in reversed(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else ():
+        if not isinstance(message, Mapping):
             continue
         speaker = message.get("role", message.get("from"))
         if isinstance(speaker, str) and speaker in _USER:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _GZIP_START = b"\x1f\x8b"
 _PIECE_BYTES = 2**20
 _SHOWN = 300
 _BOM = b"\xef\xbb\xbf"
+_BLANK_LINES = re.compile(rb"[ \t\n\r\f\v]*\n")
 
 
 class Source:
@@ -52,16 +54,23 @@ class Source:
         """The current line, for a message."""
         return f"{self.name} line {self.number}"
 
-    def lines(self) -> Iterator[str]:
-        """Yield lines with their ends; raises `InputError` on NUL, bad UTF-8 and sizes above the bounds."""
+    def lines(self, *, blank: bool = True) -> Iterator[str]:
+        """Yield lines with their ends; raises `InputError` on NUL, bad UTF-8 and sizes above the bounds.
+
+        `blank` False: no lines of ASCII space alone, which then cost next to nothing, however many they are.
+        """
         while raw := self._stream.readline(MAX_LINE_BYTES + 1):
             # a stream replaced by a test or a caller may give text
             line = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
             self.number += 1
             if len(line) > MAX_LINE_BYTES:
                 raise InputError(f"{self.here} is longer than {MAX_LINE_BYTES >> 20} MiB", fix="split the file")
-            yield self._decoded(line)
-            self._count(len(line))
+            if blank or not line.isspace():
+                yield self._decoded(line)
+                self._count(len(line))
+            else:
+                self._count(len(line))
+                self._pass_blank_lines()
 
     def pieces(self) -> Iterator[str]:
         """Yield the same text in pieces of about a MiB, wherever its lines end."""
@@ -78,6 +87,14 @@ class Source:
             # the decoder may have kept bytes of the piece before; what it fails on ends where `raw` ends
             at = self._offset + len(raw) - len(e.object) + e.start
             raise _not_utf8(self.name, e.object[e.start], at) from e
+
+    def _pass_blank_lines(self) -> None:
+        """Pass over the blank lines that stand in the stream's buffer, without looking at each of them."""
+        peek = getattr(self._stream, "peek", None)
+        while peek is not None and (run := _BLANK_LINES.match(peek(_PIECE_BYTES))):
+            self.number += run.group().count(b"\n")
+            self._stream.read(run.end())
+            self._count(run.end())
 
     def _count(self, n: int) -> None:
         self._offset += n

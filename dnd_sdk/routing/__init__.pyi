@@ -14,6 +14,7 @@ from .similarity import (
 from .support import NOISE_KINDS as NOISE_KINDS, Support as Support, noise_prompts as noise_prompts
 from .thresholds import (
     Calibration as Calibration,
+    RouterData as RouterData,
     THRESHOLDS_FILE as THRESHOLDS_FILE,
     Thresholds as Thresholds,
     fit_thresholds as fit_thresholds,

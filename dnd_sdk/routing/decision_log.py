@@ -12,13 +12,14 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from dnd_sdk.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ FORMAT_VERSION = 1
 LOG_FILE = "decisions.jsonl"
 OLD_FILE = "decisions.1.jsonl"
 ROTATION_WAIT_S = 1.0
-"""How long an append that finds the log full waits for whoever rotates it."""
+"""How long an append that finds the log full waits for whoever rotates it: a log is not worth more."""
 MAX_BYTES = 8 * 2**20
 MAX_LINE_BYTES = 2**16
 _LATER = ("probability", "in_distribution")
@@ -106,14 +107,11 @@ class DecisionLog:
             os.close(file)
 
     def _rotate(self) -> None:
-        try:
-            # waited for, not passed by: while a slow process rotates, others would write past the bound
-            with FileLock(self.folder / f"{LOG_FILE}.lock", timeout=ROTATION_WAIT_S, poll_interval=0.002):
-                # another process may have done it since the write
-                if (self.folder / LOG_FILE).stat().st_size >= self.max_bytes:
-                    os.replace(self.folder / LOG_FILE, self.folder / OLD_FILE)
-        except Timeout:
-            pass  # it is being done, or its disk hangs: a log is not worth more waiting
+        # waited for, not passed by: while a slow process rotates, others would write past the bound
+        with suppress(TimeoutError), locked(self.folder, wait=ROTATION_WAIT_S):
+            # another process may have done it since the write
+            if (self.folder / LOG_FILE).stat().st_size >= self.max_bytes:
+                os.replace(self.folder / LOG_FILE, self.folder / OLD_FILE)
 
 
 def read_decisions(folder: Path, *, since: datetime | None = None) -> tuple[list[Decision], int]:

@@ -1,7 +1,7 @@
 """`Router`: reuse an adapter made before, generate a new one, or stay on the base model; the decision is a value.
 
 * The same prompts again are recognised by their hash, before anything is encoded.
-* Thresholds come from a `Calibration` measured on real tasks; nothing is guessed here.
+* Thresholds come from a `RouterData` measured on real tasks; nothing is guessed here.
 * An adapter made under a role serves that role alone, and one made without serves prompts without: roles are compared
   to the letter, so a prompt never gets a system message it did not come with.
 * Adapters that another process adds or removes are noticed at the next question, which costs what changed.
@@ -114,7 +114,7 @@ class Router:
             encoder_name: Name of the encoder, for the saved index.
             encoder_fp: Its fingerprint.
             base_fp: Fingerprint of the base model.
-            thresholds: See `Calibration`.
+            thresholds: See `Thresholds`.
             support: Where the generator was trained; None: every prompt set may be generated for.
             folder: Where the index is kept between runs; None keeps it in memory.
             usable: Whether an adapter may be chosen at all; None: any.

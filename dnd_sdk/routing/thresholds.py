@@ -77,11 +77,11 @@ class Thresholds:
             raise GeneratorError(f"{path}: no usable routing thresholds: {str(e)[:200]}", fix=_FIX) from e
 
 
-_FIX = "fetch or train the generator again; its folder holds the calibration made with it"
+_FIX = "fetch or train the generator again; its folder holds the routing data made with it"
 
 
 @dataclass(frozen=True)
-class Calibration:
+class RouterData:
     """All that routing needs to know about one generator and encoder."""
 
     thresholds: Thresholds
@@ -96,7 +96,7 @@ class Calibration:
         self.thresholds.save(folder / THRESHOLDS_FILE)
 
     @classmethod
-    def load(cls, folder: Path) -> Calibration:
+    def load(cls, folder: Path) -> RouterData:
         """Inverse of `save`; raises `GeneratorError` when a file is missing or damaged."""
         thresholds = Thresholds.load(folder / THRESHOLDS_FILE)
         path = folder / SUPPORT_FILE
@@ -105,6 +105,10 @@ class Calibration:
             return cls(thresholds, Support(tensors["tasks"], tensors.get("noise")))
         except (OSError, SafetensorError, KeyError, DndError) as e:
             raise GeneratorError(f"{path}: no usable support vectors: {str(e)[:200]}", fix=_FIX) from e
+
+
+Calibration = RouterData
+"""The name it had; programs import it."""
 
 
 def fit_thresholds(
@@ -119,7 +123,7 @@ def fit_thresholds(
     n_draws: int = 12,
     seed: int = 0,
     fitted_on: Mapping[str, Any] | None = None,
-) -> tuple[Calibration, dict[str, Any]]:
+) -> tuple[RouterData, dict[str, Any]]:
     """Measure thresholds on the prompts of the training tasks.
 
     Args:
@@ -136,7 +140,7 @@ def fit_thresholds(
         fitted_on: Added to the thresholds' own note of what they were fitted on.
 
     Returns:
-        The calibration, and a report of recall and false reuse per set size.
+        The router's data, and a report of recall and false reuse per set size.
 
     Raises:
         ConfigError: Fewer than `MIN_TASKS` tasks, or a task without family or with fewer than `MIN_PROMPTS` prompts.
@@ -171,7 +175,7 @@ def fit_thresholds(
         "single": alone.report(single),
         "support": {"min": nearness.min().item(), "median": nearness.median().item(), "threshold": support},
     }
-    return Calibration(thresholds, Support(tasks, noise_centres)), report
+    return RouterData(thresholds, Support(tasks, noise_centres)), report
 
 
 @dataclass(frozen=True)

@@ -18,33 +18,37 @@ from dnd_sdk.routing import DecisionLog, Router, measured
 
 
 def load_parts(
-    base: str,
-    generator: str | PathLike[str] | None,
-    encoder: str | None,
+    base_name: str,
+    generator_source: str | PathLike[str] | None,
+    encoder_name: str | None,
     home: Home,
     device: str,
     dtype: str,
     n_slots: int,
     progress: Callable[[str], None] | None,
 ) -> Parts:
-    """See `DnD.load`."""
-    base, encoder = text_of("base", base), None if encoder is None else text_of("encoder", encoder)
+    """See `DnD.load`.
+
+    One after the other: with the libraries imported all of it takes a second of Python, which threads do not share.
+    """
+    base_name = text_of("base", base_name)
+    encoder_name = None if encoder_name is None else text_of("encoder", encoder_name)
     whole_number("n_slots", n_slots, 1)  # before the slow part
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
-    folder = generator_folder(base, generator)
-    resident = load_base(base, home, device=device, dtype=dtype, progress=progress)
-    folder = folder_for(resident, folder)
-    made = None if folder is None else load_generator(folder, resident)
-    name = encoder or (made.encoder_name if made is not None else DEFAULT_ENCODER)
-    resolve(name, home, progress=progress)  # fetch with progress; the load below finds it
-    prompts = Encoder.load(name, home, device=str(resident.model.device))
-    check_encoder(prompts, made)
-    layout = made.layout if made is not None else LoraLayout.from_model(resident.model)
+    folder = generator_folder(base_name, generator_source)
+    base = load_base(base_name, home, device=device, dtype=dtype, progress=progress)
+    folder = folder_for(base, folder)
+    generator = None if folder is None else load_generator(folder, base)
+    encoder_name = encoder_name or (generator.encoder_name if generator is not None else DEFAULT_ENCODER)
+    resolve(encoder_name, home, progress=progress)  # fetch with progress; the load below finds it
+    encoder = Encoder.load(encoder_name, home, device=str(base.model.device))
+    check_encoder(encoder, generator)
+    layout = generator.layout if generator is not None else LoraLayout.from_model(base.model)
     store = AdapterStore(home)
-    router = _router(folder, prompts, resident, layout, store, home)
-    engine = Engine(resident, layout, n_slots=n_slots)
-    return Parts(resident, made, prompts, store, router, engine, home, DecisionLog(home.logs))
+    router = _router(folder, encoder, base, layout, store, home)
+    engine = Engine(base, layout, n_slots=n_slots)
+    return Parts(base, generator, encoder, store, router, engine, home, DecisionLog(home.logs))
 
 
 def _router(

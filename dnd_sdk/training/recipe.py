@@ -18,7 +18,7 @@ from dnd_sdk.errors import ConfigError, LayoutMismatchError
 from dnd_sdk.generator import Generator, GeneratorConfig, write_card
 from dnd_sdk.models import Encoder
 from dnd_sdk.protocols import Progress
-from dnd_sdk.routing import Calibration, choose_exemplars, fit_thresholds, noise_prompts
+from dnd_sdk.routing import RouterData, choose_exemplars, fit_thresholds, noise_prompts
 from dnd_sdk.tasks import Task
 from dnd_sdk.training.conditions import Pools, encode_pools
 from dnd_sdk.training.run_dir import RunDir, write_json, write_tensors
@@ -113,7 +113,7 @@ def store_zoo(bench: Workbench, encoder: Encoder, pools: Pools, snapshots: dict[
 
 def fit_router(
     tasks: Mapping[str, Task], pools: Pools, encoder: Encoder, seed: int
-) -> tuple[Calibration, dict[str, Any]]:
+) -> tuple[RouterData, dict[str, Any]]:
     """Routing thresholds and support measured on the train tasks' prompts, against prompts that mean nothing."""
     noise = encoder.embed(noise_prompts())
     return fit_thresholds(pools.pooled, {n: t.family for n, t in tasks.items()}, noise=noise, seed=seed)
@@ -128,12 +128,12 @@ def finish(
     zoo: Path,
     out: Path,
 ) -> Path:
-    """Write the generator folder: weights, router calibration, what made it, card. Replaces an older one whole."""
+    """Write the generator folder: weights, the router's data, what made it, card. Replaces an older one whole."""
     folder, tmp = out / "generator", out / ".generator.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     generator.save_pretrained(tmp)
-    calibration, report = fit_router(bench.sources, pools, encoder, settings.run.seed)
-    calibration.save(tmp)
+    router_data, report = fit_router(bench.sources, pools, encoder, settings.run.seed)
+    router_data.save(tmp)
     write_json(tmp / "training.json", _training_record(generator, bench, settings, report, zoo, out))
     write_card(tmp)
     shutil.rmtree(folder, ignore_errors=True)

@@ -38,11 +38,11 @@ from dnd_sdk.integrations.llamaindex.messages import (
     chat_response,
     completion_part,
     completion_response,
-    last_user_text,
     to_chat,
     user_message,
 )
 from dnd_sdk.models import DEFAULT_BASE
+from dnd_sdk.prompts import user_text
 from dnd_sdk.session import ALIASES, AUTO, AdapterChoice, CompletionStream, DnD, call_options, check_known, renamed
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class DnDLLM(CustomLLM):
     def _choose(self, chat: Chat, adapter: AdapterChoice) -> AdapterChoice:
         if isinstance(adapter, Adapter) or adapter != AUTO:
             return adapter
-        text = last_user_text(chat)
+        text = user_text(chat) or ""
         if not text.strip():  # nothing to route by
             return None
         # with a tool's result it is the request that was observed before

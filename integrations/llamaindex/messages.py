@@ -55,11 +55,6 @@ def user_message(text: str) -> Chat:
     return [{"role": "user", "content": text}]
 
 
-def last_user_text(chat: Chat) -> str:
-    """What a request is about: its last user message; empty when there is none."""
-    return next((m["content"] for m in reversed(chat) if m["role"] == "user"), "")
-
-
 def completion_response(whole: Part) -> CompletionResponse:
     """A whole completion."""
     return CompletionResponse(text=whole.text, raw=_raw(whole.completion))

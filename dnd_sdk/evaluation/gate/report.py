@@ -24,15 +24,15 @@ def build_gate_report(gate: Gate, events: Sequence[Event], settings: dict[str, A
     * `reuse` is P(own | score): each query counts with its own adapter stored and without. `in_distribution` is
       P(a job | support), jobs against noise, both weighing alike. Both are None where no map was measured.
     """
-    limits = gate.thresholds
+    thresholds = gate.thresholds
     sizes = sorted({e.size for e in events})
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "generator": gate.generator,
         "encoder": gate.encoder.name.replace("\\", "/").rsplit("/", 1)[-1],  # a folder's path is nobody's business
-        "thresholds": {"reuse": limits.reuse, "reuse_single": limits.reuse_single, "support": limits.support},
-        "probability": asdict(limits.probability),
+        "thresholds": {name: getattr(thresholds, name) for name in ("reuse", "reuse_single", "support")},
+        "probability": asdict(thresholds.probability),
         "settings": {**settings, "n_tasks": len({e.unit for e in events if e.situation == STORED}), "sizes": sizes},
         "sizes": {str(n): _size_block(gate, [e for e in events if e.size == n]) for n in sizes},
     }

@@ -1,0 +1,76 @@
+"""Locks on folders: who waits for whom, for how long, and that they end with their process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dnd_sdk.files import locked
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from dnd_sdk.files import locked
+with locked(Path(sys.argv[1])) as held:
+    print(held, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_waiting_has_an_end(tmp_path: Path) -> None:
+    with locked(tmp_path) as first:
+        with (
+            pytest.raises(TimeoutError, match=r"another process has held its lock for 0\.02 s"),
+            locked(tmp_path, wait=0.02),
+        ):
+            pass
+        with locked(tmp_path, wait=False) as second:
+            assert (first, second) == (True, False)
+    with locked(tmp_path, wait=0.02) as free:
+        assert free
+
+
+def test_whoever_waits_gets_it_when_the_other_lets_go(tmp_path: Path) -> None:
+    got: list[bool] = []
+
+    def wait() -> None:
+        with locked(tmp_path, wait=60.0) as held:
+            got.append(held)
+
+    waiting = threading.Thread(target=wait)
+    with locked(tmp_path):
+        waiting.start()
+        waiting.join(0.05)
+        assert not got
+    waiting.join(60)
+    assert got == [True]
+
+
+def test_readers_share(tmp_path: Path) -> None:
+    with locked(tmp_path, shared=True) as one, locked(tmp_path, shared=True, wait=0.02) as two:
+        assert one and two
+        with pytest.raises(TimeoutError), locked(tmp_path, wait=0.0):
+            pass
+
+
+def test_a_missing_folder_is_not_locked(tmp_path: Path) -> None:
+    with locked(tmp_path / "nothing", wait=5.0) as held:
+        assert not held
+
+
+def test_a_killed_holder_leaves_nothing(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "True\n"
+    with locked(tmp_path, wait=False) as held:
+        assert not held
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait(60)
+    with locked(tmp_path, wait=False) as held:
+        assert held
+    assert list(tmp_path.iterdir()) == []

