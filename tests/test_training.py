@@ -18,17 +18,16 @@ from dnd_sdk.errors import ConfigError, GeneratorError, InputError, LayoutMismat
 from dnd_sdk.evaluation import Zoo
 from dnd_sdk.generator.card import record_evaluation
 from dnd_sdk.generator.generator import Generator, GeneratorConfig
-from dnd_sdk.generator.weight_tokenizer import WeightTokenizer
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.training import run_generator, run_zoo
 from dnd_sdk.training.batches import TokenRow, answer_loss, micro_batches, sample_tasks
 from dnd_sdk.training.int8_base import quantize_frozen_linears
+from dnd_sdk.training.objectives import masked_mse
 from dnd_sdk.training.recipe import new_generator
 from dnd_sdk.training.run_dir import RunDir
 from dnd_sdk.training.settings import read_settings
-from dnd_sdk.training.trainer import masked_mse, token_weights
 from dnd_sdk.training.workbench import prepare
 from dnd_sdk.training.zoo import initial_adapter, read_zoo
 
@@ -238,21 +237,6 @@ def test_a_base_in_bfloat16_gives_nearly_the_same_loss_and_gradient(trained: Pat
     (_, loss, grad), (half, near, near_grad) = found
     assert half == torch.bfloat16 and near != loss and near == pytest.approx(loss, rel=0.01)
     assert near_grad.dtype == torch.float32 and (near_grad - grad).norm() / grad.norm() < 0.05
-
-
-def test_masked_mse_equals_a_loop() -> None:
-    layout = LoraLayout.from_model(tiny_model(), r=3)
-    tokenizer = WeightTokenizer(layout, ("lora_B",))
-    target = tokenizer.tokenise(random_flat(layout))
-    tokens = torch.randn_like(target)
-    weights = token_weights(tokenizer, random_flat(layout, seed=5).abs())
-    assert weights.mean() == pytest.approx(1.0, rel=1e-5)
-    total, n = 0.0, 0
-    for t in range(tokenizer.T):
-        for want, got in zip(target[t].flatten().tolist(), tokens[t].flatten().tolist(), strict=True):
-            if want == want:
-                total, n = total + float(weights[t]) * (got - want) ** 2, n + 1
-    assert masked_mse(tokens, target, weights).item() == pytest.approx(total / n, rel=1e-4)
 
 
 def test_reconstruction_can_overfit_two_adapters() -> None:

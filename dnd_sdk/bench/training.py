@@ -21,14 +21,13 @@ from dnd_sdk.machine import cpu_name, peak_rss_mb
 from dnd_sdk.models import Encoder
 from dnd_sdk.protocols import Progress
 from dnd_sdk.training import (
-    CheckSettings,
+    OBJECTIVES,
     Lesson,
     Pools,
     Stage,
     TrainSettings,
     Workbench,
     encode_pools,
-    end_to_end,
     new_generator,
     prepare,
 )
@@ -57,7 +56,7 @@ def bench_train(
 
     Returns a JSON-able report: seconds, parameters, peak memory. Raises `ConfigError` without an end-to-end stage.
     """
-    stages = [s for s in settings.stages if s.objective == "end-to-end"]
+    stages = [s for s in settings.stages if OBJECTIVES[s.objective].is_checked]
     if not stages or repeats < 1:
         raise ConfigError("there is no end-to-end stage to measure, or no repeats", fix="add one to [[stages]]")
     bench = prepare(tasks_dir, settings, home, progress)
@@ -104,14 +103,14 @@ def _pools(bench: Workbench, encoder: Encoder, settings: TrainSettings, progress
 def _time_steps(
     generator: Generator, bench: Workbench, pools: Pools, stage: Stage, repeats: int, clock: Callable[[], float]
 ) -> float:
-    lesson = Lesson(bench, pools, {name: torch.empty(0) for name in bench.tasks}, torch.empty(0), CheckSettings())
+    lesson = Lesson(bench, pools, {name: torch.empty(0) for name in bench.tasks}, torch.empty(0))
     generator.train()
     optimizer = torch.optim.AdamW(generator.parameters(), lr=stage.lr)
-    step_loss = end_to_end(generator, lesson, stage)
+    objective = OBJECTIVES[stage.objective](generator, lesson, stage)
 
     def one(step: int) -> None:
         optimizer.zero_grad()
-        step_loss(step)
+        objective.step(step)
         optimizer.step()
 
     return _median_s(one, repeats, clock, bench.device)

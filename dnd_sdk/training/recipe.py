@@ -21,11 +21,12 @@ from dnd_sdk.protocols import Progress
 from dnd_sdk.routing import Calibration, choose_exemplars, fit_thresholds, noise_prompts
 from dnd_sdk.tasks import Task
 from dnd_sdk.training.conditions import Pools, encode_pools
+from dnd_sdk.training.objectives import Lesson
 from dnd_sdk.training.run_dir import RunDir, write_json, write_tensors
 from dnd_sdk.training.settings import TrainSettings
-from dnd_sdk.training.trainer import Lesson, read_importance, train_stages
+from dnd_sdk.training.trainer import train_stages
 from dnd_sdk.training.workbench import Workbench, prepare
-from dnd_sdk.training.zoo import read_zoo
+from dnd_sdk.training.zoo import read_importance, read_zoo
 
 
 def train_generator(
@@ -57,8 +58,8 @@ def train_generator(
     )
     store_zoo(bench, encoder, pools, snapshots, out)
     write_tensors(out / "shared.safetensors", {"shared": shared})  # the zoo's, before the generator moves its own
-    lesson = Lesson(bench, pools, snapshots, read_importance(zoo), settings.check)
-    train_stages(generator, lesson, settings.stages, out)
+    lesson = Lesson(bench, pools, snapshots, read_importance(zoo))
+    train_stages(generator, lesson, settings.stages, settings.check, out)
     return finish(generator, bench, encoder, pools, settings, zoo, out)
 
 

@@ -12,6 +12,9 @@ from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.lora import ALL_LINEAR
 from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
 
+ObjectiveName = Literal["reconstruction", "end-to-end"]
+"""What a stage may train for; a class of `dnd_sdk.training.objectives` each."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -102,7 +105,7 @@ class GeneratorSettings(_Section):
 class Stage(_Section):
     """One stage of generator training."""
 
-    objective: Literal["reconstruction", "end-to-end"]
+    objective: ObjectiveName
     steps: int = Field(ge=1)
     tasks: int = Field(6, ge=1)
     """Tasks per step."""

@@ -27,6 +27,8 @@ from dnd_sdk.training.settings import PerTaskSettings, SharedSettings
 from dnd_sdk.training.workbench import Workbench
 
 _WARMUP = 0.05
+_IMPORTANCE = "importance.safetensors"
+"""Written last: with it a zoo is finished."""
 
 
 def initial_adapter(layout: LoraLayout, seed: int) -> Tensor:
@@ -85,7 +87,7 @@ def train_tasks(bench: Workbench, settings: PerTaskSettings, shared: Tensor, out
         if not all((out / "tasks" / f"{n}.safetensors").exists() for n in group):
             _train_group(bench, settings, shared, out, group, f"tasks {i + 1}/{len(groups)}")
     means = torch.stack([load_file(out / "tasks" / f"{n}.safetensors")["mean"] for n in names])
-    write_tensors(out / "importance.safetensors", {"std": means.std(0, correction=0)})
+    write_tensors(out / _IMPORTANCE, {"std": means.std(0, correction=0)})
 
 
 def _train_group(
@@ -148,7 +150,12 @@ def _fit(
 
 def read_zoo(out: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """The shared adapter (P,) and every task's snapshots (k, P); raises `InputError` on an unfinished zoo."""
-    if not (out / "importance.safetensors").exists():
+    if not (out / _IMPORTANCE).exists():
         raise InputError(f"{out} holds no finished zoo", fix=f"run `dnd train zoo TASKS --out {out}` first")
     tasks = {p.stem: load_file(p)["snapshots"] for p in sorted((out / "tasks").glob("*.safetensors"))}
     return load_file(out / "shared.safetensors")["shared"], tasks
+
+
+def read_importance(out: Path) -> Tensor:
+    """The (P,) std over tasks of every weight, of a finished zoo."""
+    return load_file(out / _IMPORTANCE)["std"]
