@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -13,6 +14,9 @@ from dnd_sdk.generator.weight_tokenizer import WeightTokenizer
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.training.objectives import OBJECTIVES, Lesson, masked_mse, token_weights
 from dnd_sdk.training.settings import ObjectiveName, Stage
+
+NO_PARTS = SimpleNamespace(base=None, curriculum=None)
+"""No step is taken."""
 
 
 def test_every_name_of_a_recipe_has_its_objective() -> None:
@@ -32,7 +36,7 @@ def test_an_objective_says_where_it_begins_and_what_it_moves(
 ) -> None:
     layout = LoraLayout.from_model(tiny_model(), r=4)
     generator = Generator(GeneratorConfig(encoder_width=32, n_prompts=4, state_tokens=8, width=8), layout)
-    lesson = Lesson(None, None, {}, torch.ones(layout.n_parameters))  # type: ignore[arg-type]  # no step is taken
+    lesson = Lesson(NO_PARTS, None, {}, torch.ones(layout.n_parameters))  # type: ignore[arg-type]
     objective = OBJECTIVES[stage.objective](generator, lesson, stage)
     assert objective.first_gain == first_gain and objective.is_checked is is_checked
     moved = {id(p) for p in objective.trainable()}

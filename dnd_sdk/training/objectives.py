@@ -20,15 +20,15 @@ from torch import Tensor
 from dnd_sdk.generator import Generator, WeightTokenizer
 from dnd_sdk.training.batches import TokenRow
 from dnd_sdk.training.conditions import Pools
+from dnd_sdk.training.parts import TrainingParts
 from dnd_sdk.training.settings import ObjectiveName, Stage
-from dnd_sdk.training.workbench import Workbench
 
 
 @dataclass(frozen=True)
 class Lesson:
     """What a step of any stage draws from."""
 
-    bench: Workbench
+    parts: TrainingParts
     pools: Pools
     zoo: dict[str, Tensor]
     """Per task its snapshots (k, P)."""
@@ -38,7 +38,7 @@ class Lesson:
     @property
     def names(self) -> list[str]:
         """Tasks that have both rows and snapshots."""
-        return sorted(self.zoo.keys() & self.bench.tasks.keys())
+        return sorted(self.zoo.keys() & self.parts.curriculum.tasks.keys())
 
 
 class Objective(ABC):
@@ -51,6 +51,7 @@ class Objective(ABC):
     def __init__(self, generator: Generator, lesson: Lesson, stage: Stage) -> None:
         """Nothing of `generator` changes before its first step."""
         self.generator, self.lesson, self.stage = generator, lesson, stage
+        self.base, self.curriculum = lesson.parts.base, lesson.parts.curriculum
 
     @property
     @abstractmethod
@@ -66,11 +67,11 @@ class Objective(ABC):
         """Add up the gradient of the step of that number; returns its loss."""
 
     def _sample(self, step: int) -> list[str]:
-        return self.lesson.bench.sample_tasks(self.lesson.names, self.stage.tasks, step)
+        return self.curriculum.sample(self.lesson.names, self.stage.tasks, step)
 
     def _conditions(self, names: list[str], step: int) -> Tensor:
         """A fresh condition (len(names), N, L, C) of every task, on the generator's device."""
-        seed, n = self.lesson.bench.run.seed, self.generator.config.n_prompts
+        seed, n = self.curriculum.seed, self.generator.config.n_prompts
         x = torch.stack([self.lesson.pools.draw(name, n, step, seed) for name in names])
         return _noisy(x.to(self.generator.shared.device), self.stage.condition_noise)
 
@@ -98,7 +99,7 @@ class Reconstruction(Objective):
     def step(self, number: int) -> float:
         """One random snapshot of every sampled task, and the zero residual under the zeroed condition."""
         names, tokens = self._sample(number), self.generator.weight_tokenizer
-        shared, seed = self.generator.shared.detach(), self.lesson.bench.run.seed
+        shared, seed = self.generator.shared.detach(), self.curriculum.seed
         picks = [random.Random(f"{seed}/snapshot/{n}/{number}").choice(self.lesson.zoo[n]) for n in names]
         # (S + 1, P): the last one is the zero residual
         # (S + 1, P), the last one the zero residual
@@ -127,13 +128,13 @@ class EndToEnd(Objective):
 
     def step(self, number: int) -> float:
         """Some rows of every sampled task, under the adapter made from a condition of that task."""
-        names, bench = self._sample(number), self.lesson.bench
-        with bench.half():
+        names = self._sample(number)
+        with self.base.half():
             adapters = self.generator(self._conditions(names, number))  # (S, P)
         rows: list[tuple[TokenRow, int]] = []
         for i, name in enumerate(names):
-            rows += [(row, i) for row in bench.rows(name, self.stage.rows, number, self.stage.bare)]
-        return bench.backward(adapters, rows)
+            rows += [(row, i) for row in self.curriculum.rows(name, self.stage.rows, number, self.stage.bare)]
+        return self.base.backward(adapters, rows)
 
 
 OBJECTIVES: dict[ObjectiveName, type[Objective]] = {"reconstruction": Reconstruction, "end-to-end": EndToEnd}

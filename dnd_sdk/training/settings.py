@@ -14,6 +14,7 @@ from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
 
 ObjectiveName = Literal["reconstruction", "end-to-end"]
 """What a stage may train for; a class of `dnd_sdk.training.objectives` each."""
+Precision = Literal["exact", "bfloat16", "int8"]
 
 
 class _Section(BaseModel):
@@ -142,7 +143,7 @@ class RunSettings(_Section):
     checkpoint_every_s: float = 60.0
     micro_tokens: int = 1024
     """Padded tokens per micro-batch."""
-    base_precision: Literal["exact", "bfloat16", "int8"] = "exact"
+    base_precision: Precision = "exact"
     """How the frozen base computes while training. bfloat16: all of it (CPUs with AMX or AVX512-BF16; CUDA does so
     anyway). int8: its products (CPUs with VNNI). exact: as it serves."""
     device: str = "auto"

@@ -19,24 +19,23 @@ def train_stages(
     generator: Generator, lesson: Lesson, stages: tuple[Stage, ...], check: CheckSettings, out: Path
 ) -> None:
     """Run every stage in order into `out/stage-i`; finished and half-done stages continue from their checkpoints."""
-    bench = lesson.bench
+    parts = lesson.parts
     for i, stage in enumerate(stages):
         objective = OBJECTIVES[stage.objective](generator, lesson, stage)
         if not generator.gain.any():
             generator.gain.data.fill_(objective.first_gain)
-        manifest = {**bench.manifest, "stage": stage.model_dump(), "number": i, "check": check.model_dump()}
-        run = RunDir(out / f"stage-{i}", manifest, checkpoint_every_s=bench.run.checkpoint_every_s)
-        _train_stage(objective, run, check, seed=bench.run.seed * 1_000_003 + i * 100_003)
+        run = parts.open(out / f"stage-{i}", stage=stage.model_dump(), number=i, check=check.model_dump())
+        _train_stage(objective, run, check, seed=parts.curriculum.seed * 1_000_003 + i * 100_003)
 
 
 def _train_stage(objective: Objective, run: RunDir, check_settings: CheckSettings, *, seed: int) -> None:
     """`seed` plus its number seeds a step."""
-    generator, stage, bench = objective.generator, objective.stage, objective.lesson.bench
+    generator, stage, parts = objective.generator, objective.stage, objective.lesson.parts
     optimizer = torch.optim.AdamW(objective.trainable(), lr=stage.lr, weight_decay=0.0)
     start = _restore(run, generator, optimizer)
-    check = Check(bench, objective.lesson.pools, check_settings, run, stage.bare)
+    check = Check(parts, objective.lesson.pools, check_settings, run, stage.bare)
     generator.train()
-    mask = part_mask(bench.layout, generator.config.parts).to(generator.shared.device)
+    mask = part_mask(parts.base.layout, generator.config.parts).to(generator.shared.device)
     for step in range(start, stage.steps):
         if check.over:
             break
@@ -44,7 +43,7 @@ def _train_stage(objective: Objective, run: RunDir, check_settings: CheckSetting
         loss = _step(objective, optimizer, mask, step)
         held = check.after(step, generator) if objective.is_checked else {}
         run.log(step, loss=round(loss, 6), gain=round(generator.gain.detach().abs().mean().item(), 6), **held)
-        bench.progress(stage.objective, step + 1, stage.steps, loss)
+        parts.progress(stage.objective, step + 1, stage.steps, loss)
         if run.due() or check.over or step + 1 == stage.steps:
             state = {f"model.{k}": v for k, v in generator.state_dict().items()}
             run.save(step + 1, {**state, **optimizer_tensors(optimizer)})
