@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.tasks import Task, bare_task
+from dnd_sdk.tasks import Task
+from dnd_sdk.training.augment import VIEWS, with_views
 from dnd_sdk.training.batches import TokenRow, TokenTask, tokenise_task
 from dnd_sdk.training.settings import TrainSettings
 
@@ -22,7 +23,7 @@ class Curriculum:
     """Tasks and their rows as tokens, each under its name."""
 
     sources: dict[str, Task]
-    """All of them as read: prompts for conditions are drawn from these."""
+    """All of them: prompts for conditions are drawn from these."""
     tasks: dict[str, TokenTask]
     """Those trained on."""
     seed: int
@@ -34,16 +35,16 @@ class Curriculum:
     """Family of every task where a pass goes over families; None where it goes over tasks."""
 
     @classmethod
-    def of(cls, sources: dict[str, Task], tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> Curriculum:
-        """Hold out and tokenise what `settings` say; raises `ConfigError` when nothing is left to train on."""
+    def of(cls, tasks: dict[str, Task], tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> Curriculum:
+        """Hold out, add views and tokenise as `settings` say; `ConfigError` when nothing is left to train on."""
         data, seed = settings.data, settings.run.seed
-        families = {name: task.family for name, task in sources.items()}
-        if data.held_out >= len(sources):
+        if data.held_out >= len(tasks):
             raise ConfigError(
-                f"data.held_out is {data.held_out}, and there are only {len(sources)} tasks",
+                f"data.held_out is {data.held_out}, and there are only {len(tasks)} tasks",
                 fix="hold out fewer, or bring more tasks",
             )
-        held = held_out(families, data.held_out, seed)
+        held = held_out(_families(tasks), data.held_out, seed)
+        sources = with_views(tasks, data.views, but=held)  # a view of a task held out would give it away
 
         def tokenise(task: Task) -> TokenTask:
             return tokenise_task(task, tokenizer, max_tokens=data.max_tokens, max_rows=data.max_rows, seed=seed)
@@ -55,8 +56,8 @@ class Curriculum:
             tasks={name: task for name, task in tokens.items() if name not in held},
             seed=seed,
             held={name: tokens[name] for name in held},
-            bare={name: tokenise(bare_task(task)) for name, task in sources.items() if asks_bare},
-            families=families if data.balance == "family" else None,
+            bare={name: tokenise(VIEWS["bare"](task)) for name, task in sources.items() if asks_bare},
+            families=_families(sources) if data.balance == "family" else None,
         )
 
     def sample(self, names: Sequence[str], n: int, step: int) -> list[str]:
@@ -70,6 +71,10 @@ class Curriculum:
         whole = (self.tasks if name in self.tasks else self.held)[name]
         rows = sample_rows(whole, n - n_bare, step, self.seed)
         return rows + (sample_rows(self.bare[name], n_bare, step, self.seed) if n_bare else [])
+
+
+def _families(tasks: Mapping[str, Task]) -> dict[str, str]:
+    return {name: task.family for name, task in tasks.items()}
 
 
 def sample_tasks(

@@ -44,12 +44,12 @@ def prepare(tasks_dir: Path, settings: TrainSettings, home: Home, progress: Prog
     Raises `InputError` for tasks that cannot be used, `ConfigError` for settings that leave none to train on, and what
     loading a base and a generator raises.
     """
-    sources = {t.name: t for t in read_tasks(tasks_dir, role=settings.data.role)}
+    tasks = {t.name: t for t in read_tasks(tasks_dir, role=settings.data.role)}
     base = load_for_training(settings.base, home, settings.run)
     layout = LoraLayout.from_model(base.model, **settings.lora.model_dump())
     start = Generator.from_pretrained(settings.start, layout) if settings.start else None
     frozen = FrozenBase.of(base, layout, settings.run)
-    curriculum = Curriculum.of(sources, base.tokenizer, settings)
+    curriculum = Curriculum.of(tasks, base.tokenizer, settings)
     return TrainingParts(
         base=frozen,
         curriculum=curriculum,
