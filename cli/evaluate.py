@@ -14,6 +14,7 @@ from dnd_sdk.cli.options import Field, ModelOptions, quiet_libraries
 from dnd_sdk.cli.output import EXIT_FAILURE, Output, Report
 from dnd_sdk.cli.train import check_config, with_eta
 from dnd_sdk.errors import ConfigError
+from dnd_sdk.evaluation import METHODS_HELP
 
 if TYPE_CHECKING:
     from dnd_sdk.evaluation import EvalSettings, Progress, TaskTrainer, Zoo
@@ -32,12 +33,7 @@ def evaluate(
     ],
     methods: Annotated[
         str,
-        typer.Option(
-            "--methods",
-            help="Comma separated: base, instruction, icl-K, generated, shuffled, zero; with --zoo also nearest, mean, "
-            "merge-K, multitask; trained here: oracle, oracle-STEPS, polish-STEPS, scratch-STEPS. Without it all but "
-            "icl-K and the trained ones.",
-        ),
+        typer.Option("--methods", help=METHODS_HELP),
     ] = "",
     names: Annotated[list[str] | None, typer.Option("--task", help="Only this task; repeatable.")] = None,
     role: Annotated[

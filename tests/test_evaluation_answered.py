@@ -12,8 +12,8 @@ from eval_fakes import FIVE, LABELS, TASKS, FakeEngine, make_parts, make_task, r
 
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import EvalSettings, Progress, evaluate, report_answered
+from dnd_sdk.evaluation.drawing import example_rows
 from dnd_sdk.evaluation.job import TaskJob
-from dnd_sdk.evaluation.methods import example_rows
 from dnd_sdk.evaluation.treatment import Treatment
 from dnd_sdk.tasks.reading import Row, data_hash
 

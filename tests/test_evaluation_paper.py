@@ -17,8 +17,8 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import EvalSettings
+from dnd_sdk.evaluation.drawing import conditioning_prompts
 from dnd_sdk.evaluation.job import TaskJob
-from dnd_sdk.evaluation.methods import conditioning_prompts
 from dnd_sdk.evaluation.paper.comparison import METHODS, SEVEN, compare, make_plan, render_paper
 from dnd_sdk.evaluation.paper.training import OWN, PaperTrainer, Seconds, apart
 from dnd_sdk.generator.generator import Generator

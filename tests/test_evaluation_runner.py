@@ -10,8 +10,8 @@ from eval_fakes import FIVE, LABELS, TASKS, FakeEngine, FakeTrainer, make_parts,
 
 from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.evaluation import EvalSettings, Progress, evaluate, render
+from dnd_sdk.evaluation.drawing import example_rows
 from dnd_sdk.evaluation.job import MAX_SHOT_TOKENS
-from dnd_sdk.evaluation.methods import example_rows
 from dnd_sdk.evaluation.report import build_report
 from dnd_sdk.evaluation.runner import unrelated_tasks
 from dnd_sdk.evaluation.scoring import METRICS, mean_ci95, row_means

@@ -12,7 +12,7 @@ from tiny_world import World, prompts_of
 from dnd_sdk.bench.adapting import bench_adapt, render_adapting
 from dnd_sdk.config import Home
 from dnd_sdk.evaluation import EvalSettings, Zoo, default_methods, evaluate
-from dnd_sdk.evaluation.methods import conditioning_prompts, donors
+from dnd_sdk.evaluation.drawing import conditioning_prompts, donors
 from dnd_sdk.routing import choose_exemplars
 from dnd_sdk.session import DnD
 from dnd_sdk.tasks.reading import Row, Task

@@ -21,10 +21,10 @@ from dnd_sdk.evaluation.job import TaskJob, row_id
 from dnd_sdk.evaluation.methods import METHODS, build_methods, check_names
 from dnd_sdk.evaluation.parts import AdapterZoo, LoraTrainer, Parts
 from dnd_sdk.evaluation.report import build_report
-from dnd_sdk.evaluation.scoring import RowScores, mean_change, row_means, row_scores
+from dnd_sdk.evaluation.scoring import mean_change, row_means, row_scores
 from dnd_sdk.evaluation.settings import EvalSettings, Progress
 from dnd_sdk.evaluation.treatment import Method, Treatment
-from dnd_sdk.evaluation.units import Scores, Unit
+from dnd_sdk.evaluation.units import RowScores, Scores, Unit
 from dnd_sdk.tasks import Row, Task
 
 log = logging.getLogger(__name__)

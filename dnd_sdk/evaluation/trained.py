@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.evaluation.cache import flat_hash
-from dnd_sdk.evaluation.methods import unseen_rows
+from dnd_sdk.evaluation.drawing import unseen_rows
 from dnd_sdk.evaluation.parts import Parts
 from dnd_sdk.tasks import Task, data_hash
 

@@ -23,7 +23,7 @@ from dnd_sdk.adaptation import LabelCalibration
 from dnd_sdk.config import Home
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.evaluation.methods import unseen_rows
+from dnd_sdk.evaluation.drawing import unseen_rows
 from dnd_sdk.evaluation.parts import Parts, numerics_of
 from dnd_sdk.evaluation.zoo import Zoo
 from dnd_sdk.files import storage_errors, write_atomic
