@@ -270,7 +270,7 @@ def test_a_merge_averages_the_weight_updates(mixable: tuple[Zoo, LoraLayout, dic
 def test_adapters_of_different_a_cannot_be_averaged(zoo_home: tuple[Home, LoraLayout]) -> None:
     zoo = Zoo(zoo_home[0].root, zoo_home[1], "base", "enc")
     for call in (zoo.mean, lambda: zoo.merge(torch.eye(3)[:2], 2)):
-        with pytest.raises(ConfigError, match=r"'x' and 'y' .* have different A"):
+        with pytest.raises(ConfigError, match=r"'x' and 'y' have different A"):
             call()
 
 

@@ -380,7 +380,7 @@ def test_paper_is_a_command_and_a_folder_of_that_name_still_a_folder(
         root / "home",
         "--methods",
         "base",
-        "--role",
+        "--set",
         "all",
         "--limit",
         1,

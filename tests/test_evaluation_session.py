@@ -77,7 +77,7 @@ def test_the_command_names_methods_and_keeps_what_it_trained(world: World, tmp_p
         task = task_of(name)
         rows = ({"prompt": r.prompt, "response": r.response, "split": r.split} for r in (*task.train, *task.test))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    options = ["--role", "all", "--limit", 1, "--run-dir", run, *world.options]
+    options = ["--set", "all", "--limit", 1, "--run-dir", run, *world.options]
     report = dnd_json("eval", folder, "--methods", "base,icl-1,scratch-1", "--against", "icl-1", *options)
     assert list(report["methods"]["scratch-1"]["vs"]) == ["base", "icl-1"] and report["failures"] == []
     assert report["settings"]["against"] == "icl-1" and len(list((run / "trained").iterdir())) == 2

@@ -24,7 +24,7 @@ from dnd_sdk.config import Home
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.evaluation import EvalSettings, TaskTrainer, Zoo, evaluate
-from dnd_sdk.evaluation.settings import Progress
+from dnd_sdk.evaluation.settings import Standing
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.models.loading import Base
 from dnd_sdk.session import DnD
@@ -159,7 +159,7 @@ def test_every_method_runs_together_and_resumes_without_training(
     assert all(len(found) == 1 for found in said.values())
 
     monkeypatch.setattr("dnd_sdk.training.train_tasks", None)
-    told: list[Progress] = []
+    told: list[Standing] = []
     assert evaluate(dnd, tasks, methods, settings, told.append, zoo=zoo, trainer=trainer) == report
     assert all(p.cached for p in told)
 

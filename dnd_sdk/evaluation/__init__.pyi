@@ -9,6 +9,6 @@ from .parts import Parts as Parts
 from .plot import read_report as read_report, write_plots as write_plots
 from .report import render as render
 from .runner import evaluate as evaluate
-from .settings import MAX_PROMPTS as MAX_PROMPTS, EvalSettings as EvalSettings, Progress as Progress
+from .settings import MAX_PROMPTS as MAX_PROMPTS, EvalSettings as EvalSettings, Standing as Standing
 from .trained import TaskTrainer as TaskTrainer
 from .zoo import Zoo as Zoo

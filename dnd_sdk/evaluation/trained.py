@@ -76,14 +76,14 @@ class TaskTrainer:
         if steps is not None:
             stage = stage.model_copy(update={"steps": steps, "checkpoints": 1})
         begin = initial_adapter(parts.base.layout, seed) if start is None else start.detach().float().cpu()
-        kept = self._kept(parts, stage, begin)
-        if kept is not None and kept.exists():
-            return load_file(kept)["flat"]
+        file = self._file(parts, stage, begin)
+        if file is not None and file.exists():
+            return load_file(file)["flat"]
         with TemporaryDirectory(prefix="dnd-eval-") as folder:
             train_tasks(parts, stage, begin, Path(folder))
             flat = load_file(Path(folder) / "tasks" / f"{_NAME}.safetensors")["mean"]
-        if kept is not None:
-            write_tensors(kept, {"flat": flat})
+        if file is not None:
+            write_tensors(file, {"flat": flat})
         return flat
 
     def _parts(self, task: Task, seed: int) -> TrainingParts:
@@ -109,7 +109,7 @@ class TaskTrainer:
             progress=lambda *_: None,
         )
 
-    def _kept(self, parts: TrainingParts, stage: PerTaskSettings, start: Tensor) -> Path | None:
+    def _file(self, parts: TrainingParts, stage: PerTaskSettings, start: Tensor) -> Path | None:
         """Where the result is kept: named by all that makes it."""
         if self._cache is None:
             return None

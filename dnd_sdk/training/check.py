@@ -67,16 +67,16 @@ class Check:
     def _measure(self, generator: Generator) -> dict[str, float]:
         seed, n = self._curriculum.seed, generator.config.n_prompts
         x = torch.stack([self._pools.draw(name, n, _STEP, seed) for name in self._names])
-        own = generator(x.to(generator.shared.device))
+        adapters = generator(x.to(generator.shared.device))
         rows = [
             (row, i)
             for i, name in enumerate(self._names)
             for row in self._curriculum.rows(name, self._settings.rows, _STEP, self._bare)
         ]
         return {
-            "held": self._loss(own, rows),
-            "held_shuffled": self._loss(own.roll(1, 0), rows),
-            "held_zero": self._loss(generator.mean().repeat(len(own), 1), rows),
+            "held": self._loss(adapters, rows),
+            "held_shuffled": self._loss(adapters.roll(1, 0), rows),
+            "held_zero": self._loss(generator.mean().repeat(len(adapters), 1), rows),
         }
 
     def _loss(self, adapters: Tensor, rows: list[tuple[TokenRow, int]]) -> float:

@@ -97,9 +97,9 @@ def _check_sizes(start: GeneratorConfig, wanted: GeneratorConfig) -> None:
 def store_zoo(parts: TrainingParts, encoder: Encoder, pools: Pools, snapshots: dict[str, Tensor], out: Path) -> None:
     """Keep every task's adapter as a PEFT folder in `out/adapters`, findable by its prompts (`dnd eval --zoo out`)."""
     store = AdapterStore(Home(out))
-    for i, (name, kept) in enumerate(sorted(snapshots.items())):
+    for i, (name, trained) in enumerate(sorted(snapshots.items())):
         store.put(
-            kept.mean(0),
+            trained.mean(0),
             parts.base.layout,
             base_name=parts.base.name,
             base_fingerprint=parts.base.fingerprint,
