@@ -48,19 +48,19 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
 
 def ls(out: Output) -> None:
     """List the stored adapters."""
-    found = [_describe(a) for a in _store(out).ls()]
+    stored = [_describe(a) for a in _store(out).ls()]
     columns = ("name", "source", "created", "prompts", "size", "id")
 
     def text() -> str:
         if out.quiet:
-            return "\n".join(str(a["name"]) for a in found)
-        if not found:
+            return "\n".join(str(a["name"]) for a in stored)
+        if not stored:
             return "no adapters yet; make one with: dnd adapt PROMPTS"
-        rows = [(a["name"], a["source"], a["created"], a["n_prompts"], sized(a["bytes"]), a["id"][:12]) for a in found]
+        rows = [(a["name"], a["source"], a["created"], a["n_prompts"], sized(a["bytes"]), a["id"][:12]) for a in stored]
         drawn: str = table(columns, rows)
         return drawn
 
-    out.emit({"adapters": found}, text)
+    out.emit({"adapters": stored}, text)
 
 
 def show(out: Output, name: Name) -> None:

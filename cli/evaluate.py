@@ -12,37 +12,30 @@ import typer
 from dnd_sdk.cli.completion import task_folders
 from dnd_sdk.cli.options import Field, ModelOptions, quiet_libraries
 from dnd_sdk.cli.output import EXIT_FAILURE, Output, Report
+from dnd_sdk.cli.task_sets import TaskSet
 from dnd_sdk.cli.train import check_config, with_eta
 from dnd_sdk.errors import ConfigError
+from dnd_sdk.evaluation import METHODS_HELP
 
 if TYPE_CHECKING:
-    from dnd_sdk.evaluation import EvalSettings, Progress, TaskTrainer, Zoo
+    from dnd_sdk.evaluation import EvalSettings, Standing, TaskTrainer, Zoo
     from dnd_sdk.session import DnD
     from dnd_sdk.tasks import Task
-
-ROLES = ("train", "validation", "all")
 
 
 def evaluate(
     out: Output,
     models: ModelOptions,
+    task_set: TaskSet,
     tasks: Annotated[
         Path,
         typer.Argument(metavar="TASKS", help="Folder of task files (NAME.jsonl).", autocompletion=task_folders),
     ],
     methods: Annotated[
         str,
-        typer.Option(
-            "--methods",
-            help="Comma separated: base, instruction, icl-K, generated, shuffled, zero; with --zoo also nearest, mean, "
-            "merge-K, multitask; trained here: oracle, oracle-STEPS, polish-STEPS, scratch-STEPS. Without it all but "
-            "icl-K and the trained ones.",
-        ),
+        typer.Option("--methods", help=METHODS_HELP),
     ] = "",
     names: Annotated[list[str] | None, typer.Option("--task", help="Only this task; repeatable.")] = None,
-    role: Annotated[
-        str, typer.Option("--role", help="validation, train or all; all where no task names one.")
-    ] = "validation",
     limit: Annotated[int, typer.Option("--limit", help="Test rows per task.")] = 30,
     seeds: Annotated[int, typer.Option("--seeds", help="Seeds per method whose prompts are drawn.")] = 1,
     zoo: Annotated[Path | None, typer.Option("--zoo", help="Run folder of dnd train generator.")] = None,
@@ -65,7 +58,7 @@ def evaluate(
     card: Annotated[Path | None, typer.Option("--card", help="Generator folder whose card gets the figures.")] = None,
 ) -> None:
     """Compare methods on labelled tasks: exact match, option likelihood, valid format."""
-    wanted_role = check_role(role)
+    task_set.checked()  # before the slow part
     from dnd_sdk.evaluation import EvalSettings, render, report_answered
     from dnd_sdk.generator import record_evaluation
 
@@ -79,12 +72,12 @@ def evaluate(
         bare=bare,
         part=read_part(part),
     )
-    found = tasks_of(out, tasks, wanted_role, names or None)
+    asked = task_set.tasks(out, tasks, names or None)
     if answered:
-        result = report_answered(found, chosen, settings)
+        result = report_answered(asked, chosen, settings)
     else:
         with models.load(out) as dnd, out.progress("evaluating") as report:
-            result = _evaluated(dnd, found, chosen, settings, zoo, report)
+            result = _evaluated(dnd, asked, chosen, settings, zoo, report)
     if card is not None:
         record_evaluation(card, result)
     out.emit(result, lambda: render(result))
@@ -133,34 +126,16 @@ def paper(
     _fail_on_failures(out, result)
 
 
-def check_role(role: str) -> str | None:
-    """What `--role` stands for, None for all; raises `ConfigError`."""
-    if role not in ROLES:
-        raise ConfigError(f"--role takes {', '.join(ROLES)}, got {role!r}")
-    return None if role == "all" else role
-
-
-def tasks_of(out: Output, folder: Path, role: str | None, names: list[str] | None = None) -> list[Task]:
-    """The folder's tasks of a role; all of them, with a note, where none names its role. Raises `InputError`."""
-    from dnd_sdk.tasks import names_roles, read_tasks
-
-    if role is None or names_roles(folder):
-        return read_tasks(folder, role=role, names=names)
-    found = read_tasks(folder, names=names)
-    out.note(f"note: no task in {folder} names a role, so all are taken, not those with role {role!r}")
-    return found
-
-
 def read_part(text: str) -> tuple[int, int]:
     """K/N as two numbers; raises `ConfigError`."""
-    found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
-    if found is None:
+    match = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
+    if match is None:
         raise ConfigError(f"--part takes K/N, got {text!r}", fix="such as 1/2, and 2/2 in another process")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def _telling(report: Report) -> Callable[[Progress], None]:
-    return lambda p: report(p.done, p.total, f"{p.task} {p.method}", p.eta_s)
+def _telling(report: Report) -> Callable[[Standing], None]:
+    return lambda now: report(now.done, now.total, f"{now.task} {now.method}", now.eta_s)
 
 
 def _fail_on_failures(out: Output, result: dict[str, Any]) -> None:

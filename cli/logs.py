@@ -38,17 +38,17 @@ def logs(
     """Show the decisions that were made: adapt, auto-routing and observe."""
     from dnd_sdk.routing import read_decisions
 
-    found, n_bad = read_decisions(out.find_home().logs, since=None if since is None else moment(since))
+    decisions, n_bad = read_decisions(out.find_home().logs, since=None if since is None else moment(since))
     if n_bad:
         out.note(f"note: {n_bad} lines of the log could not be read")
     if replay:
         from dnd_sdk.settings import load_settings
 
         settings = load_settings(home=out.home, base=base, generator=generator, encoder=encoder)
-        _replay(out, found if limit is None else found[-limit:], settings)
+        _replay(out, decisions if limit is None else decisions[-limit:], settings)
         return
-    shown = found[-(limit or SHOWN) :]
-    body = {"decisions": [asdict(d) for d in shown], "n_logged": len(found), "n_unreadable": n_bad}
+    shown = decisions[-(limit or SHOWN) :]
+    body = {"decisions": [asdict(d) for d in shown], "n_logged": len(decisions), "n_unreadable": n_bad}
     out.emit(body, lambda: _table(shown, [d.reason for d in shown], "reason") if shown else "no decisions yet")
 
 
@@ -70,17 +70,17 @@ def _replay(out: Output, decisions: list[Decision], settings: Settings) -> None:
     folder = generator_folder(settings.base, settings.generator)
     thresholds, _ = measured(folder, settings.encoder or DEFAULT_ENCODER)
     changes, n_scored = replay_decisions(decisions, thresholds)
-    limits = _limits(thresholds)
-    found = [{"now": c.now, **asdict(c.logged)} for c in changes]
+    changed = [{"now": c.now, **asdict(c.logged)} for c in changes]
 
     def text() -> str:
         head = f"{len(changes)} of {n_scored} decisions by score would change, {len(decisions)} in the log"
         return f"{_table([c.logged for c in changes], [c.now for c in changes], 'now')}\n{head}" if changes else head
 
-    out.emit({"changed": found, "n_scored": n_scored, "n_logged": len(decisions), "thresholds": limits}, text)
+    body = {"changed": changed, "n_scored": n_scored, "n_logged": len(decisions)}
+    out.emit({**body, "thresholds": _threshold_values(thresholds)}, text)
 
 
-def _limits(thresholds: Thresholds) -> dict[str, float]:
+def _threshold_values(thresholds: Thresholds) -> dict[str, float]:
     return {name: getattr(thresholds, name) for name in ("reuse", "reuse_single", "support")}
 
 

@@ -133,7 +133,7 @@ app.add_typer(train_app, name="train")
 
 app.command("eval", epilog=_examples(
     "dnd eval tasks --methods base,generated,shuffled --limit 30",
-    "dnd eval tasks --role validation --run-dir runs/eval --json",
+    "dnd eval tasks --set validation --run-dir runs/eval --json",
     "dnd eval tasks --methods base,icl-3,generated,multitask,oracle --zoo runs/generator --against multitask",
     "dnd eval paper tasks --run-dir runs/paper",
 ))(command(evaluate.evaluate))  # fmt: skip

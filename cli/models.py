@@ -13,7 +13,7 @@ def ls(out: Output) -> None:
     """List the embedded models and where they are."""
     from dnd_sdk.models import list_models
 
-    found: list[dict[str, Any]] = [
+    models: list[dict[str, Any]] = [
         {
             "name": m.name,
             "kind": m.kind,
@@ -27,12 +27,12 @@ def ls(out: Output) -> None:
 
     def text() -> str:
         if out.quiet:
-            return "\n".join(str(m["name"]) for m in found)
-        rows = [(m["name"], m["kind"], m["licence"], sized(m["bytes"]), m["path"] or "not fetched") for m in found]
+            return "\n".join(str(m["name"]) for m in models)
+        rows = [(m["name"], m["kind"], m["licence"], sized(m["bytes"]), m["path"] or "not fetched") for m in models]
         drawn: str = table(("name", "kind", "licence", "size", "path"), rows)
         return drawn
 
-    out.emit({"models": found}, text)
+    out.emit({"models": models}, text)
 
 
 def pull(

@@ -1,7 +1,8 @@
 """Option groups: a command's parameter annotated `Output` or `ModelOptions` becomes that group's options.
 
 So every command has the same `--json -q --home --debug`, spelled once, commands that load a model share
-`--base --generator --encoder --device --dtype --n-slots`, and commands that answer share the sampling flags. An option
+`--base --generator --encoder --device --dtype --n-slots`, commands that answer share the sampling flags, and those that
+measure on tasks share `--set`. An option
 that is not given comes from `dnd_sdk.settings`.
 """
 
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dnd_sdk.cli.output import Output
+from dnd_sdk.cli.task_sets import DEFAULT_SET, TaskSet
 from dnd_sdk.config import SamplingOptions
 
 if TYPE_CHECKING:
@@ -115,12 +117,26 @@ def quiet_libraries(out: Output) -> None:
         logging.getLogger("dnd_sdk").setLevel(logging.DEBUG)
 
 
-def _option(name: str, kind: Any, default: Any, *flags: str, panel: str, text: str) -> inspect.Parameter:
-    annotation = Annotated[kind, typer.Option(*flags, help=text, rich_help_panel=panel, show_default=bool(default))]
+def _option(
+    name: str, kind: Any, default: Any, *flags: str, panel: str | None, text: str, hidden: bool = False
+) -> inspect.Parameter:
+    option = typer.Option(*flags, help=text, rich_help_panel=panel, show_default=bool(default), hidden=hidden)
+    annotation = Annotated[kind, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
+    TaskSet: (
+        _option(
+            "task_set",
+            str | None,
+            None,
+            "--set",
+            panel=None,
+            text=f"{DEFAULT_SET} (default), train or all; all where no task names its role.",
+        ),
+        _option("role", str | None, None, "--role", panel=None, text="Earlier name of --set.", hidden=True),
+    ),
     ModelOptions: (
         _option("base", str | None, None, "--base", panel=MODEL, text="Base LLM: embedded name, folder or hub id."),
         _option("generator", str | None, None, "--generator", panel=MODEL, text="Generator folder."),

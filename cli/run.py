@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BASE = "base"
 
-Adapter = Annotated[
+AdapterOption = Annotated[
     str,
     typer.Option("--adapter", "-a", help="Adapter name, auto (routed) or base.", autocompletion=adapter_choices),
 ]
@@ -31,7 +31,7 @@ def run(
     models: ModelOptions,
     sampling: SamplingFlags,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt, or - for stdin.")],
-    adapter: Adapter = "auto",
+    adapter: AdapterOption = "auto",
     role: RoleFile = None,
     compare: Annotated[str | None, typer.Option("--compare", help="base: also show the base model's answer.")] = None,
 ) -> None:
@@ -58,7 +58,7 @@ def run(
 
 
 def chat(
-    out: Output, models: ModelOptions, sampling: SamplingFlags, adapter: Adapter = BASE, role: RoleFile = None
+    out: Output, models: ModelOptions, sampling: SamplingFlags, adapter: AdapterOption = BASE, role: RoleFile = None
 ) -> None:
     """Talk to the model. /adapter NAME switches, /base goes back, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from dnd_sdk.adapters import AdapterStore
@@ -66,7 +66,7 @@ def chat(
     settings, under = models.settings(out, sampling), read_role_option(role)
     chosen = _known(AdapterStore(Home.find(settings.home)), adapter)
     with models.load(out) as dnd:
-        talk = Chat(dnd, out, chosen, settings.sampling(), under)
+        talk = Conversation(dnd, out, chosen, settings.sampling(), under)
         out.note("/adapter NAME, /base, /exit; Ctrl-C stops an answer")
         while talk.turn():
             pass
@@ -102,8 +102,8 @@ def route(
     out.emit(payload, "\n".join(lines))
 
 
-class Chat:
-    """The state of one conversation."""
+class Conversation:
+    """What was said, and who answers."""
 
     def __init__(self, dnd: DnD, out: Output, adapter: str | None, sampling: dict[str, Any], role: Role | None) -> None:
         self.dnd, self.out, self.adapter, self.sampling, self.role = dnd, out, adapter, sampling, role

@@ -8,4 +8,4 @@ from collections.abc import Callable
 PathLike = str | os.PathLike[str]
 
 Progress = Callable[[str, int, int, float], None]
-"""Called as progress(stage, steps done, steps in all, value), the value being the stage's loss or score."""
+"""Called as progress(stage, steps done, steps in all, value): the stage's loss or score, 0 where it has none."""

@@ -11,9 +11,9 @@ import torch
 from eval_fakes import FIVE, LABELS, TASKS, FakeEngine, make_parts, make_task, run
 
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.evaluation import EvalSettings, Progress, evaluate, report_answered
+from dnd_sdk.evaluation import EvalSettings, Standing, evaluate, report_answered
+from dnd_sdk.evaluation.drawing import example_rows
 from dnd_sdk.evaluation.job import TaskJob
-from dnd_sdk.evaluation.methods import example_rows
 from dnd_sdk.evaluation.treatment import Treatment
 from dnd_sdk.tasks.reading import Row, data_hash
 
@@ -30,7 +30,7 @@ def test_examples_change_the_cache_key_and_nothing_else_does() -> None:
 
 def test_a_second_run_answers_from_the_cache(tmp_path: Path) -> None:
     first, second = make_parts(), make_parts()
-    told: list[Progress] = []
+    told: list[Standing] = []
     expected = run(first, seeds=2, run_dir=tmp_path)
     again = evaluate(second, TASKS, FIVE, EvalSettings(limit=4, seeds=2, run_dir=tmp_path), told.append)
     assert again == expected

@@ -225,23 +225,23 @@ def test_the_command_needs_no_base(world: World, tmp_path: Path, monkeypatch: py
     RouterData(THRESHOLDS, Support(torch.eye(32)[:3], torch.eye(32)[3:6])).save(folder)
     options = ["--base", tmp_path / "none", "--generator", folder, "--home", world.home.root]
     tasks, kept = tasks_folder(tmp_path / "tasks"), tmp_path / "run"
-    found = dnd_json("bench", "gate", tasks, "--role", "train", "--seeds", 1, "--run-dir", kept, *options)
+    found = dnd_json("bench", "gate", tasks, "--set", "train", "--seeds", 1, "--run-dir", kept, *options)
     assert found["kind"] == "gate" and found["settings"] == {"role": "train", "seeds": 1, "n_tasks": 3, "sizes": [1, 8]}
     assert found["sizes"]["8"]["n_queries"] == 3 * 2 and str(tmp_path) not in json.dumps(found)
     assert len(list(kept.iterdir())) == 3 + 14 + 5
     monkeypatch.setattr("dnd_sdk.models.encoder.Encoder.encode", lambda *_, **__: pytest.fail("encoded again"))
-    assert found == dnd_json("bench", "gate", tasks, "--role", "train", "--seeds", 1, "--run-dir", kept, *options)
-    shown = dnd("bench", "gate", tasks, "--role", "train", "--seeds", 1, "--run-dir", kept, *options).stdout
+    assert found == dnd_json("bench", "gate", tasks, "--set", "train", "--seeds", 1, "--run-dir", kept, *options)
+    shown = dnd("bench", "gate", tasks, "--set", "train", "--seeds", 1, "--run-dir", kept, *options).stdout
     assert "| prompts | recall | false reuse |" in shown and "| shuffled words |" in shown
 
 
 def test_unusable_requests_are_refused(world: World, tmp_path: Path) -> None:
     tasks = tasks_folder(tmp_path / "tasks")
-    assert dnd_json("bench", "gate", tasks, "--role", "none", code=1)["error"]["type"] == "ConfigError"
-    bare = ["--role", "train", "--base", world.base, "--home", world.home.root]
+    assert dnd_json("bench", "gate", tasks, "--set", "none", code=1)["error"]["type"] == "ConfigError"
+    bare = ["--set", "train", "--base", world.base, "--home", world.home.root]
     assert "no generator for" in dnd_json("bench", "gate", tasks, *bare, code=1)["error"]["message"]
     for name in ("upper", "lower"):
         rows = (tasks / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:9]
         (tasks / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    options = ["--role", "train", *world.options]
+    options = ["--set", "train", *world.options]
     assert "needs 2 tasks of 16" in dnd_json("bench", "gate", tasks, *options, code=1)["error"]["message"]

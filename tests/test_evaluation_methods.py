@@ -12,15 +12,8 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import AdapterCorruptError, ConfigError, InputError, LayoutMismatchError
 from dnd_sdk.evaluation import Zoo
-from dnd_sdk.evaluation.methods import (
-    build_methods,
-    conditioning_prompts,
-    default_methods,
-    donors,
-    example_rows,
-    instruction,
-    needs_training,
-)
+from dnd_sdk.evaluation.drawing import conditioning_prompts, donors, example_rows, instruction
+from dnd_sdk.evaluation.methods import KINDS, METHODS_HELP, build_methods, default_methods, needs_training, parse
 from dnd_sdk.evaluation.treatment import Treatment
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.tasks.reading import Row
@@ -99,7 +92,7 @@ def test_calibration_sees_the_prompts_that_its_name_says() -> None:
         ([], {}, "one or more different names"),
         (["generated"], {"generator": None}, "'generated' needs a generator"),
         (["zero"], {"generator": None}, "'zero' needs a generator"),
-        (["shuffled"], {"encoder": None}, "'shuffled' needs a generator"),
+        (["shuffled"], {"encoder": None}, "'shuffled' needs a text encoder"),
         (["calibrated-zero"], {"generator": None}, "'calibrated-zero' needs a generator"),
         (["uncalibrated"], {"generator": None}, "'uncalibrated' needs a generator"),
         (["generated"], {"label_calibration": None}, "'generated' needs a base to calibrate on"),
@@ -119,6 +112,15 @@ def test_a_method_that_cannot_run_is_refused_first(names: list[str], changes: di
     with pytest.raises(ConfigError, match=match) as caught:
         build_methods(names, make_parts(**changes), TASKS)
     assert caught.value.fix or "different" in match
+
+
+def test_help_spells_every_kind_once_and_every_spelling_is_a_method() -> None:
+    listed, default = (t.replace("; with --zoo also ", ", ") for t in METHODS_HELP.split(". Without it "))
+    spellings = listed.replace("; trained here: ", ", ").removeprefix("Comma separated: ").split(", ")
+    parsed = [parse(s.replace("-STEPS", "-7").replace("-K", "-7")) for s in spellings]
+    assert None not in parsed and len(set(parsed)) == len(parsed) and {kind for kind, _ in parsed} == set(KINDS)
+    assert "icl-K" in spellings and "icl" not in spellings and {"oracle", "oracle-STEPS"} <= set(spellings)
+    assert tuple(default.removesuffix(".").split(", ")) == default_methods(FakeZoo())
 
 
 def test_shuffling_needs_two_tasks() -> None:
@@ -268,7 +270,7 @@ def test_a_merge_averages_the_weight_updates(mixable: tuple[Zoo, LoraLayout, dic
 def test_adapters_of_different_a_cannot_be_averaged(zoo_home: tuple[Home, LoraLayout]) -> None:
     zoo = Zoo(zoo_home[0].root, zoo_home[1], "base", "enc")
     for call in (zoo.mean, lambda: zoo.merge(torch.eye(3)[:2], 2)):
-        with pytest.raises(ConfigError, match=r"'x' and 'y' .* have different A"):
+        with pytest.raises(ConfigError, match=r"'x' and 'y' have different A"):
             call()
 
 

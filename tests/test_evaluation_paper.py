@@ -17,13 +17,13 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import EvalSettings
+from dnd_sdk.evaluation.drawing import conditioning_prompts
 from dnd_sdk.evaluation.job import TaskJob
-from dnd_sdk.evaluation.methods import conditioning_prompts
 from dnd_sdk.evaluation.paper.comparison import METHODS, SEVEN, compare, make_plan, render_paper
 from dnd_sdk.evaluation.paper.training import OWN, PaperTrainer, Seconds, apart
 from dnd_sdk.generator.generator import Generator
 from dnd_sdk.tasks.reading import Row, Task, read_tasks
-from dnd_sdk.training import workbench
+from dnd_sdk.training import parts as training_parts
 from dnd_sdk.training.settings import read_settings
 from dnd_sdk.training.zoo import initial_adapter
 
@@ -115,7 +115,7 @@ def run(root: Path, run_dir: Path, held_out: Any = None, train: Any = silent, to
 def done(root: Path) -> dict[str, Any]:
     """A whole run in `root / "run"`; what the training code was given, by (folder, set)."""
     given: dict[tuple[str, str], tuple[Row, ...]] = {}
-    real = workbench.read_tasks
+    real = training_parts.read_tasks
 
     def watched(folder: Path, **kw: Any) -> list[Task]:
         tasks = real(folder, **kw)
@@ -123,7 +123,7 @@ def done(root: Path) -> dict[str, Any]:
         return tasks
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench, "read_tasks", watched)
+        patch.setattr(training_parts, "read_tasks", watched)
         report = run(root, root / "run")
     return {"report": json.loads(json.dumps(report, allow_nan=False)), "given": given}
 
@@ -195,7 +195,7 @@ def test_full_shot_learns_the_whole_set_and_few_shot_a_part(root: Path, done: di
     few, full = (own.own(held, name) for name in OWN)
     assert likelihood(full) > likelihood(initial_adapter(own.layout, 0)) + 0.5
     assert not torch.equal(few, full)
-    rows = {name: own._own_bench(held, name)[0].tasks["arc_e"].rows for name in OWN}
+    rows = {name: own._own_parts(held, name)[0].curriculum.tasks["arc_e"].rows for name in OWN}
     assert len(rows["few-shot"]) == 3 and set(rows["few-shot"]) < set(rows["full-shot"])
     assert len(rows["full-shot"]) == len(task.train)
 
@@ -380,7 +380,7 @@ def test_paper_is_a_command_and_a_folder_of_that_name_still_a_folder(
         root / "home",
         "--methods",
         "base",
-        "--role",
+        "--set",
         "all",
         "--limit",
         1,

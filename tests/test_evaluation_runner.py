@@ -9,9 +9,9 @@ import pytest
 from eval_fakes import FIVE, LABELS, TASKS, FakeEngine, FakeTrainer, make_parts, make_task, run
 
 from dnd_sdk.errors import ConfigError, StorageError
-from dnd_sdk.evaluation import EvalSettings, Progress, evaluate, render
+from dnd_sdk.evaluation import EvalSettings, Standing, evaluate, render
+from dnd_sdk.evaluation.drawing import example_rows
 from dnd_sdk.evaluation.job import MAX_SHOT_TOKENS
-from dnd_sdk.evaluation.methods import example_rows
 from dnd_sdk.evaluation.report import build_report
 from dnd_sdk.evaluation.runner import unrelated_tasks
 from dnd_sdk.evaluation.scoring import METRICS, mean_ci95, row_means
@@ -253,7 +253,7 @@ def test_all_tasks_failing_still_gives_a_report() -> None:
 
 
 def test_progress_counts_units_and_guesses_the_rest() -> None:
-    told: list[Progress] = []
+    told: list[Standing] = []
     evaluate(make_parts(), TASKS, ["base", "zero"], EvalSettings(limit=2), told.append)
     assert [(p.done, p.total) for p in told] == [(i, 6) for i in range(1, 7)]
     assert [(p.task, p.method) for p in told[:3]] == [("alpha", "base"), ("alpha", "zero"), ("beta", "base")]

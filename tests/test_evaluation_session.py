@@ -12,7 +12,7 @@ from tiny_world import World, prompts_of
 from dnd_sdk.bench.adapting import bench_adapt, render_adapting
 from dnd_sdk.config import Home
 from dnd_sdk.evaluation import EvalSettings, Zoo, default_methods, evaluate
-from dnd_sdk.evaluation.methods import conditioning_prompts, donors
+from dnd_sdk.evaluation.drawing import conditioning_prompts, donors
 from dnd_sdk.routing import choose_exemplars
 from dnd_sdk.session import DnD
 from dnd_sdk.tasks.reading import Row, Task
@@ -77,7 +77,7 @@ def test_the_command_names_methods_and_keeps_what_it_trained(world: World, tmp_p
         task = task_of(name)
         rows = ({"prompt": r.prompt, "response": r.response, "split": r.split} for r in (*task.train, *task.test))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    options = ["--role", "all", "--limit", 1, "--run-dir", run, *world.options]
+    options = ["--set", "all", "--limit", 1, "--run-dir", run, *world.options]
     report = dnd_json("eval", folder, "--methods", "base,icl-1,scratch-1", "--against", "icl-1", *options)
     assert list(report["methods"]["scratch-1"]["vs"]) == ["base", "icl-1"] and report["failures"] == []
     assert report["settings"]["against"] == "icl-1" and len(list((run / "trained").iterdir())) == 2

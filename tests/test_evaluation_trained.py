@@ -24,14 +24,14 @@ from dnd_sdk.config import Home
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.evaluation import EvalSettings, TaskTrainer, Zoo, evaluate
-from dnd_sdk.evaluation.settings import Progress
+from dnd_sdk.evaluation.settings import Standing
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.models.loading import Base
 from dnd_sdk.session import DnD
 from dnd_sdk.tasks.reading import Row, Task
 from dnd_sdk.training import zoo as training_zoo
+from dnd_sdk.training.parts import TrainingParts
 from dnd_sdk.training.settings import PerTaskSettings
-from dnd_sdk.training.workbench import Workbench
 
 SETTINGS = {"per_task": {"steps": 2, "rows": 2, "lr": 5e-2, "checkpoints": 2}, "base": "ignored"}
 
@@ -73,9 +73,9 @@ def test_what_was_trained_is_kept_by_what_made_it(
     trainer, start = TaskTrainer(dnd, SETTINGS, tmp_path / "kept"), random_flat(dnd.layout, std=0.02)
     stages = []
 
-    def watched(bench: Workbench, stage: PerTaskSettings, *args: Any) -> None:
-        stages.append((stage.steps, stage.rows, stage.checkpoints, bench.run.seed))
-        training_zoo.train_tasks(bench, stage, *args)
+    def watched(parts: TrainingParts, stage: PerTaskSettings, *args: Any) -> None:
+        stages.append((stage.steps, stage.rows, stage.checkpoints, parts.curriculum.seed))
+        training_zoo.train_tasks(parts, stage, *args)
 
     monkeypatch.setattr("dnd_sdk.training.train_tasks", watched)
     first = trainer.train(task, 0, start)
@@ -159,7 +159,7 @@ def test_every_method_runs_together_and_resumes_without_training(
     assert all(len(found) == 1 for found in said.values())
 
     monkeypatch.setattr("dnd_sdk.training.train_tasks", None)
-    told: list[Progress] = []
+    told: list[Standing] = []
     assert evaluate(dnd, tasks, methods, settings, told.append, zoo=zoo, trainer=trainer) == report
     assert all(p.cached for p in told)
 

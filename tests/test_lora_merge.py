@@ -18,7 +18,7 @@ from dnd_sdk.adapters.peft_folder import write_weights
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
-from dnd_sdk.lora.merge import merge_flats
+from dnd_sdk.lora.merge import merge_flats, merge_sharing_a
 
 IDS = torch.tensor([[5, 9, 40, 77, 130, 200]])
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -112,3 +112,22 @@ def test_the_inputs_are_left_alone() -> None:
     before = [f.clone() for f in flats]
     merge_flats(flats, [0.5, 0.5], TINY)
     torch.testing.assert_close(flats, before, **SAME_MATHS)
+
+
+def test_adapters_of_one_a_are_merged_by_name_one_at_a_time() -> None:
+    flats = dict(zip("xyz", with_shared_a(TINY), strict=True))
+    loaded: list[str] = []
+
+    def load(name: str) -> torch.Tensor:
+        loaded.append(name)
+        return flats[name]
+
+    merged = merge_sharing_a(load, dict(zip("xyz", WEIGHTS, strict=True)), TINY)
+    torch.testing.assert_close(merged, merge_flats(list(flats.values()), WEIGHTS, TINY)[0], **SAME_MATHS)
+    assert set(loaded) == set("xyz") and all(
+        torch.equal(A, a)
+        for (segment, A), (_, a) in zip(TINY.views(merged), TINY.views(flats["x"]), strict=True)
+        if segment.part == "lora_A"
+    )
+    with pytest.raises(ConfigError, match="'x' and 'w' have different A"):
+        merge_sharing_a(lambda n: flats["x"] if n == "x" else random_flat(TINY, seed=9), {"x": 1.0, "w": 1.0}, TINY)

@@ -14,9 +14,9 @@ from dnd_sdk.tasks.bare import Frame, bare_task
 from dnd_sdk.tasks.reading import Row, Task
 from dnd_sdk.training import run_generator, run_zoo
 from dnd_sdk.training.batches import TokenRow
+from dnd_sdk.training.parts import prepare
 from dnd_sdk.training.run_dir import RunDir
 from dnd_sdk.training.settings import read_settings
-from dnd_sdk.training.workbench import prepare
 
 
 @pytest.mark.parametrize(
@@ -61,22 +61,24 @@ def test_training_asks_a_share_of_bare_rows_and_conditions_on_whole_prompts(tmp_
     world = make_world(tmp_path)
     settings = read_settings(world / "train.toml")
     home = Home(world / "home")
-    assert prepare(world / "tasks", settings, home, silent).bare == {}
+    assert prepare(world / "tasks", settings, home, silent).curriculum.bare == {}
     stages = tuple(s.model_copy(update={"bare": 0.5}) for s in settings.stages)
     data = settings.data.model_copy(update={"held_out": 1})
-    bench = prepare(world / "tasks", settings.model_copy(update={"stages": stages, "data": data}), home, silent)
+    changed = settings.model_copy(update={"stages": stages, "data": data})
+    curriculum = prepare(world / "tasks", changed, home, silent).curriculum
     decode = load_base(settings.base, home).tokenizer.decode
-    for name, task in bench.sources.items():  # conditions are made from `sources`; the one held out counts, too
+    for name, task in curriculum.sources.items():  # conditions are made from `sources`; the one held out counts, too
         own, whole = ({f"user\n{r.prompt}<|im_end|>" for r in t.train} for t in (bare_task(task), task))
 
         def kinds(rows: list[TokenRow], own: set[str] = own, whole: set[str] = whole) -> list[str]:
             texts = [decode(row.ids) for row in rows]
             return ["bare" if any(p in t for p in own) else "whole" for t in texts if any(p in t for p in own | whole)]
 
-        assert kinds(bench.rows(name, 8, 0, 1.0)) == ["bare"] * 8 and kinds(bench.rows(name, 8, 0)) == ["whole"] * 8
-        drawn = [k for step in range(10) for k in kinds(bench.rows(name, 8, step, 0.5))]
+        assert kinds(curriculum.rows(name, 8, 0, 1.0)) == ["bare"] * 8
+        assert kinds(curriculum.rows(name, 8, 0)) == ["whole"] * 8
+        drawn = [k for step in range(10) for k in kinds(curriculum.rows(name, 8, step, 0.5))]
         assert len(drawn) == 80 and 25 < drawn.count("bare") < 55
-        assert bench.rows(name, 8, 3, 0.5) == bench.rows(name, 8, 3, 0.5) != bench.rows(name, 8, 4, 0.5)
+        assert curriculum.rows(name, 8, 3, 0.5) == curriculum.rows(name, 8, 3, 0.5) != curriculum.rows(name, 8, 4, 0.5)
 
 
 def test_an_end_to_end_stage_trains_on_bare_rows_and_is_checked_by_them(tmp_path: Path) -> None:

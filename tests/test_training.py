@@ -18,18 +18,18 @@ from dnd_sdk.errors import ConfigError, GeneratorError, InputError, LayoutMismat
 from dnd_sdk.evaluation import Zoo
 from dnd_sdk.generator.card import record_evaluation
 from dnd_sdk.generator.generator import Generator, GeneratorConfig
-from dnd_sdk.generator.weight_tokenizer import WeightTokenizer
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.training import run_generator, run_zoo
-from dnd_sdk.training.batches import TokenRow, answer_loss, micro_batches, sample_tasks
+from dnd_sdk.training.batches import TokenRow, answer_loss, micro_batches
+from dnd_sdk.training.curriculum import sample_tasks
 from dnd_sdk.training.int8_base import quantize_frozen_linears
+from dnd_sdk.training.objectives import masked_mse
+from dnd_sdk.training.parts import prepare
 from dnd_sdk.training.recipe import new_generator
 from dnd_sdk.training.run_dir import RunDir
 from dnd_sdk.training.settings import read_settings
-from dnd_sdk.training.trainer import masked_mse, token_weights
-from dnd_sdk.training.workbench import prepare
 from dnd_sdk.training.zoo import initial_adapter, read_zoo
 
 
@@ -112,15 +112,15 @@ def test_training_goes_on_from_a_finished_generator(trained: Path, tmp_path: Pat
     assert torch.equal(read_zoo(tmp_path / "zoo")[0], start.mean())
     manifest = json.loads((tmp_path / "zoo" / "shared" / "manifest.json").read_text())
     assert manifest["start"] == start.id
-    bench = prepare(trained / "tasks", more, home, silent)
+    parts = prepare(trained / "tasks", more, home, silent)
     encoder = Encoder.load(more.encoder, home)
-    going_on, fresh = new_generator(more, bench, encoder), new_generator(more, replace(bench, start=None), encoder)
+    going_on, fresh = new_generator(more, parts, encoder), new_generator(more, replace(parts, start=None), encoder)
     assert going_on.id == start.id != fresh.id
     wider = read_settings(config_file(tmp_path, start=line, width="16"))
     with pytest.raises(ConfigError, match=r"width \(8, here 16\)"):
-        new_generator(wider, bench, encoder)
+        new_generator(wider, parts, encoder)
     anew = wider.model_copy(update={"generator": wider.generator.model_copy(update={"fresh": True})})
-    made = new_generator(anew, bench, encoder)  # its shared adapter comes from the zoo, which went on from `start`
+    made = new_generator(anew, parts, encoder)  # its shared adapter comes from the zoo, which went on from `start`
     assert made.config.width == 16 and not made.gain.any()
 
 
@@ -228,31 +228,17 @@ def test_a_base_in_bfloat16_gives_nearly_the_same_loss_and_gradient(trained: Pat
     for precision in ("exact", "bfloat16"):
         path = trained / f"{precision}.toml"
         path.write_text(recipe.replace("[run]", f'[run]\nbase_precision = "{precision}"'))
-        bench = prepare(trained / "tasks", read_settings(path), home, silent)
-        flat = random_flat(bench.layout, std=0.05).requires_grad_()
-        rows = [(row, 0) for name in bench.tasks for row in bench.rows(name, 4, 0)]
-        with bench.half():
+        parts = prepare(trained / "tasks", read_settings(path), home, silent)
+        base, curriculum = parts.base, parts.curriculum
+        flat = random_flat(base.layout, std=0.05).requires_grad_()
+        rows = [(row, 0) for name in curriculum.tasks for row in curriculum.rows(name, 4, 0)]
+        with base.half():
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert (product.dtype == torch.bfloat16) == (precision == "bfloat16")
-        found.append((bench.model.dtype, bench.backward(flat[None], rows), flat.grad))
+        found.append((base.model.dtype, base.backward(flat[None], rows), flat.grad))
     (_, loss, grad), (half, near, near_grad) = found
     assert half == torch.bfloat16 and near != loss and near == pytest.approx(loss, rel=0.01)
     assert near_grad.dtype == torch.float32 and (near_grad - grad).norm() / grad.norm() < 0.05
-
-
-def test_masked_mse_equals_a_loop() -> None:
-    layout = LoraLayout.from_model(tiny_model(), r=3)
-    tokenizer = WeightTokenizer(layout, ("lora_B",))
-    target = tokenizer.tokenise(random_flat(layout))
-    tokens = torch.randn_like(target)
-    weights = token_weights(tokenizer, random_flat(layout, seed=5).abs())
-    assert weights.mean() == pytest.approx(1.0, rel=1e-5)
-    total, n = 0.0, 0
-    for t in range(tokenizer.T):
-        for want, got in zip(target[t].flatten().tolist(), tokens[t].flatten().tolist(), strict=True):
-            if want == want:
-                total, n = total + float(weights[t]) * (got - want) ** 2, n + 1
-    assert masked_mse(tokens, target, weights).item() == pytest.approx(total / n, rel=1e-4)
 
 
 def test_reconstruction_can_overfit_two_adapters() -> None:

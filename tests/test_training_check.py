@@ -15,13 +15,13 @@ from dnd_sdk.errors import ConfigError
 from dnd_sdk.generator.generator import Generator
 from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.training import run_generator, run_zoo
-from dnd_sdk.training.batches import held_out, sample_rows, sample_tasks
 from dnd_sdk.training.check import Check
 from dnd_sdk.training.conditions import encode_pools
+from dnd_sdk.training.curriculum import held_out, sample_rows, sample_tasks
+from dnd_sdk.training.parts import TrainingParts, prepare
 from dnd_sdk.training.recipe import new_generator
 from dnd_sdk.training.run_dir import RunDir
 from dnd_sdk.training.settings import CheckSettings, read_settings
-from dnd_sdk.training.workbench import Workbench, prepare
 
 HELD = "held_out = 2"
 CHECK = "[check]\nevery = 2\nrows = 3\npatience = 1"
@@ -41,17 +41,17 @@ def train(world: Path, out: Path, progress: Callable[..., None] = silent) -> Pat
     return run_generator(world / "tasks", world / "train.toml", out, zoo=world / "zoo", home=home, progress=progress)
 
 
-def bench_of(world: Path) -> Workbench:
+def parts_of(world: Path) -> TrainingParts:
     """What the stages share, made anew."""
     return prepare(world / "tasks", read_settings(world / "train.toml"), Home(world / "home"), silent)
 
 
 def test_held_out_tasks_are_of_different_families_and_never_trained_on(world: Path) -> None:
-    bench = bench_of(world)
-    assert len(bench.held) == 2 and not bench.held.keys() & bench.tasks.keys()
-    assert bench.held.keys() | bench.tasks.keys() == bench.sources.keys()
-    assert len({bench.sources[n].family for n in bench.held}) == 2
-    assert {p.stem for p in (world / "zoo" / "tasks").glob("*.safetensors")} == bench.tasks.keys()
+    curriculum = parts_of(world).curriculum
+    assert len(curriculum.held) == 2 and not curriculum.held.keys() & curriculum.tasks.keys()
+    assert curriculum.held.keys() | curriculum.tasks.keys() == curriculum.sources.keys()
+    assert len({curriculum.sources[n].family for n in curriculum.held}) == 2
+    assert {p.stem for p in (world / "zoo" / "tasks").glob("*.safetensors")} == curriculum.tasks.keys()
 
 
 def test_held_out_takes_every_family_before_a_second_task_of_one() -> None:
@@ -78,23 +78,24 @@ def test_a_pass_over_families_shows_one_task_of_each() -> None:
 
 
 def test_the_losses_are_those_of_own_others_and_no_prompts(world: Path, tmp_path: Path) -> None:
-    bench = bench_of(world)
+    parts = parts_of(world)
     settings = read_settings(world / "train.toml")
     encoder = Encoder.load(settings.encoder, Home(world / "home"))
-    generator = new_generator(settings, bench, encoder)
+    generator = new_generator(settings, parts, encoder)
     torch.nn.init.normal_(generator.shared, std=0.05)
     torch.nn.init.constant_(generator.gain, 0.3)
     sizes = {"size": 24, "state_tokens": 8, "seed": 0, "cache": tmp_path / "pools.safetensors"}
-    pools = encode_pools(bench.sources, encoder, **sizes, progress=silent)
-    check = Check(bench, pools, CheckSettings(every=1, rows=3), RunDir(tmp_path / "stage", {}))
+    pools = encode_pools(parts.curriculum.sources, encoder, **sizes, progress=silent)
+    check = Check(parts, pools, CheckSettings(every=1, rows=3), RunDir(tmp_path / "stage", {}))
     measured = check.after(0, generator)
 
-    names = sorted(bench.held)
-    adapters = [generator(pools.draw(n, generator.config.n_prompts, 0, bench.run.seed)[None])[0] for n in names]
+    held = parts.curriculum.held
+    names = sorted(held)
+    adapters = [generator(pools.draw(n, generator.config.n_prompts, 0, 0)[None])[0] for n in names]
 
     def mean(of: list[Tensor]) -> float:
-        rows = [(row, a) for n, a in zip(names, of, strict=True) for row in sample_rows(bench.held[n], 3, 0, 0)]
-        return sum(bench.loss(a[None], [(row, 0)]) for row, a in rows) / len(rows)
+        rows = [(row, a) for n, a in zip(names, of, strict=True) for row in sample_rows(held[n], 3, 0, 0)]
+        return sum(parts.base.loss(a[None], [(row, 0)]) for row, a in rows) / len(rows)
 
     assert measured["held"] == pytest.approx(mean(adapters), rel=1e-4)
     assert measured["held_shuffled"] == pytest.approx(mean(adapters[::-1]), rel=1e-4)
@@ -105,13 +106,13 @@ def test_the_losses_are_those_of_own_others_and_no_prompts(world: Path, tmp_path
 def test_the_best_checked_weights_come_back_and_patience_ends_the_stage(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = bench_of(world)
+    parts = parts_of(world)
     settings = read_settings(world / "train.toml")
-    generator = new_generator(settings, bench, Encoder.load(settings.encoder, Home(world / "home")))
+    generator = new_generator(settings, parts, Encoder.load(settings.encoder, Home(world / "home")))
     script = iter([0.9, 0.5, 0.7, 0.6])
     monkeypatch.setattr(Check, "_measure", lambda *_: {"held": next(script)})
     run = RunDir(tmp_path / "stage", {})
-    check = Check(bench, None, CheckSettings(every=2, patience=2), run)  # type: ignore[arg-type]  # not measured here
+    check = Check(parts, None, CheckSettings(every=2, patience=2), run)  # type: ignore[arg-type]  # not measured here
     for step in range(8):
         assert not check.over
         generator.shared.data.fill_(float(step))
@@ -119,7 +120,7 @@ def test_the_best_checked_weights_come_back_and_patience_ends_the_stage(
     assert check.over
     check.restore_best(generator)
     assert generator.shared.eq(3.0).all()  # the second check came after step 3
-    resumed = Check(bench, None, CheckSettings(every=2, patience=2), run)  # type: ignore[arg-type]
+    resumed = Check(parts, None, CheckSettings(every=2, patience=2), run)  # type: ignore[arg-type]
     assert resumed.over
 
 

@@ -21,14 +21,14 @@ from dnd_sdk.machine import cpu_name, peak_rss_mb
 from dnd_sdk.models import Encoder
 from dnd_sdk.protocols import Progress
 from dnd_sdk.training import (
-    CheckSettings,
+    OBJECTIVES,
+    Curriculum,
     Lesson,
     Pools,
     Stage,
+    TrainingParts,
     TrainSettings,
-    Workbench,
     encode_pools,
-    end_to_end,
     new_generator,
     prepare,
 )
@@ -57,24 +57,24 @@ def bench_train(
 
     Returns a JSON-able report: seconds, parameters, peak memory. Raises `ConfigError` without an end-to-end stage.
     """
-    stages = [s for s in settings.stages if s.objective == "end-to-end"]
+    stages = [s for s in settings.stages if OBJECTIVES[s.objective].is_checked]
     if not stages or repeats < 1:
         raise ConfigError("there is no end-to-end stage to measure, or no repeats", fix="add one to [[stages]]")
-    bench = prepare(tasks_dir, settings, home, progress)
-    encoder = Encoder.load(settings.encoder, home, device=str(bench.device))
-    generator = new_generator(settings, bench, encoder).to(bench.device)
-    pools = _pools(bench, encoder, settings, progress)
-    step_s = _time_steps(generator, bench, pools, stages[0], repeats, clock)
+    parts = prepare(tasks_dir, settings, home, progress)
+    encoder = Encoder.load(settings.encoder, home, device=str(parts.base.device))
+    generator = new_generator(settings, parts, encoder).to(parts.base.device)
+    pools = _pools(parts.curriculum, encoder, settings, progress)
+    step_s = _time_steps(generator, parts, pools, stages[0], repeats, clock)
     generate_s = _time_generating(generator, pools, repeats, clock)
     return {
         "schema_version": SCHEMA_VERSION,
-        **_sizes(generator, bench),
+        **_sizes(generator, parts),
         "step": {"tasks": stages[0].tasks, "rows": stages[0].tasks * stages[0].rows},
         "step_s": step_s,
         "generate_s": generate_s,
         "repeats": repeats,
-        "peak_mb": _peak_mb(bench.device),
-        "machine": {"cpu": cpu_name(), "device": str(bench.device), "torch_threads": torch.get_num_threads()},
+        "peak_mb": _peak_mb(parts.base.device),
+        "machine": {"cpu": cpu_name(), "device": str(parts.base.device), "torch_threads": torch.get_num_threads()},
     }
 
 
@@ -94,27 +94,27 @@ def render_training(report: dict[str, Any]) -> str:
     )
 
 
-def _pools(bench: Workbench, encoder: Encoder, settings: TrainSettings, progress: Progress) -> Pools:
+def _pools(curriculum: Curriculum, encoder: Encoder, settings: TrainSettings, progress: Progress) -> Pools:
     sizes = {"size": settings.generator.pool, "state_tokens": settings.generator.state_tokens}
     with TemporaryDirectory() as scratch:
         cache = Path(scratch) / "pools.safetensors"
-        return encode_pools(bench.sources, encoder, **sizes, seed=0, cache=cache, progress=progress)
+        return encode_pools(curriculum.sources, encoder, **sizes, seed=0, cache=cache, progress=progress)
 
 
 def _time_steps(
-    generator: Generator, bench: Workbench, pools: Pools, stage: Stage, repeats: int, clock: Callable[[], float]
+    generator: Generator, parts: TrainingParts, pools: Pools, stage: Stage, repeats: int, clock: Callable[[], float]
 ) -> float:
-    lesson = Lesson(bench, pools, {name: torch.empty(0) for name in bench.tasks}, torch.empty(0), CheckSettings())
+    lesson = Lesson(parts, pools, {name: torch.empty(0) for name in parts.curriculum.tasks}, torch.empty(0))
     generator.train()
     optimizer = torch.optim.AdamW(generator.parameters(), lr=stage.lr)
-    step_loss = end_to_end(generator, lesson, stage)
+    objective = OBJECTIVES[stage.objective](generator, lesson, stage)
 
     def one(step: int) -> None:
         optimizer.zero_grad()
-        step_loss(step)
+        objective.step(step)
         optimizer.step()
 
-    return _median_s(one, repeats, clock, bench.device)
+    return _median_s(one, repeats, clock, parts.base.device)
 
 
 def _time_generating(generator: Generator, pools: Pools, repeats: int, clock: Callable[[], float]) -> float:
@@ -134,16 +134,15 @@ def _median_s(work: Callable[[int], Any], repeats: int, clock: Callable[[], floa
     return statistics.median(times[1:])
 
 
-def _sizes(generator: Generator, bench: Workbench) -> dict[str, Any]:
+def _sizes(generator: Generator, parts: TrainingParts) -> dict[str, Any]:
     tokens = generator.weight_tokenizer
     parameters = sum(p.numel() for p in generator.parameters())
-    base = sum(p.numel() for p in bench.model.parameters())
     return {
-        "base": {"name": bench.base_name, "parameters": base},
-        "adapter": {"r": bench.layout.r, "parameters": bench.layout.n_parameters},
+        "base": {"name": parts.base.name, "parameters": parts.base.n_parameters},
+        "adapter": {"r": parts.base.layout.r, "parameters": parts.base.layout.n_parameters},
         "generator": {
             "parameters": parameters,
-            "share_of_base": parameters / base,
+            "share_of_base": parameters / parts.base.n_parameters,
             "shapes": decoder_shapes(generator.config, (tokens.T, tokens.H, tokens.W)),
         },
     }

@@ -30,15 +30,15 @@ def report_answered(tasks: Sequence[Task], methods: Sequence[str], settings: Eva
             fix="pass --run-dir, without --unrelated",
         )
     tasks = settings.own_tasks(tasks)
-    kept = settings.run_dir / "results.jsonl"
-    cache = AnswerCache(kept if kept.exists() else None)
+    file = settings.run_dir / "results.jsonl"
+    cache = AnswerCache(file if file.exists() else None)
     named = {t.name for t in tasks}
-    found = [record for (task, _, _), record in cache.units.items() if task in named and parse(record["method"])]
-    if not found:
+    records = [record for (task, _, _), record in cache.units.items() if task in named and parse(record["method"])]
+    if not records:
         raise InputError(f"{settings.run_dir} holds no answers to these tasks", fix="run dnd eval with that --run-dir")
-    methods = tuple(methods) or tuple(dict.fromkeys(record["method"] for record in found))
+    methods = tuple(methods) or tuple(dict.fromkeys(record["method"] for record in records))
     check_plan(tasks, methods, settings)
-    last: dict[str, Any] = next((record for record in reversed(found) if "base" in record), {})
+    last: dict[str, Any] = next((record for record in reversed(records) if "base" in record), {})
     made = Made(last.get("base", ""), last.get("generator"))
     units = [unit for task in tasks for unit in _units(cache, task, methods, settings)]
     return build_report(made, methods, settings, units)

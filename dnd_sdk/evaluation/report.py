@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dnd_sdk.evaluation.scoring import COMPARED, METRICS, RowScores, mean_ci95
-from dnd_sdk.evaluation.units import Made, Scores, Unit
+from dnd_sdk.evaluation.scoring import COMPARED, METRICS, mean_ci95
+from dnd_sdk.evaluation.units import Made, RowScores, Scores, Unit
 
 if TYPE_CHECKING:
     from dnd_sdk.evaluation.settings import EvalSettings

@@ -21,10 +21,10 @@ from dnd_sdk.evaluation.job import TaskJob, row_id
 from dnd_sdk.evaluation.methods import METHODS, build_methods, check_names
 from dnd_sdk.evaluation.parts import AdapterZoo, LoraTrainer, Parts
 from dnd_sdk.evaluation.report import build_report
-from dnd_sdk.evaluation.scoring import RowScores, mean_change, row_means, row_scores
-from dnd_sdk.evaluation.settings import EvalSettings, Progress
+from dnd_sdk.evaluation.scoring import mean_change, row_means, row_scores
+from dnd_sdk.evaluation.settings import EvalSettings, Standing
 from dnd_sdk.evaluation.treatment import Method, Treatment
-from dnd_sdk.evaluation.units import Scores, Unit
+from dnd_sdk.evaluation.units import RowScores, Scores, Unit
 from dnd_sdk.tasks import Row, Task
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def evaluate(
     tasks: Sequence[Task],
     methods: Sequence[str] = METHODS,
     settings: EvalSettings | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Standing], None] | None = None,
     *,
     zoo: AdapterZoo | None = None,
     trainer: LoraTrainer | None = None,
@@ -68,7 +68,7 @@ def run_methods(
     tasks: Sequence[Task],
     methods: Sequence[Method],
     settings: EvalSettings,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Standing], None] | None = None,
 ) -> list[Unit]:
     """What every (task, method, seed) comes to; a unit that fails carries its error."""
     cache = AnswerCache(settings.run_dir / "results.jsonl" if settings.run_dir else None)
@@ -109,7 +109,7 @@ class _Run:
         cache: AnswerCache,
         tasks: Sequence[Task],
         methods: Sequence[Method],
-        progress: Callable[[Progress], None] | None,
+        progress: Callable[[Standing], None] | None,
     ) -> None:
         self.parts, self.settings, self.cache, self.tasks = parts, settings, cache, tasks
         self.methods, self.report = methods, progress
@@ -177,4 +177,4 @@ class _Run:
     def _tell(self, done: int, total: int, unit: Unit, cached: bool) -> None:
         if self.report is not None:
             eta = self.spent_s / self.fresh * (total - done) if self.fresh else None
-            self.report(Progress(done, total, unit.task, unit.method, unit.seed, cached, eta))
+            self.report(Standing(done, total, unit.task, unit.method, unit.seed, cached, eta))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dnd_sdk.evaluation.units import RowScores
 from dnd_sdk.tasks import Row, Task
 
 MAX_LENGTH_RATIO = 3.0
@@ -107,10 +108,6 @@ def _number_pattern(responses: Sequence[str]) -> re.Pattern[str]:
     digits = r"\d[\d,]*" if any("," in r for r in responses) else r"\d+"
     fraction = r"(\.\d+)?" if any("." in r for r in responses) else ""
     return re.compile(f"-?{digits}{fraction}")
-
-
-RowScores = dict[str, list[float] | None]
-"""Scores of single rows by metric (`METRICS`), in their order; None where a metric does not apply to the task."""
 
 
 def row_scores(task: Task, rows: Sequence[Row], outputs: Sequence[str], choices: Sequence[int] | None) -> RowScores:

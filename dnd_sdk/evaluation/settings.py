@@ -58,7 +58,7 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Standing:
     """Where an evaluation stands after one unit."""
 
     done: int

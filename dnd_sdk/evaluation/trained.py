@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.evaluation.cache import flat_hash
-from dnd_sdk.evaluation.methods import unseen_rows
+from dnd_sdk.evaluation.drawing import unseen_rows
 from dnd_sdk.evaluation.parts import Parts
 from dnd_sdk.tasks import Task, data_hash
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dnd_sdk.session import DnD
-    from dnd_sdk.training import PerTaskSettings, Workbench
+    from dnd_sdk.training import PerTaskSettings, TrainingParts
 
 _NAME = "task"
 """What the one task is called in its training folder: a task's own name need not be a file name."""
@@ -71,23 +71,23 @@ class TaskTrainer:
         """
         from dnd_sdk.training import initial_adapter, train_tasks, write_tensors
 
-        bench = self._bench(task, seed)
+        parts = self._parts(task, seed)
         stage = self._settings.per_task
         if steps is not None:
             stage = stage.model_copy(update={"steps": steps, "checkpoints": 1})
-        begin = initial_adapter(bench.layout, seed) if start is None else start.detach().float().cpu()
-        kept = self._kept(bench, stage, begin)
-        if kept is not None and kept.exists():
-            return load_file(kept)["flat"]
+        begin = initial_adapter(parts.base.layout, seed) if start is None else start.detach().float().cpu()
+        file = self._file(parts, stage, begin)
+        if file is not None and file.exists():
+            return load_file(file)["flat"]
         with TemporaryDirectory(prefix="dnd-eval-") as folder:
-            train_tasks(bench, stage, begin, Path(folder))
+            train_tasks(parts, stage, begin, Path(folder))
             flat = load_file(Path(folder) / "tasks" / f"{_NAME}.safetensors")["mean"]
-        if kept is not None:
-            write_tensors(kept, {"flat": flat})
+        if file is not None:
+            write_tensors(file, {"flat": flat})
         return flat
 
-    def _bench(self, task: Task, seed: int) -> Workbench:
-        from dnd_sdk.training import Workbench, tokenise_task
+    def _parts(self, task: Task, seed: int) -> TrainingParts:
+        from dnd_sdk.training import Curriculum, FrozenBase, TrainingParts, tokenise_task
 
         base, data, run = self._dnd.base, self._settings.data, self._settings.run
         task = replace(task, train=unseen_rows(task))
@@ -101,25 +101,19 @@ class TaskTrainer:
             "settings": data.model_dump(),
             "seed": seed,
         }
-        pad = base.tokenizer.pad_token_id
-        return Workbench(
-            model=base.model,
-            layout=self._dnd.layout,
-            base_name=base.name,
-            base_fingerprint=base.fingerprint,
-            sources={_NAME: task},
-            tasks={_NAME: rows},
-            run=run.model_copy(update={"seed": seed}),
-            pad=base.tokenizer.eos_token_id if pad is None else pad,
+        return TrainingParts(
+            base=FrozenBase.of(base, self._dnd.layout, run),
+            curriculum=Curriculum(sources={_NAME: task}, tasks={_NAME: rows}, seed=seed),
             manifest=made_by,
+            checkpoint_every_s=run.checkpoint_every_s,
             progress=lambda *_: None,
         )
 
-    def _kept(self, bench: Workbench, stage: PerTaskSettings, start: Tensor) -> Path | None:
+    def _file(self, parts: TrainingParts, stage: PerTaskSettings, start: Tensor) -> Path | None:
         """Where the result is kept: named by all that makes it."""
         if self._cache is None:
             return None
-        made_by = json.dumps([bench.manifest, stage.model_dump(), flat_hash(start)], sort_keys=True)
+        made_by = json.dumps([parts.manifest, stage.model_dump(), flat_hash(start)], sort_keys=True)
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
         except OSError as e:

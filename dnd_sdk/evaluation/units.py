@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dnd_sdk.evaluation.scoring import RowScores
-
 Scores = dict[str, float | None]
+RowScores = dict[str, list[float] | None]
+"""Scores of single rows by metric (`scoring.METRICS`), in their order; None where a metric does not apply."""
 
 
 @dataclass(frozen=True)

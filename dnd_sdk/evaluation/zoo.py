@@ -19,7 +19,7 @@ from dnd_sdk.adapters import Adapter, AdapterStore, check_flat
 from dnd_sdk.config import Home
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError
 from dnd_sdk.files import FLOATS, MAX_HEADER_BYTES, open_safetensors, read_json
-from dnd_sdk.lora import LoraLayout
+from dnd_sdk.lora import LoraLayout, merge_sharing_a
 from dnd_sdk.routing import check_vectors, set_similarity
 
 SHARED = "shared.safetensors"
@@ -40,10 +40,10 @@ class Zoo:
         self._root = root.parent if root.name == "adapters" else root
         self._store = AdapterStore(Home(self._root))
         self._layout, self._base = layout, base_fingerprint
-        wanted = (base_fingerprint, encoder, layout.digest)
-        mine = [a for a in self._store.ls() if (a.base_fingerprint, a.encoder_fingerprint, a.layout_digest) == wanted]
-        found = {a.name: (a, self._store.exemplars(a)) for a in mine}
-        self._adapters = {n: (a, check_vectors(v)) for n, (a, v) in found.items() if v is not None}
+        key = (base_fingerprint, encoder, layout.digest)
+        fitting = (a for a in self._store.ls() if (a.base_fingerprint, a.encoder_fingerprint, a.layout_digest) == key)
+        exemplars = ((a, self._store.exemplars(a)) for a in fitting)
+        self._adapters = {a.name: (a, check_vectors(v)) for a, v in exemplars if v is not None}
         if not self._adapters:
             raise ConfigError(
                 f"no adapter in {self._store.root} fits this base and encoder and has exemplars",
@@ -65,7 +65,7 @@ class Zoo:
         best = self.rank(pooled)[:k]
         weights = torch.tensor([max(score, 0.0) for _, score in best])
         weights = weights / weights.sum() if weights.any() else torch.full_like(weights, 1 / len(best))
-        return self._weighted([name for name, _ in best], weights.tolist())
+        return self._merged(dict(zip((name for name, _ in best), weights.tolist(), strict=True)))
 
     def mean(self) -> Tensor:
         """The uniform mean of all adapters; `ConfigError` unless they share A."""
@@ -73,8 +73,7 @@ class Zoo:
 
     @cached_property
     def _mean(self) -> Tensor:
-        names = sorted(self._adapters)
-        return self._weighted(names, [1 / len(names)] * len(names))
+        return self._merged(dict.fromkeys(sorted(self._adapters), 1 / len(self._adapters)))
 
     def multitask(self) -> Tensor | None:
         """The zoo's shared multi-task LoRA, None when the folder has none; raises on a damaged or unfitting one."""
@@ -101,21 +100,9 @@ class Zoo:
         adapter: Adapter = self._adapters[name][0]
         return self._store.load(adapter, self._layout, base_fingerprint=self._base)
 
-    def _weighted(self, names: list[str], weights: list[float]) -> Tensor:
-        """Sum of the adapters' B by these weights, one adapter in memory at a time, with the A they share."""
-        first = self.load(names[0])
-        total = torch.zeros_like(first)
-        for name, weight in zip(names, weights, strict=True):
-            flat = self.load(name)
-            total += weight * flat
-            for (segment, A), (_, own) in zip(self._layout.views(first), self._layout.views(flat), strict=True):
-                # within a rounding: A is a mean over equal snapshots
-                if segment.part == "lora_A" and not torch.allclose(A, own, rtol=1e-5, atol=1e-7):
-                    raise ConfigError(
-                        f"adapters {names[0]!r} and {name!r} of {self._store.root} have different A: B means nothing",
-                        fix="pass the zoo of one dnd train zoo run, or drop mean and merge-K",
-                    )
-        for (segment, A), (_, out) in zip(self._layout.views(first), self._layout.views(total), strict=True):
-            if segment.part == "lora_A":
-                out.copy_(A)
-        return total
+    def _merged(self, weights: dict[str, float]) -> Tensor:
+        try:
+            return merge_sharing_a(self.load, weights, self._layout)
+        except ConfigError as e:
+            fix = "pass the zoo of one dnd train zoo run, or drop mean and merge-K"
+            raise ConfigError(f"{self._store.root}: {e}", fix=fix) from e

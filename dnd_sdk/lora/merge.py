@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,27 @@ def merge_flats(flats: Sequence[Tensor], weights: Sequence[float], layout: LoraL
         whole += float(squares.sum())
         kept += float(squares[: layout.r].sum())
     return merged, kept / whole if whole > 0.0 else 1.0
+
+
+def merge_sharing_a(load: Callable[[str], Tensor], weights: Mapping[str, float], layout: LoraLayout) -> Tensor:
+    """The weighted sum of named adapters with one A, exact; `load` gives their flat vectors, one in memory at a time.
+
+    Raises `ConfigError` naming two whose A differs by more than a rounding.
+    """
+    first_name = next(iter(weights))
+    first = load(first_name)
+    merged = torch.zeros_like(first)
+    for name, weight in weights.items():
+        flat = load(name)
+        merged += weight * flat
+        for (segment, A), (_, other) in zip(layout.views(first), layout.views(flat), strict=True):
+            # within a rounding: A is a mean over equal snapshots
+            if segment.part == "lora_A" and not torch.allclose(A, other, rtol=1e-5, atol=1e-7):
+                raise ConfigError(f"adapters {first_name!r} and {name!r} have different A: B means nothing")
+    for (segment, A), (_, slot) in zip(layout.views(first), layout.views(merged), strict=True):
+        if segment.part == "lora_A":
+            slot.copy_(A)
+    return merged
 
 
 def _truncate(A: Tensor, B: Tensor, a: Tensor, b: Tensor) -> Tensor:

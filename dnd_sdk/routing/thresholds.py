@@ -147,35 +147,44 @@ def fit_thresholds(
         InputError: Embeddings that are not finite, not normalised or of different widths.
     """
     vectors = _checked(task_vectors, families)
-    rng = torch.Generator().manual_seed(seed)
-    sizes = _set_sizes(vectors)
-    trials = {n: compare_tasks(vectors, families, n, n_draws=n_draws, rng=rng) for n in sizes}
-    reuse = threshold_for(torch.cat([t.other for t in trials.values()]), max_false_reuse)
-    # one prompt says little, so more of them are drawn
-    alone = compare_tasks(vectors, families, 1, n_draws=8 * n_draws, rng=rng)
-    single = threshold_for(alone.other, max_false_single)
-    centres = {name: centres_of(v, centres_per_task) for name, v in vectors.items()}
     width = next(iter(vectors.values())).shape[1]
     noise = None if noise is None else check_vectors(noise, width)
-    noise_centres = None if noise is None else centres_of(noise, NOISE_CENTRES)
-    unseen = _unseen_support(families, centres, noise_centres)
+    rng, sizes = torch.Generator().manual_seed(seed), _set_sizes(vectors)
+    sets = {n: compare_tasks(vectors, families, n, n_draws=n_draws, rng=rng) for n in sizes}
+    # one prompt says little, so more of them are drawn
+    alone = compare_tasks(vectors, families, 1, n_draws=8 * n_draws, rng=rng)
+    reuse = threshold_for(torch.cat([t.other for t in sets.values()]), max_false_reuse)
+    single = threshold_for(alone.other, max_false_single)
+    whole, unseen = _supports(vectors, families, noise, centres_per_task)
     nearness = torch.tensor([unseen[name].score(v) for name, v in vectors.items()])
     support = torch.quantile(nearness, 0.01).item() - support_margin
-    tasks = torch.cat(list(centres.values()))
-    sets = list(trials.values())
     maps = Probabilities(
-        reuse_map(torch.cat([t.own for t in sets]), torch.cat([t.other for t in sets]), len(vectors)),
+        reuse_map(torch.cat([t.own for t in sets.values()]), torch.cat([t.other for t in sets.values()]), len(vectors)),
         reuse_map(alone.own, alone.other, len(vectors)),
-        None if noise is None else support_map(vectors, unseen, tasks, noise, sizes, n_draws=n_draws, rng=rng),
+        None if noise is None else support_map(vectors, unseen, whole.tasks, noise, sizes, n_draws=n_draws, rng=rng),
     )
     note = {"n_tasks": len(vectors), "n_families": len({families[t] for t in vectors}), "width": width, "seed": seed}
     thresholds = Thresholds(reuse, single, support, {**note, **(fitted_on or {})}, maps)
-    report = {
-        "sets": {n: trials[n].report(reuse) for n in sizes},
-        "single": alone.report(single),
-        "support": {"min": nearness.min().item(), "median": nearness.median().item(), "threshold": support},
+    return RouterData(thresholds, whole), _report(thresholds, sets, alone, nearness)
+
+
+def _supports(
+    vectors: Mapping[str, Tensor], families: Mapping[str, str], noise: Tensor | None, centres_per_task: int
+) -> tuple[Support, dict[str, Support]]:
+    """The support of all tasks, and for each task the one of the tasks outside its family."""
+    centres = {name: centres_of(v, centres_per_task) for name, v in vectors.items()}
+    noise_centres = None if noise is None else centres_of(noise, NOISE_CENTRES)
+    return Support(torch.cat(list(centres.values())), noise_centres), _unseen_support(families, centres, noise_centres)
+
+
+def _report(thresholds: Thresholds, sets: Mapping[int, Trials], alone: Trials, nearness: Tensor) -> dict[str, Any]:
+    """Recall and false reuse per set size and of single prompts; `nearness` (tasks,) to the tasks of other families."""
+    near = {"min": nearness.min().item(), "median": nearness.median().item(), "threshold": thresholds.support}
+    return {
+        "sets": {n: trials.report(thresholds.reuse) for n, trials in sets.items()},
+        "single": alone.report(thresholds.reuse_single),
+        "support": near,
     }
-    return RouterData(thresholds, Support(tasks, noise_centres)), report
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,47 +62,6 @@ def tokenise_task(
 def _tokenise(chat: list[dict[str, str]], response: str, tokenizer: PreTrainedTokenizerBase) -> TokenRow:
     head = prompt_ids(tokenizer, chat)
     return TokenRow((*head, *option_ids(tokenizer, response)), len(head))
-
-
-def sample_tasks(
-    names: Sequence[str], n: int, step: int, seed: int, families: Mapping[str, str] | None = None
-) -> list[str]:
-    """At most `n` different tasks for a step, in passes over a fresh shuffle.
-
-    Without `families` every task comes once per pass; with them (task to family) one task of every family does, the
-    next one in the next pass.
-    """
-    size = len({families[name] for name in names}) if families else len(names)
-    per_pass = max(1, size // n)
-    number, at = divmod(step, per_pass)
-    chosen = _one_per_family(names, families, number, seed) if families else list(names)
-    random.Random(f"{seed}/pass/{number}").shuffle(chosen)
-    return chosen[at * n : (at + 1) * n]
-
-
-def _one_per_family(names: Sequence[str], families: Mapping[str, str], number: int, seed: int) -> list[str]:
-    members: dict[str, list[str]] = {}
-    for name in sorted(names):
-        members.setdefault(families[name], []).append(name)
-    for family, group in members.items():
-        random.Random(f"{seed}/family/{family}").shuffle(group)
-    return [group[number % len(group)] for group in members.values()]
-
-
-def held_out(families: Mapping[str, str], n: int, seed: int) -> list[str]:
-    """`n` tasks to keep out of training: random ones, each of another family as far as there are families."""
-    order: list[str] = []
-    for number in range(len(families)):
-        one_each = _one_per_family([*families], families, number, seed)
-        random.Random(f"{seed}/held out/{number}").shuffle(one_each)
-        order += [name for name in one_each if name not in order]
-    return order[:n]
-
-
-def sample_rows(task: TokenTask, n: int, step: int, seed: int) -> list[TokenRow]:
-    """`n` rows of a task for a step."""
-    rng = random.Random(f"{seed}/rows/{task.name}/{step}")
-    return rng.sample(task.rows, n) if n <= len(task.rows) else rng.choices(task.rows, k=n)
 
 
 @dataclass(frozen=True)

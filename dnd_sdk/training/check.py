@@ -15,9 +15,9 @@ from torch import Tensor
 from dnd_sdk.generator import Generator
 from dnd_sdk.training.batches import TokenRow
 from dnd_sdk.training.conditions import Pools
+from dnd_sdk.training.parts import TrainingParts
 from dnd_sdk.training.run_dir import RunDir, write_tensors
 from dnd_sdk.training.settings import CheckSettings
-from dnd_sdk.training.workbench import Workbench
 
 _BEST = "best.safetensors"
 _STEP = 0
@@ -27,13 +27,16 @@ _STEP = 0
 class Check:
     """The held-out tasks of one stage; without any it does nothing."""
 
-    def __init__(self, bench: Workbench, pools: Pools, settings: CheckSettings, run: RunDir, bare: float = 0.0) -> None:
+    def __init__(
+        self, parts: TrainingParts, pools: Pools, settings: CheckSettings, run: RunDir, bare: float = 0.0
+    ) -> None:
         """Read what earlier checks of a resumed stage found; `run` has been loaded (its curve cut) before.
 
         `bare` is the stage's share of rows without their task's shared wording: it is judged as it is trained.
         """
-        self._bench, self._pools, self._settings, self._run, self._bare = bench, pools, settings, run, bare
-        self._names = sorted(bench.held)
+        self._base, self._curriculum = parts.base, parts.curriculum
+        self._pools, self._settings, self._run, self._bare = pools, settings, run, bare
+        self._names = sorted(self._curriculum.held)
         self._losses = [line["held"] for line in run.read_losses(run.path) if "held" in line]
 
     def after(self, step: int, generator: Generator) -> dict[str, float]:
@@ -62,19 +65,19 @@ class Check:
 
     @torch.no_grad()
     def _measure(self, generator: Generator) -> dict[str, float]:
-        seed, n = self._bench.run.seed, generator.config.n_prompts
+        seed, n = self._curriculum.seed, generator.config.n_prompts
         x = torch.stack([self._pools.draw(name, n, _STEP, seed) for name in self._names])
-        own = generator(x.to(generator.shared.device))
+        adapters = generator(x.to(generator.shared.device))
         rows = [
             (row, i)
             for i, name in enumerate(self._names)
-            for row in self._bench.rows(name, self._settings.rows, _STEP, self._bare)
+            for row in self._curriculum.rows(name, self._settings.rows, _STEP, self._bare)
         ]
         return {
-            "held": self._loss(own, rows),
-            "held_shuffled": self._loss(own.roll(1, 0), rows),
-            "held_zero": self._loss(generator.mean().repeat(len(own), 1), rows),
+            "held": self._loss(adapters, rows),
+            "held_shuffled": self._loss(adapters.roll(1, 0), rows),
+            "held_zero": self._loss(generator.mean().repeat(len(adapters), 1), rows),
         }
 
     def _loss(self, adapters: Tensor, rows: list[tuple[TokenRow, int]]) -> float:
-        return round(self._bench.loss(adapters, rows), 6)
+        return round(self._base.loss(adapters, rows), 6)

@@ -10,14 +10,14 @@ from dnd_sdk.protocols import Progress
 
 def run_zoo(tasks_dir: Path, config: Path | None, out: Path, *, home: Home, progress: Progress) -> None:
     """`dnd train zoo`: train (or continue) the shared adapter and one adapter per task into `out`."""
+    from dnd_sdk.training.parts import prepare
     from dnd_sdk.training.settings import read_settings
-    from dnd_sdk.training.workbench import prepare
     from dnd_sdk.training.zoo import train_shared, train_tasks
 
     settings = read_settings(config)
-    bench = prepare(tasks_dir, settings, home, progress)
-    shared = train_shared(bench, settings.shared, out)
-    train_tasks(bench, settings.per_task, shared, out)
+    parts = prepare(tasks_dir, settings, home, progress)
+    shared = train_shared(parts, settings.shared, out)
+    train_tasks(parts, settings.per_task, shared, out)
 
 
 def run_generator(

@@ -21,11 +21,12 @@ from dnd_sdk.protocols import Progress
 from dnd_sdk.routing import RouterData, choose_exemplars, fit_thresholds, noise_prompts
 from dnd_sdk.tasks import Task
 from dnd_sdk.training.conditions import Pools, encode_pools
+from dnd_sdk.training.objectives import Lesson
+from dnd_sdk.training.parts import TrainingParts, prepare
 from dnd_sdk.training.run_dir import RunDir, write_json, write_tensors
 from dnd_sdk.training.settings import TrainSettings
-from dnd_sdk.training.trainer import Lesson, read_importance, train_stages
-from dnd_sdk.training.workbench import Workbench, prepare
-from dnd_sdk.training.zoo import read_zoo
+from dnd_sdk.training.trainer import train_stages
+from dnd_sdk.training.zoo import read_importance, read_zoo
 
 
 def train_generator(
@@ -36,18 +37,19 @@ def train_generator(
     Raises `InputError` for an unfinished zoo and `LayoutMismatchError` for the zoo of another base or rank.
     """
     shared, snapshots = read_zoo(zoo)
-    bench = prepare(tasks_dir, settings, home, progress)
-    if len(shared) != bench.layout.n_parameters:
+    parts = prepare(tasks_dir, settings, home, progress)
+    n_weights, device = parts.base.layout.n_parameters, parts.base.device
+    if len(shared) != n_weights:
         raise LayoutMismatchError(
-            f"zoo {zoo} has adapters of {len(shared)} weights, this base and rank need {bench.layout.n_parameters}",
+            f"zoo {zoo} has adapters of {len(shared)} weights, this base and rank need {n_weights}",
             fix="train the zoo with the same base and [lora] settings",
         )
-    encoder = Encoder.load(settings.encoder, home, device=str(bench.device))
-    generator = new_generator(settings, bench, encoder).to(bench.device)
+    encoder = Encoder.load(settings.encoder, home, device=str(device))
+    generator = new_generator(settings, parts, encoder).to(device)
     generator.shared.data.copy_(shared)
     out.mkdir(parents=True, exist_ok=True)
     pools = encode_pools(
-        bench.sources,
+        parts.curriculum.sources,
         encoder,
         size=settings.generator.pool,
         state_tokens=settings.generator.state_tokens,
@@ -55,29 +57,29 @@ def train_generator(
         cache=out / "conditions.safetensors",
         progress=progress,
     )
-    store_zoo(bench, encoder, pools, snapshots, out)
+    store_zoo(parts, encoder, pools, snapshots, out)
     write_tensors(out / "shared.safetensors", {"shared": shared})  # the zoo's, before the generator moves its own
-    lesson = Lesson(bench, pools, snapshots, read_importance(zoo), settings.check)
-    train_stages(generator, lesson, settings.stages, out)
-    return finish(generator, bench, encoder, pools, settings, zoo, out)
+    lesson = Lesson(parts, pools, snapshots, read_importance(zoo))
+    train_stages(generator, lesson, settings.stages, settings.check, out)
+    return finish(generator, parts, encoder, pools, settings, zoo, out)
 
 
-def new_generator(settings: TrainSettings, bench: Workbench, encoder: Encoder) -> Generator:
+def new_generator(settings: TrainSettings, parts: TrainingParts, encoder: Encoder) -> Generator:
     """A fresh generator for this base, seeded."""
     sizes = settings.generator.model_dump(exclude={"pool", "fresh"})
     config = GeneratorConfig(
         encoder_width=encoder.width,
-        base_name=bench.base_name,
-        base_fingerprint=bench.base_fingerprint,
+        base_name=parts.base.name,
+        base_fingerprint=parts.base.fingerprint,
         encoder_name=encoder.name,
         encoder_fingerprint=encoder.fingerprint,
         **sizes,
     )
     torch.manual_seed(settings.run.seed)
-    generator = Generator(config, bench.layout)
-    if bench.start is not None and not settings.generator.fresh:
-        _check_sizes(bench.start.config, config)
-        generator.load_state_dict(bench.start.state_dict())
+    generator = Generator(config, parts.base.layout)
+    if parts.start is not None and not settings.generator.fresh:
+        _check_sizes(parts.start.config, config)
+        generator.load_state_dict(parts.start.state_dict())
     return generator
 
 
@@ -92,15 +94,15 @@ def _check_sizes(start: GeneratorConfig, wanted: GeneratorConfig) -> None:
         )
 
 
-def store_zoo(bench: Workbench, encoder: Encoder, pools: Pools, snapshots: dict[str, Tensor], out: Path) -> None:
+def store_zoo(parts: TrainingParts, encoder: Encoder, pools: Pools, snapshots: dict[str, Tensor], out: Path) -> None:
     """Keep every task's adapter as a PEFT folder in `out/adapters`, findable by its prompts (`dnd eval --zoo out`)."""
     store = AdapterStore(Home(out))
-    for i, (name, kept) in enumerate(sorted(snapshots.items())):
+    for i, (name, trained) in enumerate(sorted(snapshots.items())):
         store.put(
-            kept.mean(0),
-            bench.layout,
-            base_name=bench.base_name,
-            base_fingerprint=bench.base_fingerprint,
+            trained.mean(0),
+            parts.base.layout,
+            base_name=parts.base.name,
+            base_fingerprint=parts.base.fingerprint,
             source="trained",
             name=name,
             n_prompts=len(pools.pooled[name]),
@@ -108,7 +110,7 @@ def store_zoo(bench: Workbench, encoder: Encoder, pools: Pools, snapshots: dict[
             encoder=encoder.name,
             encoder_fingerprint=encoder.fingerprint,
         )
-        bench.progress("store zoo", i + 1, len(snapshots), 0.0)
+        parts.progress("store zoo", i + 1, len(snapshots), 0.0)
 
 
 def fit_router(
@@ -121,7 +123,7 @@ def fit_router(
 
 def finish(
     generator: Generator,
-    bench: Workbench,
+    parts: TrainingParts,
     encoder: Encoder,
     pools: Pools,
     settings: TrainSettings,
@@ -132,9 +134,9 @@ def finish(
     folder, tmp = out / "generator", out / ".generator.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     generator.save_pretrained(tmp)
-    router_data, report = fit_router(bench.sources, pools, encoder, settings.run.seed)
+    router_data, report = fit_router(parts.curriculum.sources, pools, encoder, settings.run.seed)
     router_data.save(tmp)
-    write_json(tmp / "training.json", _training_record(generator, bench, settings, report, zoo, out))
+    write_json(tmp / "training.json", _training_record(generator, parts, settings, report, zoo, out))
     write_card(tmp)
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
@@ -142,18 +144,18 @@ def finish(
 
 
 def _training_record(
-    generator: Generator, bench: Workbench, settings: TrainSettings, router: dict[str, Any], zoo: Path, out: Path
+    generator: Generator, parts: TrainingParts, settings: TrainSettings, router: dict[str, Any], zoo: Path, out: Path
 ) -> dict[str, Any]:
     stages = [f"stage-{i}" for i in range(len(settings.stages))]
     curves = {"shared": zoo / "shared", **{s: out / s for s in stages}}
     return {
-        **bench.manifest,
+        **parts.manifest,
         # without what did not make it, and without a path of this machine (its id is kept)
         "settings": json.loads(settings.model_dump_json(exclude={"start", "few_shot", "full_shot"})),
         "generator": {**asdict(generator.config), "parameters": sum(p.numel() for p in generator.parameters())},
-        "base_parameters": sum(p.numel() for p in bench.model.parameters()),
+        "base_parameters": parts.base.n_parameters,
         "router": router,
-        "tasks": {n: {"family": t.family, "licence": t.licence} for n, t in sorted(bench.sources.items())},
+        "tasks": {n: {"family": t.family, "licence": t.licence} for n, t in sorted(parts.curriculum.sources.items())},
         "losses": {name: _thinned(path) for name, path in curves.items()},
         "before": _record_before(settings),
     }

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.lora import ALL_LINEAR
 from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
+from dnd_sdk.training.augment import VIEWS
+
+ObjectiveName = Literal["reconstruction", "end-to-end"]
+"""What a stage may train for; a class of `dnd_sdk.training.objectives` each."""
+Precision = Literal["exact", "bfloat16", "int8"]
 
 
 class _Section(BaseModel):
@@ -39,6 +52,21 @@ class DataSettings(_Section):
     drown small ones)."""
     held_out: int = Field(0, ge=0)
     """Tasks kept out of all training, each of another family where there are enough: `[check]` judges by them."""
+    views: tuple[str, ...] = ()
+    """Views (`dnd_sdk.training.augment`) of every task trained on that are trained on as tasks of their own, too."""
+
+    @field_validator("views")
+    @classmethod
+    def _are_known(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [v for v in views if v not in VIEWS]:
+            raise ValueError(f"unknown views {unknown}, expected some of {', '.join(VIEWS)}")
+        return tuple(dict.fromkeys(views))
+
+    @model_serializer(mode="wrap")
+    def _as_before_views(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without views what is written is what it was before there were any: older run folders go on."""
+        data: dict[str, Any] = write(self)
+        return data if self.views else {k: v for k, v in data.items() if k != "views"}
 
 
 class SharedSettings(_Section):
@@ -102,7 +130,7 @@ class GeneratorSettings(_Section):
 class Stage(_Section):
     """One stage of generator training."""
 
-    objective: Literal["reconstruction", "end-to-end"]
+    objective: ObjectiveName
     steps: int = Field(ge=1)
     tasks: int = Field(6, ge=1)
     """Tasks per step."""
@@ -139,7 +167,7 @@ class RunSettings(_Section):
     checkpoint_every_s: float = 60.0
     micro_tokens: int = 1024
     """Padded tokens per micro-batch."""
-    base_precision: Literal["exact", "bfloat16", "int8"] = "exact"
+    base_precision: Precision = "exact"
     """How the frozen base computes while training. bfloat16: all of it (CPUs with AMX or AVX512-BF16; CUDA does so
     anyway). int8: its products (CPUs with VNNI). exact: as it serves."""
     device: str = "auto"

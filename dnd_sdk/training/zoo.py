@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,12 +20,14 @@ from torch import Tensor
 
 from dnd_sdk.errors import InputError
 from dnd_sdk.lora import LoraLayout
-from dnd_sdk.training.batches import TokenRow, sample_rows
+from dnd_sdk.training.batches import TokenRow
+from dnd_sdk.training.parts import TrainingParts
 from dnd_sdk.training.run_dir import RunDir, optimizer_tensors, restore_optimizer, write_tensors
 from dnd_sdk.training.settings import PerTaskSettings, SharedSettings
-from dnd_sdk.training.workbench import Workbench
 
 _WARMUP = 0.05
+_IMPORTANCE = "importance.safetensors"
+"""Written last: with it a zoo is finished."""
 
 
 def initial_adapter(layout: LoraLayout, seed: int) -> Tensor:
@@ -57,54 +58,56 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def train_shared(bench: Workbench, settings: SharedSettings, out: Path) -> Tensor:
+def train_shared(parts: TrainingParts, settings: SharedSettings, out: Path) -> Tensor:
     """Train the shared adapter (P,), or return the one a finished run left in `out`."""
     done = out / "shared.safetensors"
     if done.exists():
         return load_file(done)["shared"]
-    first = initial_adapter(bench.layout, bench.run.seed) if bench.start is None else bench.start.mean()
-    flat = first.to(bench.device).requires_grad_()
+    base, curriculum = parts.base, parts.curriculum
+    first = initial_adapter(base.layout, curriculum.seed) if parts.start is None else parts.start.mean()
+    flat = first.to(base.device).requires_grad_()
 
     def rows(step: int) -> list[tuple[TokenRow, int]]:
-        names = bench.sample_tasks(list(bench.tasks), settings.rows, step)
-        return [(sample_rows(bench.tasks[n], 1, step, bench.run.seed)[0], 0) for n in names]
+        names = curriculum.sample(list(curriculum.tasks), settings.rows, step)
+        return [(row, 0) for n in names for row in curriculum.rows(n, 1, step)]
 
-    run = _open(bench, out / "shared", settings.model_dump(), checkpoint_every_s=bench.run.checkpoint_every_s)
-    for _ in _fit(bench, run, "shared", flat, rows, settings.steps, settings.lr):
+    run = parts.open(out / "shared", stage=settings.model_dump())
+    for _ in _fit(parts, run, "shared", flat, rows, settings.steps, settings.lr):
         pass
     write_tensors(done, {"shared": flat})
     return flat.detach().cpu()
 
 
-def train_tasks(bench: Workbench, settings: PerTaskSettings, shared: Tensor, out: Path) -> None:
+def train_tasks(parts: TrainingParts, settings: PerTaskSettings, shared: Tensor, out: Path) -> None:
     """Train one adapter per task into `out/tasks`; finished tasks are kept."""
     (out / "tasks").mkdir(parents=True, exist_ok=True)
-    names = sorted(bench.tasks)
+    names = sorted(parts.curriculum.tasks)
     groups = [names[i : i + settings.tasks] for i in range(0, len(names), settings.tasks)]
     for i, group in enumerate(groups):
         if not all((out / "tasks" / f"{n}.safetensors").exists() for n in group):
-            _train_group(bench, settings, shared, out, group, f"tasks {i + 1}/{len(groups)}")
+            _train_group(parts, settings, shared, out, group, f"tasks {i + 1}/{len(groups)}")
     means = torch.stack([load_file(out / "tasks" / f"{n}.safetensors")["mean"] for n in names])
-    write_tensors(out / "importance.safetensors", {"std": means.std(0, correction=0)})
+    write_tensors(out / _IMPORTANCE, {"std": means.std(0, correction=0)})
 
 
 def _train_group(
-    bench: Workbench, settings: PerTaskSettings, shared: Tensor, out: Path, group: list[str], title: str
+    parts: TrainingParts, settings: PerTaskSettings, shared: Tensor, out: Path, group: list[str], title: str
 ) -> None:
-    mask = part_mask(bench.layout, ("lora_B",)).to(bench.device)
-    flat = shared.to(bench.device).repeat(len(group), 1).requires_grad_()
+    base, curriculum = parts.base, parts.curriculum
+    mask = part_mask(base.layout, ("lora_B",)).to(base.device)
+    flat = shared.to(base.device).repeat(len(group), 1).requires_grad_()
     flat.register_hook(lambda grad: grad * mask)
 
     def rows(step: int) -> list[tuple[TokenRow, int]]:
-        chosen = [(sample_rows(bench.tasks[n], settings.rows, step, bench.run.seed), i) for i, n in enumerate(group)]
-        return [(row, i) for task_rows, i in chosen for row in task_rows]
+        return [(row, i) for i, n in enumerate(group) for row in curriculum.rows(n, settings.rows, step)]
 
     # several snapshots come from short runs: a killed group starts again (same rows, same curve), so that they need no
     # checkpoint; one snapshot is the last state, which a checkpoint holds
-    every_s = bench.run.checkpoint_every_s if settings.checkpoints == 1 else math.inf
-    run = _open(bench, out / "groups" / group[0], {**settings.model_dump(), "group": group}, checkpoint_every_s=every_s)
+    every_s = None if settings.checkpoints == 1 else math.inf
+    stage = {**settings.model_dump(), "group": group}
+    run = parts.open(out / "groups" / group[0], checkpoint_every_s=every_s, stage=stage)
     snapshots = []
-    for step in _fit(bench, run, title, flat, rows, settings.steps, settings.lr):
+    for step in _fit(parts, run, title, flat, rows, settings.steps, settings.lr):
         if step >= settings.steps - settings.checkpoints:
             snapshots.append(flat.detach().cpu().clone())
     snapshots = snapshots or [flat.detach().cpu().clone()]  # killed after the last step's checkpoint
@@ -113,12 +116,8 @@ def _train_group(
         write_tensors(out / "tasks" / f"{name}.safetensors", {"snapshots": kept, "mean": kept.mean(0)})
 
 
-def _open(bench: Workbench, path: Path, settings: dict[str, Any], *, checkpoint_every_s: float) -> RunDir:
-    return RunDir(path, {**bench.manifest, "stage": settings}, checkpoint_every_s=checkpoint_every_s)
-
-
 def _fit(
-    bench: Workbench,
+    parts: TrainingParts,
     run: RunDir,
     title: str,
     flat: Tensor,
@@ -136,11 +135,11 @@ def _fit(
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps)
         optimizer.zero_grad()
-        loss = bench.backward(flat if flat.dim() == 2 else flat.unsqueeze(0), rows(step))
+        loss = parts.base.backward(flat if flat.dim() == 2 else flat.unsqueeze(0), rows(step))
         torch.nn.utils.clip_grad_norm_([flat], 1.0)
         optimizer.step()
         run.log(step, loss=round(loss, 6))
-        bench.progress(title, step + 1, steps, loss)
+        parts.progress(title, step + 1, steps, loss)
         if run.due():
             run.save(step + 1, {"flat": flat, **optimizer_tensors(optimizer)})
         yield step
@@ -148,7 +147,12 @@ def _fit(
 
 def read_zoo(out: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """The shared adapter (P,) and every task's snapshots (k, P); raises `InputError` on an unfinished zoo."""
-    if not (out / "importance.safetensors").exists():
+    if not (out / _IMPORTANCE).exists():
         raise InputError(f"{out} holds no finished zoo", fix=f"run `dnd train zoo TASKS --out {out}` first")
     tasks = {p.stem: load_file(p)["snapshots"] for p in sorted((out / "tasks").glob("*.safetensors"))}
     return load_file(out / "shared.safetensors")["shared"], tasks
+
+
+def read_importance(out: Path) -> Tensor:
+    """The (P,) std over tasks of every weight, of a finished zoo."""
+    return load_file(out / _IMPORTANCE)["std"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,6 +28,7 @@ from dnd_sdk.files import write_atomic
 from dnd_sdk.generator import Generator, check_encoder, generator_folder
 from dnd_sdk.models import DEFAULT_ENCODER, Encoder
 from dnd_sdk.prompts import clean_prompts
+from dnd_sdk.protocols import Progress
 from dnd_sdk.routing import (
     NOISE_KINDS,
     AdapterIndex,
@@ -53,9 +54,6 @@ SITUATIONS = (STORED, MISSING, KNOWN, UNSEEN)
 OUTCOMES = ("reuse own", "reuse other", "generate", "base")
 _NOISE_SEED = 1
 """Calibration is fitted on `noise_prompts(seed=0)`."""
-
-Progress = Callable[[int, int, str], None]
-"""Called as progress(done, total, about)."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,9 @@ class Gate:
         if folder is None:
             raise ConfigError(f"there is no generator for {base!r}", fix="give its folder with --generator")
         made = Generator.from_pretrained(folder)
-        found = Encoder.load(encoder or made.encoder_name or DEFAULT_ENCODER, home, device=device)
-        check_encoder(found, made)
-        return cls(found, *measured(folder, found.name), made.id)
+        loaded = Encoder.load(encoder or made.encoder_name or DEFAULT_ENCODER, home, device=device)
+        check_encoder(loaded, made)
+        return cls(loaded, *measured(folder, loaded.name), made.id)
 
 
 class Event(NamedTuple):
@@ -148,7 +146,7 @@ def try_gate(
             index.add(name, choose_exemplars(v[order[: len(v) // 2]]))
             asking[name] = v[order[len(v) // 2 :]]
         for i, (name, v) in enumerate(asking.items()):
-            progress(seed * len(tasks) + i + 1, seeds * len(tasks), name)
+            progress(name, seed * len(tasks) + i + 1, seeds * len(tasks), 0.0)
             events += [e for query in _queries(v, rng) for e in _ask(gate, index, query, name)]
         for situation, kinds in noise.items():
             events += [
@@ -193,7 +191,7 @@ def _encoded(
     found = {}
     for i, (name, prompts) in enumerate(texts.items()):
         found[name] = _kept(encoder, prompts, cache)
-        progress(i + 1, len(texts), f"encoding {name}")
+        progress(f"encoding {name}", i + 1, len(texts), 0.0)
     return found
 
 

@@ -82,22 +82,22 @@ def _decisions(events: Sequence[Event]) -> dict[str, float]:
 
 def _reuse(gate: Gate, events: Sequence[Event]) -> dict[str, Any] | None:
     maps = gate.thresholds.probability
-    found = [maps.own(e.score, "single" if e.size == 1 else "set") for e in events]
-    return _measured(found, [e.own for e in events], [e.unit for e in events])
+    probabilities = [maps.own(e.score, "single" if e.size == 1 else "set") for e in events]
+    return _measured(probabilities, [e.own for e in events], [e.unit for e in events])
 
 
 def _in_distribution(gate: Gate, jobs: Sequence[Event], noise: Sequence[Event]) -> dict[str, Any] | None:
-    found = [gate.thresholds.probability.in_distribution(e.support) for e in (*jobs, *noise)]
+    probabilities = [gate.thresholds.probability.in_distribution(e.support) for e in (*jobs, *noise)]
     # a task may be called as a kind of noise is
     units = [("job", e.unit) for e in jobs] + [("noise", e.unit) for e in noise]
-    return _measured(found, [True] * len(jobs) + [False] * len(noise), units, even=True)
+    return _measured(probabilities, [True] * len(jobs) + [False] * len(noise), units, even=True)
 
 
 def _measured(
-    found: Sequence[float | None], truth: Sequence[bool], units: Sequence[Any], *, even: bool = False
+    probabilities: Sequence[float | None], truth: Sequence[bool], units: Sequence[Any], *, even: bool = False
 ) -> dict[str, Any] | None:
-    known = [p for p in found if p is not None]
-    if len(known) < len(found) or len(set(truth)) < 2:
+    known = [p for p in probabilities if p is not None]
+    if len(known) < len(probabilities) or len(set(truth)) < 2:
         return None
     numbers = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
     ids = np.array([numbers[u] for u in units], dtype=np.int64)
@@ -117,8 +117,8 @@ def _quality_rows(n: str, block: dict[str, Any]) -> list[list[str]]:
     named = {"own adapter": block["reuse"], **{f"job, not {k}": m for k, m in block["in_distribution"].items()}}
     rates = [_points(block["recall"], "mean"), _points(block["false_reuse"], "mean")]
     rows = []
-    for i, (name, found) in enumerate((k, m) for k, m in named.items() if m is not None):
-        cells = [_number(found[m]) for m in ("ece", "brier", "auroc")]
+    for i, (name, figures) in enumerate((k, m) for k, m in named.items() if m is not None):
+        cells = [_number(figures[m]) for m in ("ece", "brier", "auroc")]
         rows.append([n if not i else "", *(rates if not i else ["", ""]), name, *cells])
     return rows or [[n, *rates, "", "", "", ""]]
 
@@ -137,16 +137,16 @@ def _noise_rows(report: dict[str, Any]) -> list[list[str]]:
     return [[kind, *(f"{100 * b[kind]:.0f}" if kind in b else "" for b in blocks)] for kind in kinds]
 
 
-def _points(found: dict[str, Any] | None, key: str) -> str:
-    if found is None:
+def _points(figures: dict[str, Any] | None, key: str) -> str:
+    if figures is None:
         return ""
-    low, high = found["ci95"]
-    return f"{100 * found[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    low, high = figures["ci95"]
+    return f"{100 * figures[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _number(found: dict[str, Any]) -> str:
-    low, high = found["ci95"]
-    return f"{found['value']:.3f} [{low:.3f}, {high:.3f}]"
+def _number(figures: dict[str, Any]) -> str:
+    low, high = figures["ci95"]
+    return f"{figures['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

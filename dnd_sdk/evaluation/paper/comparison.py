@@ -31,7 +31,7 @@ from dnd_sdk.evaluation.parts import Parts
 from dnd_sdk.evaluation.report import build_report
 from dnd_sdk.evaluation.runner import FAILURES, run_methods
 from dnd_sdk.evaluation.scoring import METRICS, score_answers
-from dnd_sdk.evaluation.settings import EvalSettings, Progress
+from dnd_sdk.evaluation.settings import EvalSettings, Standing
 from dnd_sdk.evaluation.treatment import Method, Treatment
 from dnd_sdk.evaluation.units import Scores, Unit
 from dnd_sdk.tasks import Task, read_tasks, task_names
@@ -80,7 +80,7 @@ def compare(
     trainer: PaperTrainer,
     settings: EvalSettings,
     held_out: Collection[str] | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Standing], None] | None = None,
 ) -> dict[str, Any]:
     """Train and score all that the paper compares; the report is what `dnd eval paper --json` prints.
 
@@ -98,10 +98,10 @@ def compare(
         raise ConfigError("the paper's comparisons need a run folder", fix="pass --run-dir DIR")
     plan, notes = make_plan(tasks_dir, settings.run_dir, held_out)
     trainer.load()
-    for held in (h for found in plan.values() for h in found):
+    for held in (h for sets in plan.values() for h in sets):
         trainer.claim(held)
     run = _Comparison(trainer, settings, progress)
-    units = {domain: [u for held in found for u in run.units(held)] for domain, found in plan.items()}
+    units = {domain: [u for held in sets for u in run.units(held)] for domain, sets in plan.items()}
     return {**run.report(plan, units), "notes": notes}
 
 
@@ -121,10 +121,10 @@ def make_plan(
             _check_seven(present, tasks_dir)
         if missing := [n for n in domain.held_out if n not in present]:
             notes.append(f"{domain.name}: not in {tasks_dir}: {', '.join(missing)}")
-        found, few = _leave_out(domain, [n for n in wanted if n in present], present, tasks_dir, run_dir)
-        notes += few + ([f"{domain.name}: {domain.note}"] if found and domain.note else [])
-        if found:
-            plan[domain.name] = found
+        sets, few = _leave_out(domain, [n for n in wanted if n in present], present, tasks_dir, run_dir)
+        notes += few + ([f"{domain.name}: {domain.note}"] if sets and domain.note else [])
+        if sets:
+            plan[domain.name] = sets
     if not plan:
         raise InputError(f"no set can be left out: {'; '.join(notes)}", fix="add the sets it names to the tasks folder")
     return plan, notes
@@ -136,15 +136,15 @@ def _leave_out(
     """Each set with its others, and a note on each that has too few."""
     read = {n for n in domain.trained_on if n in present} | set(names)
     tasks = {t.name: t for t in read_tasks(tasks_dir, names=read)} if names else {}
-    found, notes = [], []
+    sets, notes = [], []
     for name in names:
         sources = [tasks[n] for n in domain.trained_on if n in tasks and n != name]
         others = tuple(t for t in sources if t.role != "validation")
         if len(others) < MIN_OTHERS:
             notes.append(f"{domain.name}: {name} is skipped: {len(others)} other sets to train on, need {MIN_OTHERS}")
         else:
-            found.append(HeldOut(tasks[name], others, run_dir / name))
-    return found, notes
+            sets.append(HeldOut(tasks[name], others, run_dir / name))
+    return sets, notes
 
 
 def _check_names(held_out: Collection[str] | None, present: Collection[str], tasks_dir: Path) -> None:
@@ -169,7 +169,7 @@ class _Comparison:
     """A run under way."""
 
     def __init__(
-        self, trainer: PaperTrainer, settings: EvalSettings, progress: Callable[[Progress], None] | None
+        self, trainer: PaperTrainer, settings: EvalSettings, progress: Callable[[Standing], None] | None
     ) -> None:
         self.trainer, self.settings, self.progress = trainer, settings, progress
         self.generators: dict[str, str] = {}
@@ -241,9 +241,9 @@ class _Comparison:
     def report(self, plan: dict[str, list[HeldOut]], units: dict[str, list[Unit]]) -> dict[str, Any]:
         """The whole result; the seven are its `methods`, other domains stand under `transfer`."""
         parts = self.trainer.parts()
-        blocks = {d: build_report(parts.made, METHODS, self.settings, found) for d, found in units.items()}
+        blocks = {d: build_report(parts.made, METHODS, self.settings, answered) for d, answered in units.items()}
         main = blocks.pop(COMMONSENSE.name, None) or build_report(parts.made, METHODS, self.settings, [])
-        others = {h.task.name: [t.name for t in h.others] for found in plan.values() for h in found}
+        others = {h.task.name: [t.name for t in h.others] for sets in plan.values() for h in sets}
         recipe = self.trainer.settings.model_dump(mode="json")
         return {
             **{k: v for k, v in main.items() if k != "failures"},
@@ -328,8 +328,8 @@ def _table(methods: dict[str, Any], metric: str, times: dict[str, Any]) -> str:
 def _time_cells(method: str, times: dict[str, Any], sets: Sequence[str]) -> tuple[str, str]:
     if method not in times:
         return "", ""
-    found = _time_summary(times[method]["tasks"], times["full-shot"]["tasks"], sets)
-    mean, share = found["mean"], found["of_full_shot"]
+    summary = _time_summary(times[method]["tasks"], times["full-shot"]["tasks"], sets)
+    mean, share = summary["mean"], summary["of_full_shot"]
     return "" if mean is None else f"{mean:.2f}", "" if share is None else f"{share:.2g}"
 
 

@@ -23,7 +23,7 @@ from dnd_sdk.adaptation import LabelCalibration
 from dnd_sdk.config import Home
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.evaluation.methods import unseen_rows
+from dnd_sdk.evaluation.drawing import unseen_rows
 from dnd_sdk.evaluation.parts import Parts, numerics_of
 from dnd_sdk.evaluation.zoo import Zoo
 from dnd_sdk.files import storage_errors, write_atomic
@@ -36,7 +36,7 @@ from dnd_sdk.tasks import Task, data_hash
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dnd_sdk.training import PerTaskSettings, TrainSettings, Workbench
+    from dnd_sdk.training import PerTaskSettings, TrainingParts, TrainSettings
 
 OWN = ("few-shot", "full-shot")
 """Methods that train on labelled rows of the held-out set."""
@@ -161,9 +161,9 @@ class PaperTrainer:
         tell = Seconds(held.file).steps(GENERATOR, self._named(held))
         settings = self._with_data(role=None)
         if not (zoo / "importance.safetensors").exists():  # the last thing of a zoo
-            bench = prepare(tasks, settings, self._home, tell)
-            train_tasks(bench, settings.per_task, train_shared(bench, settings.shared, zoo), zoo)
-            del bench  # one training base at a time
+            parts = prepare(tasks, settings, self._home, tell)
+            train_tasks(parts, settings.per_task, train_shared(parts, settings.shared, zoo), zoo)
+            del parts  # one training base at a time
         train_generator(tasks, settings, out, zoo=zoo, home=self._home, progress=tell)
         return out
 
@@ -174,27 +174,29 @@ class PaperTrainer:
         out = held.folder / name
         made = out / "tasks" / f"{held.task.name}.safetensors"
         if not made.exists():
-            bench, stage = self._own_bench(held, name)
+            parts, stage = self._own_parts(held, name)
             tell = Seconds(held.file).steps(name, self._named(held))  # from here on: the base was loaded before
-            train_tasks(replace(bench, progress=tell), stage, initial_adapter(bench.layout, bench.run.seed), out)
+            first = initial_adapter(parts.base.layout, parts.curriculum.seed)
+            train_tasks(replace(parts, progress=tell), stage, first, out)
         return load_file(made)["mean"]
 
-    def _own_bench(self, held: HeldOut, name: str) -> tuple[Workbench, PerTaskSettings]:
+    def _own_parts(self, held: HeldOut, name: str) -> tuple[TrainingParts, PerTaskSettings]:
         from dnd_sdk.training import PerTaskSettings, TokenTask, prepare
 
         task = replace(held.task, train=unseen_rows(held.task))
         tasks = write_tasks(held.folder / "own", [task])
         # four times, because of a set of long rows only a quarter of so many is taken
         settings = self._with_data(role=None, max_rows=4 * len(task.train))
-        bench = prepare(tasks, settings, self._home, self._progress)
+        parts = prepare(tasks, settings, self._home, self._progress)
         chosen = self.settings.few_shot if name == "few-shot" else self.settings.full_shot
         if name == "few-shot":
-            rows, k = bench.tasks[task.name].rows, self.settings.few_shot.examples
-            drawn = random.Random(f"{bench.run.seed}/few-shot/{task.name}").sample(rows, min(k, len(rows)))
-            few = {task.name: TokenTask(task.name, tuple(drawn))}
-            bench = replace(bench, tasks=few, manifest={**bench.manifest, "examples": k})
+            curriculum, k = parts.curriculum, self.settings.few_shot.examples
+            rows = curriculum.tasks[task.name].rows
+            drawn = random.Random(f"{curriculum.seed}/few-shot/{task.name}").sample(rows, min(k, len(rows)))
+            few = replace(curriculum, tasks={task.name: TokenTask(task.name, tuple(drawn))})
+            parts = replace(parts, curriculum=few, manifest={**parts.manifest, "examples": k})
         stage = PerTaskSettings(steps=chosen.steps, rows=chosen.rows, lr=chosen.lr, tasks=1, checkpoints=1)
-        return bench, stage
+        return parts, stage
 
     def _with_data(self, **changes: Any) -> TrainSettings:
         return self.settings.model_copy(update={"data": self.settings.data.model_copy(update=changes)})

@@ -1,0 +1,21 @@
+"""What tests of a session compare: what the base says, and everything an adaptation may change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dnd_sdk.session import DnD
+
+
+def logits(dnd: DnD, adapter_id: str | None = None) -> torch.Tensor:
+    """Next-token logits of the resident base, with an adapter of its bank."""
+    ids = torch.tensor([dnd.base.tokenizer("hello there")["input_ids"]])
+    with dnd.engine.running([adapter_id]):
+        return dnd.base.model(input_ids=ids).logits.clone()
+
+
+def state(dnd: DnD) -> tuple[Any, ...]:
+    """Everything an adaptation may change."""
+    return sorted(a.name for a in dnd.store.ls()), dnd.engine.bank.resident(), dnd.store.verify()
