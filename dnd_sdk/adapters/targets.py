@@ -86,11 +86,11 @@ class ByModule(Generic[T]):
 
 
 def _ends(module: str) -> Iterator[str]:
-    """`a.b.c`, `b.c`, `c`: looked up, a list of any length costs the same."""
+    """`c`, `b.c`, `a.b.c` (most targets are a last part): looked up, a list of any length costs the same."""
+    at = len(module)
+    while (at := module.rfind(".", 0, at)) >= 0:
+        yield module[at + 1 :]
     yield module
-    while "." in module:
-        module = module.partition(".")[2]
-        yield module
 
 
 def _everything(module: str) -> bool:
