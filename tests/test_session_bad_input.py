@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_folders import listed
 from safetensors.torch import load_file, save_file
 from tiny_world import World, prompts_of
 
@@ -171,7 +172,7 @@ def test_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match=r"(?i)no space left"):
         dnd.adapt(prompts_of("upper"))
     assert dnd.store.ls() == [] and dnd.store.verify() == [] and dnd.engine.bank.resident() == []
-    assert list(dnd.store.root.iterdir()) == []
+    assert listed(dnd.store.root) == []
 
 
 OPEN_WORLD = """

@@ -98,6 +98,8 @@ class Journal:
 
         What cannot be written is found out by the next reader.
         """
+        if self._root_time is None:  # no root: nothing to tell of, and nothing is to be made
+            return
         last = {"root": self._root_time}
         try:
             if self._lines.is_new or self._lines.n_lines + len(names) > 2 * len(entries) + _SPARE:
