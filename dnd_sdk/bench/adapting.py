@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine import CompletionRequest
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 from dnd_sdk.machine import cpu_name, peak_rss_mb
 from dnd_sdk.models import resolve
@@ -199,10 +200,10 @@ def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[s
     assert dnd.generator is not None
     adapter_id = "bench-decode"
     n_tokens: dict[str | None, int] = {}
+    options = SamplingOptions(max_new_tokens=DECODE_TOKENS)
 
     def complete(adapter: str | None) -> None:
-        options = SamplingOptions(max_new_tokens=DECODE_TOKENS)
-        (done,) = dnd.engine.complete_batch([[{"role": "user", "content": _STORY}]], [adapter], options)
+        (done,) = dnd.engine.complete([CompletionRequest(_STORY, adapter, options)])
         n_tokens[adapter] = done.completion_tokens
 
     dnd.engine.bank.load(adapter_id, dnd.generator.mean() * NEXT_TO_NOTHING)

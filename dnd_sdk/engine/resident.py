@@ -31,22 +31,22 @@ class Resident:
         attach_lora(base.model, layout)
 
     @property
-    def max_tokens(self) -> int:
+    def context_tokens(self) -> int:
         """Prompt and completion together cannot be longer (the base's context)."""
         return int(getattr(self.base.model.config.get_text_config(), "max_position_embeddings", 2**31))
 
     def prompt_ids(self, messages: Messages, n_new: int, tools: Tools | None = None) -> list[int]:
         """Token ids of the templated chat; `InputError` unless `n_new` more tokens fit the base's context."""
         ids = prompt_ids(self.base.tokenizer, messages, tools)
-        if n_new >= self.max_tokens:
+        if n_new >= self.context_tokens:
             raise InputError(
-                f"{shown(n_new)} tokens are kept for the answer, at most {self.max_tokens - 1} fit beside a prompt",
+                f"{shown(n_new)} tokens are kept for the answer, at most {self.context_tokens - 1} fit beside a prompt",
                 fix="lower max_new_tokens, or shorten the answer to score",
             )
-        if len(ids) + n_new > self.max_tokens:
+        if len(ids) + n_new > self.context_tokens:
             raise InputError(
-                f"the prompt has {len(ids)} tokens, at most {self.max_tokens - n_new} fit "
-                f"(context {self.max_tokens}, {n_new} kept for the answer)",
+                f"the prompt has {len(ids)} tokens, at most {self.context_tokens - n_new} fit "
+                f"(context {self.context_tokens}, {n_new} kept for the answer)",
                 fix="shorten the prompt or lower max_new_tokens",
             )
         return ids
