@@ -67,10 +67,10 @@ def test_the_property_above_sees_every_kind_of_end(engine: Engine) -> None:
 
 
 @pytest.fixture
-def after_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, threading.Event], None]:
-    """Sets an event when the model has made so many tokens."""
+def after_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, threading.Event], list[int]]:
+    """Sets an event when the model has made so many tokens; tells how many it made."""
 
-    def arrange(n: int, event: threading.Event) -> None:
+    def arrange(n: int, event: threading.Event) -> list[int]:
         made, sampled = [0], engine._decoder._model.forward
 
         def forward(*args: Any, **inputs: Any) -> Any:
@@ -80,13 +80,14 @@ def after_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[i
             return sampled(*args, **inputs)
 
         monkeypatch.setattr(engine._decoder._model, "forward", forward)
+        return made
 
     return arrange
 
 
 @pytest.mark.parametrize("stop", [(), ("never said",)])
 def test_a_cancel_ends_its_own_row_and_no_other(
-    engine: Engine, after_tokens: Callable[[int, threading.Event], None], stop: tuple[str, ...]
+    engine: Engine, after_tokens: Callable[[int, threading.Event], list[int]], stop: tuple[str, ...]
 ) -> None:
     cancel, options = threading.Event(), SamplingOptions(max_new_tokens=12, stop=stop)
     requests = [CompletionRequest("hi", name, options) for name in ("a", "b", "a")]
@@ -113,13 +114,13 @@ def test_who_is_cancelled_before_the_start_says_nothing(engine: Engine) -> None:
 
 
 def test_the_whole_list_ends_when_all_are_cancelled(
-    engine: Engine, after_tokens: Callable[[int, threading.Event], None]
+    engine: Engine, after_tokens: Callable[[int, threading.Event], list[int]]
 ) -> None:
     cancel = threading.Event()
-    after_tokens(3, cancel)
+    made = after_tokens(3, cancel)
     options = SamplingOptions(max_new_tokens=100)
     answers = engine.complete([CompletionRequest(p, "a", options, cancel=cancel) for p in PROMPTS * 3])
-    assert [a.finish_reason for a in answers] == ["cancelled"] * 15
+    assert [a.finish_reason for a in answers] == ["cancelled"] * 15 and made == [3]
     assert [a.completion_tokens for a in answers] == [3 if n < 6 else 0 for n in ranks(answers)]
 
 
