@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dnd_sdk.engine import Prefix, grouped, shared_prefix
+from dnd_sdk.engine import Prefix, shared_prefix
 from dnd_sdk.lora import tables_from_flat, use_lora
+from dnd_sdk.models import grouped
 
 if TYPE_CHECKING:
     from dnd_sdk.lora import LoraLayout

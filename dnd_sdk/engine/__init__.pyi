@@ -1,8 +1,7 @@
 from .bank import SlotBank as SlotBank
-from .batching import grouped as grouped
 from .engine import Engine as Engine
-from .request import CompletionRequest as CompletionRequest
 from .prefix import Prefix as Prefix, shared_prefix as shared_prefix
+from .request import CompletionRequest as CompletionRequest
 from .scoring import OptionScores as OptionScores, option_logprobs as option_logprobs
 from .stream import TextStream as TextStream
 from .text import FinishReason as FinishReason, Generation as Generation

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.chat import Messages
-from dnd_sdk.engine.batching import grouped
 from dnd_sdk.engine.decoding import Decoder
 from dnd_sdk.engine.prefix import shared_prefix
 from dnd_sdk.engine.request import CompletionRequest
@@ -24,7 +23,7 @@ from dnd_sdk.engine.stream import Emit, TextStream
 from dnd_sdk.engine.text import Generation
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.lora import LoraLayout
-from dnd_sdk.models import Base
+from dnd_sdk.models import Base, grouped
 
 
 class Engine(Resident):

@@ -1,3 +1,4 @@
+from .batching import grouped as grouped
 from .embedded import (
     DEFAULT_BASE as DEFAULT_BASE,
     DEFAULT_ENCODER as DEFAULT_ENCODER,
