@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,4 +15,4 @@ def test_groups_are_as_long_as_they_may_be(order: list[int], most: int) -> None:
     groups = list(grouped(order, lambda g: sum(g) <= most))
     assert [i for g in groups for i in g] == order and all(groups)
     assert all(sum(g) <= most or len(g) == 1 for g in groups)
-    assert all(sum(g) + following[0] > most for g, following in zip(groups, groups[1:], strict=False))
+    assert all(sum(g) + following[0] > most for g, following in pairwise(groups))

@@ -89,8 +89,8 @@ class Adaptation:
     def __init__(self, parts: Parts, limits: Limits, *, calibrate: bool) -> None:
         """`calibrate`: whether generated adapters are, unless a request says otherwise."""
         self._parts, self._calibrating = parts, calibrate
-        self._vetting = Vetting(parts.base, parts.layout, limits)
-        self._label_calibration = LabelCalibration(parts.base, parts.layout)
+        self._vetting = Vetting(parts.engine, limits)
+        self._label_calibration = LabelCalibration(parts.engine)
         self._one_at_a_time = threading.Lock()
 
     def run(

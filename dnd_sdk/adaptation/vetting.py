@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dnd_sdk.lora import tables_from_flat, use_lora
-
 if TYPE_CHECKING:
-    from dnd_sdk.lora import LoraLayout
-    from dnd_sdk.models import Base
+    from dnd_sdk.engine import Resident
 
 PROBE = "The short answer to your question is that it"
 PROBE_TOKENS = 8
@@ -36,14 +33,14 @@ class Limits:
 
 
 class Vetting:
-    """Judges weights for one base and layout."""
+    """Judges weights for one base and its layout."""
 
-    def __init__(self, base: Base, layout: LoraLayout, limits: Limits) -> None:
-        self._base, self._layout, self._limits = base, layout, limits
+    def __init__(self, resident: Resident, limits: Limits) -> None:
+        self._resident, self._limits = resident, limits
 
     def complaint(self, flat: Tensor, usual: Tensor) -> str | None:
         """Why these weights must not be used, or None. Both are flat LoRA vectors; `usual` has a usual size."""
-        self._layout.check_size(flat.numel())
+        self._resident.layout.check_size(flat.numel())
         if not torch.isfinite(flat).all():
             return "the generated weights are not finite"
         size, usual_size = flat.norm().item(), usual.norm().item()
@@ -58,25 +55,26 @@ class Vetting:
             return f"the generated weights derail the base: KL {kl:.3g} nats, allowed is {most}"
         return None
 
-    @torch.inference_mode()
     def probe_kl(self, flat: Tensor) -> float:
         """Mean KL(adapted || base) in nats over the probe's tokens."""
-        weights = flat[None].to(self._base.model.device, self._base.model.dtype)
-        with use_lora(tables_from_flat(self._layout, weights), 0):
+        plain = self._plain  # first: it needs a turn of its own
+        with self._resident.trying(flat):
             adapted = self._log_probs()
-        return float((adapted.exp() * (adapted - self._plain)).sum(-1).mean())
+        return float((adapted.exp() * (adapted - plain)).sum(-1).mean())
 
     @cached_property
     def _plain(self) -> Tensor:
-        return self._log_probs()
+        with self._resident.running([None]):
+            return self._log_probs()
 
     def _log_probs(self) -> Tensor:
         """Next-token log-probabilities `(T, V)` of the probe, with whatever adapter is in use."""
-        ids = torch.tensor([self._ids], device=self._base.model.device)
-        return self._base.model(input_ids=ids).logits[0].float().log_softmax(-1)
+        model = self._resident.base.model
+        ids = torch.tensor([self._ids], device=model.device)
+        return model(input_ids=ids).logits[0].float().log_softmax(-1)
 
     @cached_property
     def _ids(self) -> list[int]:
-        tokenizer = self._base.tokenizer
+        tokenizer = self._resident.base.tokenizer
         ids: list[int] = tokenizer(PROBE, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
         return ids or [tokenizer.eos_token_id]

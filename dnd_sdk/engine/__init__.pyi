@@ -2,6 +2,7 @@ from .bank import SlotBank as SlotBank
 from .engine import Engine as Engine
 from .prefix import Prefix as Prefix, shared_prefix as shared_prefix
 from .request import CompletionRequest as CompletionRequest
+from .resident import Resident as Resident
 from .scoring import OptionScores as OptionScores, option_logprobs as option_logprobs
 from .stream import TextStream as TextStream
 from .text import FinishReason as FinishReason, Generation as Generation

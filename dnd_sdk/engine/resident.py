@@ -1,5 +1,8 @@
 """The resident base: one model, its slots of adapters, and whose turn it is to run it.
 
+Whoever runs the model does so inside `running`, `forwarding` or `trying`, one at a time; work of several forwards lets
+the others in between by `turn.step()`. A turn within a turn of the same thread would wait for itself.
+
 Which adapter a forward uses travels with the work (a lease and a context variable), so threads never race for it. Where
 all rows use the base, the plain model runs: bit-identical, no overhead.
 """
@@ -16,7 +19,7 @@ from dnd_sdk.chat import Messages, Tools, prompt_ids
 from dnd_sdk.engine.bank import SlotBank
 from dnd_sdk.engine.turns import Turn, Turns
 from dnd_sdk.errors import InputError, shown
-from dnd_sdk.lora import LoraLayout, attach_lora, use_lora
+from dnd_sdk.lora import LoraLayout, attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import Base
 
 
@@ -63,6 +66,13 @@ class Resident:
         plain = isinstance(rows, int) and rows == 0
         adapted = nullcontext() if plain else use_lora(self.bank.tables, rows)
         with self.turns.take() as turn, torch.inference_mode(), adapted:
+            yield turn
+
+    @contextmanager
+    def trying(self, flat: Tensor) -> Iterator[Turn]:
+        """The same for weights `(P,)` that are in no slot: every row of this thread's forwards uses them."""
+        tables = tables_from_flat(self.layout, flat[None].to(self.base.model.device, self.base.model.dtype))
+        with self.turns.take() as turn, torch.inference_mode(), use_lora(tables, 0):
             yield turn
 
     def rounds(self, adapter_ids: Sequence[str | None]) -> list[int]:

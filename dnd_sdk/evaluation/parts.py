@@ -135,7 +135,7 @@ class Parts:
             base_fingerprint=base.fingerprint,
             generator=dnd.generator,
             encoder=dnd.encoder,
-            label_calibration=LabelCalibration(base, dnd.layout),
+            label_calibration=LabelCalibration(dnd.engine),
             numerics=numerics_of(base),
         )
 
