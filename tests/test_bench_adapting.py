@@ -31,7 +31,8 @@ class FakeSession:
         self.base = SimpleNamespace(model=model, name="tiny")
         self.store = SimpleNamespace(ls=lambda: [SimpleNamespace(name=n) for n in self.stored], rm=self.stored.remove)
         bank = SimpleNamespace(load=self.resident.__setitem__, evict=lambda i: self.resident.pop(i, None))
-        self.engine = SimpleNamespace(bank=bank, complete=self.complete)
+        self.engine = SimpleNamespace(bank=bank, complete=self.complete, forget=bank.evict, base=self.base)
+        self.engine.local = self.engine
         self.cold = 2
 
     def clock(self) -> float:

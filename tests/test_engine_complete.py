@@ -99,9 +99,10 @@ def test_a_base_is_hooked_once_however_many_engines() -> None:
 def test_mixed_batches_keep_order_and_equal_single_calls(engine: Engine) -> None:
     prompts = [p + " more" * (i % 4) for i, p in enumerate(PROMPTS * 3)]
     adapters = [("a", None, "b")[i % 3] for i in range(len(prompts))]
-    small = Engine(engine.base, engine.layout, n_slots=1, max_batch=4)
-    for i, name in enumerate("ab"):  # one slot: the batch must be cut so that adapters fit
-        small.bank.ensure(name, lambda i=i: strong(engine.layout, i))
+    # one slot: the batch must be cut so that adapters fit
+    small = Engine(
+        engine.base, engine.layout, n_slots=1, max_batch=4, fetch=lambda name: strong(engine.layout, "ab".index(name))
+    )
     single = [ask(engine, p, a, SHORT) for p, a in zip(prompts, adapters, strict=True)]
     assert len({g.text for g in single}) > 5
     assert ask_all(engine, prompts, adapters, SHORT) == single
@@ -247,31 +248,30 @@ def test_leases_and_tables_serve_a_hand_written_forward(engine: Engine) -> None:
     assert torch.equal(got, logits(engine, ["hi"], ["b"]))
 
 
-def counting(engine: Engine, n: int) -> list[str]:
-    """Give the engine loaders for adapters `0`..`n-1`; the list tells which were called."""
-    called: list[str] = []
-    for i in range(n):
-        name = str(i)
-        engine.bank.ensure(name, lambda i=i, name=name: (called.append(name), strong(engine.layout, i))[1])
-    called.clear()
-    return called
+def counting(**settings: int) -> tuple[Engine, list[str]]:
+    """An engine that fetches adapters `0`, `1`, ...; the list tells which it did."""
+    called, base = list[str](), tiny_base()
+    layout = tiny_layout(base)
+
+    def fetch(name: str) -> torch.Tensor:
+        called.append(name)
+        return strong(layout, int(name))
+
+    return Engine(base, layout, fetch=fetch, **settings), called
 
 
 def test_a_list_brings_every_adapter_in_once_whatever_its_order() -> None:
-    base = tiny_base()
-    engine = Engine(base, tiny_layout(base), n_slots=4, max_batch=8)
-    called, names = counting(engine, 12), [str(i * 7 % 12) for i in range(48)]
+    engine, called = counting(n_slots=4, max_batch=8)
+    names = [str(i * 7 % 12) for i in range(48)]
     options = SamplingOptions(max_new_tokens=2)
     answers = ask_all(engine, ["hi" + " there" * (i % 5) for i in range(48)], names, options)
-    assert len(called) == len(set(called)) <= 12
+    assert len(called) == len(set(called)) == 12
     alone = [ask(engine, "hi" + " there" * (i % 5), names[i], options).text for i in range(48)]
     assert [a.text for a in answers] == alone
 
 
 def test_pinned_slots_make_smaller_batches_and_no_error() -> None:
-    base = tiny_base()
-    engine = Engine(base, tiny_layout(base), n_slots=4)
-    counting(engine, 6)
+    engine, _ = counting(n_slots=4)
     for name in "012":
         engine.bank.ensure(name, lambda name=name: strong(engine.layout, int(name)))
         engine.bank.pin(name)

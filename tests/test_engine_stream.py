@@ -98,9 +98,7 @@ def test_a_dropped_stream_ends_even_unread(engine: Engine, fed: list[int]) -> No
 
 
 def test_the_adapter_stays_until_the_stream_ends(engine: Engine) -> None:
-    one = Engine(engine.base, engine.layout, n_slots=1)
-    for i, name in enumerate("ab"):
-        one.bank.ensure(name, lambda i=i: strong(engine.layout, i))
+    one = Engine(engine.base, engine.layout, n_slots=1, fetch=lambda name: strong(engine.layout, "ab".index(name)))
     options = SamplingOptions(max_new_tokens=30)
     stream = one.stream(CompletionRequest("hi", "a", options))
     assert ask(one, "x", "b", options) == ask(engine, "x", "b", options)  # waits for the slot

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from engine_parts import PROMPTS, ask, ask_all, strong, tiny_engine
+from engine_parts import PROMPTS, ask, ask_all, strong, tiny_base, tiny_layout
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import CompletionRequest, Engine
@@ -17,8 +17,7 @@ THREADS, CALLS = 4, 250
 
 @pytest.mark.parametrize("n_slots", [8, 3])
 def test_a_thousand_calls_from_four_threads(n_slots: int) -> None:
-    engine = tiny_engine(layers=1, n_slots=n_slots)
-    _fill(engine)
+    engine = _engine(n_slots)
     jobs = [(PROMPTS[i % 5], [None, *ADAPTERS][(i * 7) % 9]) for i in range(THREADS * CALLS)]
     single = {job: ask(engine, *job, OPTIONS) for job in dict.fromkeys(jobs)}
     assert len({g.text for g in single.values()}) > 20
@@ -27,14 +26,15 @@ def test_a_thousand_calls_from_four_threads(n_slots: int) -> None:
     assert [i for i, job in enumerate(jobs) if answers[i] != single[job]] == []
 
 
-def _fill(engine: Engine) -> None:
-    for i, name in enumerate(ADAPTERS):
-        engine.bank.ensure(name, lambda i=i: strong(engine.layout, i))
+def _engine(n_slots: int) -> Engine:
+    """One that fetches `ADAPTERS`."""
+    base = tiny_base(layers=1)
+    layout = tiny_layout(base)
+    return Engine(base, layout, n_slots=n_slots, fetch=lambda name: strong(layout, ADAPTERS.index(name)))
 
 
 def test_batches_streams_and_scores_at_once() -> None:
-    engine = tiny_engine(layers=1, n_slots=2)
-    _fill(engine)
+    engine = _engine(2)
 
     def batch(i: int) -> object:
         return ask_all(engine, PROMPTS, [ADAPTERS[(i + j) % 8] for j in range(5)], OPTIONS)

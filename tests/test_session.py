@@ -15,7 +15,7 @@ from tiny_world import World, prompts_of, save_base
 
 from dnd_sdk.adaptation import Limits
 from dnd_sdk.adaptation.results import STEPS
-from dnd_sdk.adaptation.vetting import PROBE, PROBE_TOKENS, Vetting
+from dnd_sdk.adaptation.vetting import PROBE, PROBE_TOKENS, Probe, Vetting
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.errors import (
     AdapterNotFoundError,
@@ -164,7 +164,7 @@ STEPS_OF_ADAPT = [
     ("router", "route"),
     ("generator", "generate"),
     ("store", "put"),
-    ("engine.bank", "load"),
+    ("engine", "hold"),
 ]
 
 
@@ -212,7 +212,7 @@ def test_unusable_generated_weights_fall_back_to_the_base(
 
 def test_weights_that_derail_the_base_are_refused(dnd: DnD) -> None:
     flat, mean = random_flat(dnd.layout, seed=1), random_flat(dnd.layout, seed=2)
-    vetting, strict = (Vetting(dnd.base, dnd.layout, lim) for lim in (Limits(), Limits(max_kl=1e-6)))
+    vetting, strict = (Vetting(dnd.layout, lim, dnd.engine) for lim in (Limits(), Limits(max_kl=1e-6)))
     assert vetting.complaint(flat, mean) is None
     assert "KL" in str(strict.complaint(flat, mean))
     assert "times the usual norm" in str(vetting.complaint(flat * 100, mean))
@@ -227,10 +227,10 @@ def test_the_probe_is_the_divergence_of_two_plain_forwards(dnd: DnD) -> None:
     with dnd.engine.running(["probe"]):
         adapted = dnd.base.model(input_ids=ids).logits[0].log_softmax(-1)
     expected = torch.nn.functional.kl_div(base, adapted, reduction="batchmean", log_target=True).item()
-    vetting = Vetting(dnd.base, dnd.layout, Limits())
-    assert vetting.probe_kl(flat) == pytest.approx(expected, rel=1e-4) and expected > 0.0
-    assert vetting.probe_kl(torch.zeros_like(flat)) == 0.0
-    assert vetting.probe_kl(flat) == pytest.approx(expected, rel=1e-4)  # the base's side was computed without adapter
+    probe = Probe(dnd.engine)
+    assert probe.kl(flat) == pytest.approx(expected, rel=1e-4) and expected > 0.0
+    assert probe.kl(torch.zeros_like(flat)) == 0.0
+    assert probe.kl(flat) == pytest.approx(expected, rel=1e-4)  # the base's side was computed without adapter
 
 
 def test_completions_name_their_adapter(dnd: DnD) -> None:
@@ -263,6 +263,14 @@ def test_a_batch_of_mixed_adapters_equals_one_by_one(dnd: DnD) -> None:
     assert together == [dnd.complete(p, adapter=a, max_new_tokens=6) for p, a in zip(prompts, adapters, strict=True)]
     assert [c.adapter for c in together] == adapters
     assert dnd.complete_batch(["hello"], max_new_tokens=6)[0].decision == "base"
+
+
+def test_a_list_with_more_adapters_than_slots_is_answered(world: World) -> None:
+    few, many = world.session(n_slots=1), world.session(n_slots=4)
+    adapters = [few.adapt(prompts_of(task), name=task).adapter for task in ("upper", "digits", "lower")] * 2
+    want = [many.complete("hello", a, max_new_tokens=6) for a in adapters]
+    assert few.complete_batch(["hello"] * 6, adapters=adapters, max_new_tokens=6) == want
+    assert len({w.text for w in want}) == 3 and len(few.engine.bank.resident()) == 1
 
 
 def test_with_one_seed_the_rows_of_a_batch_draw_apart(dnd: DnD) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +104,8 @@ class World(NamedTuple):
         limits = Thresholds(reuse=reuse, reuse_single=reuse, support=-1.0)
         router = Router(store, encoder.name, encoder.fingerprint, base.fingerprint, limits, folder=self.home.index)
         made = Generator.from_pretrained(self.generator) if generator else None
-        engine = Engine(base, layout, n_slots=n_slots)
+        fetch = partial(store.load_by_id, layout=layout, base_fingerprint=base.fingerprint)
+        engine = Engine(base, layout, n_slots=n_slots, fetch=fetch)
         parts = Parts(base, made, encoder, store, router, engine, self.home, DecisionLog(self.home.logs))
         return DnD(parts, stream_settings=stream, limits=vetting)
 

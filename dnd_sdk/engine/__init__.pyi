@@ -1,5 +1,7 @@
+from .backend import Backend as Backend, local_engine as local_engine
 from .bank import SlotBank as SlotBank
 from .engine import Engine as Engine
+from .fake import FakeBackend as FakeBackend
 from .prefix import Prefix as Prefix, shared_prefix as shared_prefix
 from .request import CompletionRequest as CompletionRequest
 from .resident import Resident as Resident

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dnd_sdk.chat import Messages
+from dnd_sdk.chat import Messages, renders_tools
+from dnd_sdk.engine.bank import Fetch, Loader
 from dnd_sdk.engine.decoding import Decoder
 from dnd_sdk.engine.prefix import shared_prefix
 from dnd_sdk.engine.request import CompletionRequest
@@ -21,23 +23,68 @@ from dnd_sdk.engine.resident import Resident
 from dnd_sdk.engine.scoring import option_logprobs
 from dnd_sdk.engine.stream import Emit, TextStream
 from dnd_sdk.engine.text import Generation
-from dnd_sdk.errors import ConfigError
+from dnd_sdk.errors import BankFullError, ConfigError
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import Base, grouped
+
+if TYPE_CHECKING:
+    from dnd_sdk.adapters import Adapter
 
 
 class Engine(Resident):
     """One base model that answers with any of its adapters; thread-safe."""
 
     def __init__(
-        self, base: Base, layout: LoraLayout, *, n_slots: int = 8, max_batch: int = 16, max_batch_tokens: int = 4096
+        self,
+        base: Base,
+        layout: LoraLayout,
+        *,
+        n_slots: int = 8,
+        fetch: Fetch | None = None,
+        max_batch: int = 16,
+        max_batch_tokens: int = 4096,
     ) -> None:
-        """`max_batch` and `max_batch_tokens` bound the rows and the padded prompt tokens that run together."""
+        """`max_batch` and `max_batch_tokens` bound the rows and the padded prompt tokens that run together.
+
+        `fetch` brings an adapter's flat vector by its id when a request finds that others took its slot.
+        """
         if max_batch < 1 or max_batch_tokens < 1:
             raise ConfigError(f"max_batch and max_batch_tokens must be at least 1, got {max_batch}, {max_batch_tokens}")
-        super().__init__(base, layout, n_slots=n_slots)
+        super().__init__(base, layout, n_slots=n_slots, fetch=fetch)
         self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
         self._decoder = Decoder(base)
+
+    @property
+    def local(self) -> Engine:
+        """Itself: its base can be looked into."""
+        return self
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the base's chat template shows the model tools, calls and results."""
+        return renders_tools(self.base.tokenizer)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the base was made for chats."""
+        return self.base.tokenizer.chat_template is not None
+
+    def hold(self, adapter: Adapter, load: Loader) -> None:
+        """Bring an adapter into a slot unless it is in one; raises what `load` and `SlotBank.load` raise.
+
+        Others may take its slot later: a request that names it then needs `fetch`.
+        """
+        self.bank.ensure(adapter.id, load)
+
+    def forget(self, adapter_id: str) -> None:
+        """Free its slot, if it has one; raises `BankFullError` while a request uses it."""
+        self.bank.evict(adapter_id)
+
+    def close(self) -> None:
+        """Free every slot but those that running requests use; whatever is held again is brought in again."""
+        for adapter_id in self.bank.resident():
+            with suppress(BankFullError):  # a running request, or one that is just ending, still has it
+                self.bank.evict(adapter_id)
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Generation]:
         """Answer requests together; each comes out as it would alone, in the given order.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.chat import Messages, Tools, prompt_ids
-from dnd_sdk.engine.bank import SlotBank
+from dnd_sdk.engine.bank import Fetch, SlotBank
 from dnd_sdk.engine.turns import Turn, Turns
 from dnd_sdk.errors import InputError, shown
 from dnd_sdk.lora import LoraLayout, attach_lora, tables_from_flat, use_lora
@@ -26,10 +26,10 @@ from dnd_sdk.models import Base
 class Resident:
     """A base with LoRA attached; thread-safe."""
 
-    def __init__(self, base: Base, layout: LoraLayout, *, n_slots: int = 8) -> None:
-        """`n_slots` adapters of `layout` can be in the bank at once."""
+    def __init__(self, base: Base, layout: LoraLayout, *, n_slots: int = 8, fetch: Fetch | None = None) -> None:
+        """`n_slots` adapters of `layout` can be in the bank at once; `fetch` as for `SlotBank`."""
         self.base, self.layout = base, layout
-        self.bank = SlotBank(layout, n_slots, base.model.device, base.model.dtype)
+        self.bank = SlotBank(layout, n_slots, base.model.device, base.model.dtype, fetch=fetch)
         self.turns = Turns()
         attach_lora(base.model, layout)
 

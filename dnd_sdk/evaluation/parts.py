@@ -124,18 +124,20 @@ class Parts:
 
     @classmethod
     def of(cls, dnd: DnD) -> Parts:
-        """The parts of a session."""
+        """The parts of a session; raises `ConfigError` unless its base runs in this process."""
         from dnd_sdk.adaptation import LabelCalibration
+        from dnd_sdk.engine import local_engine
 
-        base = dnd.base
+        engine = local_engine(dnd.engine, "an evaluation")
+        base = engine.base
         return cls(
-            engine=dnd.engine,
+            engine=engine,
             tokenizer=base.tokenizer,
             base_name=base.name,
             base_fingerprint=base.fingerprint,
             generator=dnd.generator,
             encoder=dnd.encoder,
-            label_calibration=LabelCalibration(dnd.engine),
+            label_calibration=LabelCalibration(engine),
             numerics=numerics_of(base),
         )
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
+from dnd_sdk.engine import local_engine
 from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.evaluation.cache import flat_hash
 from dnd_sdk.evaluation.methods import unseen_rows
@@ -79,7 +80,8 @@ class TaskTrainer:
         kept = self._kept(bench, stage, begin)
         if kept is not None and kept.exists():
             return load_file(kept)["flat"]
-        with TemporaryDirectory(prefix="dnd-eval-") as folder:
+        turns = local_engine(self._dnd.engine, "training").turns
+        with TemporaryDirectory(prefix="dnd-eval-") as folder, turns.take():
             train_tasks(bench, stage, begin, Path(folder))
             flat = load_file(Path(folder) / "tasks" / f"{_NAME}.safetensors")["mean"]
         if kept is not None:
@@ -89,7 +91,7 @@ class TaskTrainer:
     def _bench(self, task: Task, seed: int) -> Workbench:
         from dnd_sdk.training import Workbench, tokenise_task
 
-        base, data, run = self._dnd.base, self._settings.data, self._settings.run
+        base, data, run = local_engine(self._dnd.engine, "training").base, self._settings.data, self._settings.run
         task = replace(task, train=unseen_rows(task))
         rows = tokenise_task(task, base.tokenizer, max_tokens=data.max_tokens, max_rows=data.max_rows, seed=seed)
         made_by = {

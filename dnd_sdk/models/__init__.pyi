@@ -1,4 +1,5 @@
 from .batching import grouped as grouped
+from .card import BaseCard as BaseCard
 from .embedded import (
     DEFAULT_BASE as DEFAULT_BASE,
     DEFAULT_ENCODER as DEFAULT_ENCODER,

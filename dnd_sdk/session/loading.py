@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def load_parts(
     layout = made.layout if made is not None else LoraLayout.from_model(resident.model)
     store = AdapterStore(home)
     router = _router(folder, prompts, resident, layout, store, home)
-    engine = Engine(resident, layout, n_slots=n_slots)
+    fetch = partial(store.load_by_id, layout=layout, base_fingerprint=resident.fingerprint)
+    engine = Engine(resident, layout, n_slots=n_slots, fetch=fetch)
     return Parts(resident, made, prompts, store, router, engine, home, DecisionLog(home.logs))
 
 

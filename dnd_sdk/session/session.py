@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import Prompt, Tools, last_user_text, with_role
 from dnd_sdk.config import Home, SamplingOptions, flag
 from dnd_sdk.engine import CompletionRequest
-from dnd_sdk.errors import BankFullError, ConfigError, InputError
+from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE
 from dnd_sdk.observing import Observer, ObserveResult, PromptStream, StreamSettings
@@ -256,18 +255,16 @@ class DnD:
         )
 
     def make_resident(self, adapter: Adapter) -> None:
-        """Have an adapter swapped in, now and whenever a later call leases it; its weights are checked when read."""
+        """Have the engine hold an adapter; its weights are checked when read."""
         self.parts.make_resident(adapter)
 
     def close(self) -> None:
-        """Keep what was observed and evict every idle adapter.
+        """Keep what was observed and have the engine free every idle adapter.
 
         The models are freed with the last reference to this session.
         """
         self._observer.save()
-        for adapter_id in self.engine.bank.resident():
-            with suppress(BankFullError):  # a running request, or one that is just ending, still has it
-                self.engine.bank.evict(adapter_id)
+        self.engine.close()
 
     def __enter__(self) -> DnD:
         return self
