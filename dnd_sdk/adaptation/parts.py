@@ -37,6 +37,4 @@ class Parts:
 
     def make_resident(self, adapter: Adapter) -> None:
         """Have the engine hold an adapter; its weights are checked when read."""
-        self.engine.hold(
-            adapter, lambda: self.store.load(adapter, self.layout, base_fingerprint=self.base.fingerprint)
-        )
+        self.engine.hold(adapter, lambda: self.store.load(adapter, self.layout, base_fingerprint=self.base.fingerprint))

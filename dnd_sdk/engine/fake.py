@@ -147,8 +147,6 @@ class _Words:
             yield len(self._words) - 1
         yield _END
 
-    def decode(
-        self, token_ids: list[int], /, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
-    ) -> str:
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         """Their text."""
         return "".join(self._words[i] for i in token_ids)
