@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from dnd_sdk.chat import ToolCall, read_answer, renders_tools
+from dnd_sdk.chat import ToolCall, read_answer
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import ConfigError, InputError, MissingExtraError, shown
 from dnd_sdk.session import AUTO, AdapterChoice, DnD, call_options
@@ -131,7 +131,7 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         how = self._options(asked)
         if how["adapter"] == AUTO:
             how["adapter"] = self._routed(chat)
-        return chat, how | {"tools": schemas if renders_tools(self.dnd.base.tokenizer) else None}
+        return chat, how | {"tools": schemas if self.dnd.engine.shows_tools else None}
 
     def _options(self, given: dict[str, Any]) -> dict[str, Any]:
         defaults = asdict(SamplingOptions(max_new_tokens=MAX_NEW_TOKENS)) | {"adapter": self.adapter}

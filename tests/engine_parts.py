@@ -9,7 +9,8 @@ import torch
 from helpers import random_flat, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 
-from dnd_sdk.engine import Engine
+from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine import CompletionRequest, Engine, Generation
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.models.loading import Base
 
@@ -33,6 +34,16 @@ def tiny_layout(base: Base) -> LoraLayout:
 def tiny_engine(family: str = "llama", *, layers: int = 2, **settings: Any) -> Engine:
     base = tiny_base(family, layers=layers)
     return Engine(base, tiny_layout(base), **settings)
+
+
+def ask(engine: Engine, chat: Any, adapter: str | None, options: SamplingOptions) -> Generation:
+    """The answer to one chat."""
+    return engine.complete([CompletionRequest(chat, adapter, options)])[0]
+
+
+def ask_all(engine: Engine, chats: list[Any], adapters: list[str | None], options: SamplingOptions) -> list[Generation]:
+    """The answers to several, together."""
+    return engine.complete([CompletionRequest(c, a, options) for c, a in zip(chats, adapters, strict=True)])
 
 
 def strong(layout: LoraLayout, seed: int) -> torch.Tensor:

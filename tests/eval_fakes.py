@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine import CompletionRequest
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import EvalSettings, Parts, evaluate
 from dnd_sdk.tasks.reading import Row, Task
@@ -61,18 +62,16 @@ class FakeEngine:
     def evict(self, adapter_id: str) -> None:
         del self.resident[adapter_id]
 
-    def complete_batch(
-        self, messages_list: Sequence[Any], adapter_ids: Sequence[str | None], options: SamplingOptions
-    ) -> list[SimpleNamespace]:
-        self.batches.append(len(messages_list))
-        self.options.append(options)
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[SimpleNamespace]:
+        self.batches.append(len(requests))
+        self.options.append(requests[0].options)
         if self.interrupt_after is not None and len(self.batches) > self.interrupt_after:
             raise KeyboardInterrupt
-        for messages in messages_list:
-            self.asked.append(messages)
-            if self.fail_on and self.fail_on in messages[-1]["content"]:
+        for request in requests:
+            self.asked.append(request.chat)
+            if self.fail_on and self.fail_on in request.chat[-1]["content"]:
                 raise RuntimeError("this row cannot be answered")
-        return [SimpleNamespace(text=self._say(a)) for a in adapter_ids]
+        return [SimpleNamespace(text=self._say(r.adapter_id)) for r in requests]
 
     def _say(self, adapter_id: str | None) -> str:
         if adapter_id is None:

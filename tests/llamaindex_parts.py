@@ -178,7 +178,7 @@ class ScriptedDnD:
         self.base = SimpleNamespace(name="scripted", tokenizer=SimpleNamespace(chat_template="x"))
         self.encoder = SimpleNamespace(name="none")
         self.home = SimpleNamespace(root="nowhere")
-        self.engine = SimpleNamespace(max_tokens=8192)
+        self.engine = SimpleNamespace(context_tokens=8192, has_chat_template=True, shows_tools=True)
 
     def stream(self, chat: Any, adapter: Any, **how: Any) -> ScriptedStream:
         """The next text."""

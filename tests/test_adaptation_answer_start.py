@@ -10,9 +10,10 @@ from helpers import random_flat, tiny_model, tiny_tokenizer
 
 from dnd_sdk.adaptation.answer_start import ELSEWHERE, AnswerStart
 from dnd_sdk.chat.template import prompt_ids
+from dnd_sdk.engine import Resident
 from dnd_sdk.engine.prefix import MIN_SHARED
 from dnd_sdk.lora.layout import LoraLayout
-from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
+from dnd_sdk.lora.linear import tables_from_flat, use_lora
 from dnd_sdk.models.loading import Base
 
 APART = ["ab", "c", "some longer words " * 3, "d e"]
@@ -28,8 +29,7 @@ def base() -> Base:
 @torch.no_grad()
 def test_reading_is_as_one_plain_forward_a_prompt(base: Base, prompts: list[str]) -> None:
     layout = LoraLayout.from_model(base.model, r=4)
-    attach_lora(base.model, layout)
-    flat, start, model = random_flat(layout), AnswerStart(base, layout), base.model
+    flat, start, model = random_flat(layout), AnswerStart(Resident(base, layout)), base.model
     rows = [prompt_ids(base.tokenizer, p) for p in prompts]
     seen = start.reader(flat, rows)(rows)
     assert seen.straight and seen.hidden.shape[0] == seen.x.shape[0] == len(rows)
@@ -50,8 +50,7 @@ def test_reading_is_as_one_plain_forward_a_prompt(base: Base, prompts: list[str]
 @torch.no_grad()
 def test_a_change_of_the_factors_moves_the_stream_as_it_says(base: Base) -> None:
     layout = LoraLayout.from_model(base.model, r=4)
-    attach_lora(base.model, layout)
-    start, rows = AnswerStart(base, layout), [prompt_ids(base.tokenizer, p) for p in APART]
+    start, rows = AnswerStart(Resident(base, layout)), [prompt_ids(base.tokenizer, p) for p in APART]
     before = random_flat(layout)
     seen, after = start.reader(before, rows)(rows), before.clone()
     old = [f.clone() for f in start.factors(before)]
@@ -64,7 +63,7 @@ def test_a_change_of_the_factors_moves_the_stream_as_it_says(base: Base) -> None
 
 def test_slopes_are_what_a_small_step_changes(base: Base) -> None:
     layout = LoraLayout.from_model(base.model, r=4)
-    start, tokens = AnswerStart(base, layout), torch.tensor([3, 7, 200])
+    start, tokens = AnswerStart(Resident(base, layout)), torch.tensor([3, 7, 200])
     hidden = torch.randn(base.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     slopes = start.slopes(hidden, tokens)
     for i in range(0, len(hidden), 7):
@@ -77,5 +76,5 @@ def test_slopes_are_what_a_small_step_changes(base: Base) -> None:
 
 def test_a_base_without_lora_on_its_last_mlp_has_no_module(base: Base) -> None:
     queries = LoraLayout.from_model(base.model, r=4, target_modules=("q_proj",))
-    assert AnswerStart(base, queries).module is None
-    assert AnswerStart(base, LoraLayout.from_model(base.model, r=4)).module == "model.layers.1.mlp.down_proj"
+    assert AnswerStart(Resident(base, queries)).module is None
+    assert AnswerStart(Resident(base, LoraLayout.from_model(base.model, r=4))).module == "model.layers.1.mlp.down_proj"

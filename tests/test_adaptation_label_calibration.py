@@ -13,6 +13,7 @@ from dnd_sdk.adaptation import LabelCalibration
 from dnd_sdk.adaptation.answer_start import AnswerStart
 from dnd_sdk.adaptation.label_calibration import MAX_READ, MIN_PROMPTS, PSEUDO_COUNT, read_out, shifts
 from dnd_sdk.chat.template import prompt_ids
+from dnd_sdk.engine import Resident
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.lora.linear import attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models.loading import Base
@@ -87,7 +88,7 @@ def label_shares(logprobs: Tensor) -> Tensor:
 
 
 def test_the_labels_are_said_evenly_afterwards(base: Base, layout: LoraLayout, flat: Tensor) -> None:
-    done = LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(Resident(base, layout)).calibrate(flat, PROMPTS, PROMPTS)
     before, after = (label_shares(next_token(base, layout, f, PROMPTS)) for f in (flat, done.flat))
     assert set(done.shares) == set(LABELS)
     assert done.shares["y"] == pytest.approx(float(before[0]), abs=0.05)
@@ -97,8 +98,7 @@ def test_the_labels_are_said_evenly_afterwards(base: Base, layout: LoraLayout, f
 
 def test_labels_are_evened_out_after_the_mark_that_all_answers_begin_with(marking: Base, flat: Tensor) -> None:
     layout = LoraLayout.from_model(marking.model, r=8)
-    attach_lora(marking.model, layout)
-    done = LabelCalibration(marking, layout).calibrate(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(Resident(marking, layout)).calibrate(flat, PROMPTS, PROMPTS)
     old, new = (next_token(marking, layout, f, PROMPTS, "[") for f in (flat, done.flat))
     before, after = label_shares(old), label_shares(new)
     assert next_token(marking, layout, flat, PROMPTS)[:, token_of("[")].exp().mean() > 0.8
@@ -107,7 +107,7 @@ def test_labels_are_evened_out_after_the_mark_that_all_answers_begin_with(markin
 
 
 def test_other_tokens_keep_their_order(base: Base, layout: LoraLayout, flat: Tensor) -> None:
-    done = LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(Resident(base, layout)).calibrate(flat, PROMPTS, PROMPTS)
     old, new = (next_token(base, layout, f, PROMPTS) for f in (flat, done.flat))
     others = [t for t in range(260) if t not in map(token_of, LABELS)]
     moved = (new - old)[:, others]
@@ -118,7 +118,7 @@ def test_other_tokens_keep_their_order(base: Base, layout: LoraLayout, flat: Ten
 
 def test_only_b_of_the_last_down_projection_changes(base: Base, layout: LoraLayout, flat: Tensor) -> None:
     before = flat.clone()
-    done = LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(Resident(base, layout)).calibrate(flat, PROMPTS, PROMPTS)
     changed = [
         (segment.module, segment.part)
         for (segment, old), (_, new) in zip(layout.views(flat), layout.views(done.flat), strict=True)
@@ -135,7 +135,7 @@ def changed_views(layout: LoraLayout, old: Tensor, new: Tensor) -> list[tuple[Te
 
 
 def test_the_order_of_the_prompts_does_not_matter(base: Base, layout: LoraLayout, flat: Tensor) -> None:
-    prior = LabelCalibration(base, layout)
+    prior = LabelCalibration(Resident(base, layout))
     assert torch.equal(
         prior.calibrate(flat, PROMPTS, PROMPTS).flat, prior.calibrate(flat, PROMPTS[::-1], PROMPTS[::-1]).flat
     )
@@ -144,7 +144,7 @@ def test_the_order_of_the_prompts_does_not_matter(base: Base, layout: LoraLayout
 def test_nothing_is_taken_out_without_labels_prompts_or_a_fitting_base(
     base: Base, layout: LoraLayout, flat: Tensor
 ) -> None:
-    prior = LabelCalibration(base, layout)
+    prior = LabelCalibration(Resident(base, layout))
     free = [f"{i} tell me a story about {i * i}" for i in range(12)]
     long = [f"{p} {'and on ' * 400}" for p in PROMPTS]
     few = PROMPTS[: MIN_PROMPTS - 1]
@@ -155,7 +155,7 @@ def test_nothing_is_taken_out_without_labels_prompts_or_a_fitting_base(
         (prior.calibrate(flat, long, long), flat, "only 0 short enough"),
         (prior.calibrate(flat, few, few), flat, "only 7 short enough"),
         (
-            LabelCalibration(base, queries).calibrate(small, PROMPTS, PROMPTS),
+            LabelCalibration(Resident(base, queries)).calibrate(small, PROMPTS, PROMPTS),
             small,
             "no LoRA on a last MLP",
         ),
@@ -167,11 +167,13 @@ def test_of_free_answers_a_few_are_read_and_of_labels_all(
     base: Base, layout: LoraLayout, flat: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, sizes = AnswerStart._read, list[int]()
-    monkeypatch.setattr(AnswerStart, "_read", lambda self, rows, *a: sizes.append(len(rows)) or read(self, rows, *a))
+    monkeypatch.setattr(
+        AnswerStart, "_read", lambda self, f, rows, *a: sizes.append(len(rows)) or read(self, f, rows, *a)
+    )
     free = [f"{i} tell me a story about {i * i}" for i in range(40)]
-    LabelCalibration(base, layout).calibrate(flat, free, free)
+    LabelCalibration(Resident(base, layout)).calibrate(flat, free, free)
     assert sizes == [MIN_PROMPTS]
-    LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
+    LabelCalibration(Resident(base, layout)).calibrate(flat, PROMPTS, PROMPTS)
     assert sizes[1:] == [MIN_PROMPTS, MAX_READ - MIN_PROMPTS]
 
 
@@ -179,9 +181,10 @@ def test_a_base_of_another_build_is_left_alone() -> None:
     """Gemma 3 normalises what its MLP adds."""
     model = tiny_model("gemma3_text")
     layout = LoraLayout.from_model(model, r=4)
-    attach_lora(model, layout)
     flat = random_flat(layout)
-    done = LabelCalibration(Base(model, tiny_tokenizer(), "gemma", "f" * 64), layout).calibrate(flat, PROMPTS, PROMPTS)
+    done = LabelCalibration(Resident(Base(model, tiny_tokenizer(), "gemma", "f" * 64), layout)).calibrate(
+        flat, PROMPTS, PROMPTS
+    )
     assert done.flat is flat and "final norm" in done.reason
 
 
@@ -190,10 +193,10 @@ def test_no_hook_stays(base: Base, layout: LoraLayout, flat: Tensor, monkeypatch
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.model.modules())
 
     before = hooks()
-    LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
+    LabelCalibration(Resident(base, layout)).calibrate(flat, PROMPTS, PROMPTS)
     monkeypatch.setattr("dnd_sdk.adaptation.answer_start._cut", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        LabelCalibration(base, layout).calibrate(flat, PROMPTS, PROMPTS)
+        LabelCalibration(Resident(base, layout)).calibrate(flat, PROMPTS, PROMPTS)
     assert hooks() == before
 
 

@@ -173,6 +173,19 @@ def test_load_into_a_larger_rank(store: AdapterStore) -> None:
     torch.testing.assert_close(large.scaling * B @ A, TINY.scaling * B0 @ A0)
 
 
+def test_weights_are_found_by_their_id_whatever_the_adapter_is_called(store: AdapterStore) -> None:
+    flats = [random_flat(TINY, seed=i) for i in range(2)]
+    first, second = (store_one(store, flat, name=f"number-{i}") for i, flat in enumerate(flats))
+    os.rename(second.path, store.root / first.id)  # now one is called what the other one is
+    assert torch.equal(store.load_by_id(first.id, TINY, base_fingerprint=BASE), flats[0])
+    assert torch.equal(store.load_by_id(second.id, TINY), flats[1])
+    with pytest.raises(LayoutMismatchError, match="another base"):
+        store.load_by_id(first.id, TINY, base_fingerprint="c" * 64)
+    store.rm("number-0")
+    with pytest.raises(AdapterNotFoundError):
+        store.load_by_id(first.id, TINY)
+
+
 def test_every_change_is_told_whoever_makes_it(home: Home, store: AdapterStore) -> None:
     now = store.changes(0).now
 

@@ -32,7 +32,8 @@ class FakeSession:
         self.base = SimpleNamespace(model=model, name="tiny")
         self.store = SimpleNamespace(ls=lambda: [SimpleNamespace(name=n) for n in self.stored], rm=self.stored.remove)
         bank = SimpleNamespace(load=self.resident.__setitem__, evict=lambda i: self.resident.pop(i, None))
-        self.engine = SimpleNamespace(bank=bank, complete_batch=self.complete)
+        self.engine = SimpleNamespace(bank=bank, complete=self.complete, forget=bank.evict, base=self.base)
+        self.engine.local = self.engine
         self.cold = 2
 
     def clock(self) -> float:
@@ -57,11 +58,12 @@ class FakeSession:
             adapter=adapter, decision=decision, reason="why", timings_s={"encode": 0.1, "total": 0.3}
         )
 
-    def complete(self, messages: Any, adapter_ids: list[str | None], options: Any) -> list[SimpleNamespace]:
-        if adapter_ids[0] is not None:
-            assert 0 < float(self.resident[adapter_ids[0]].abs().max()) < 1e-3
-        n = options.max_new_tokens - (adapter_ids[0] is not None)  # the adapter's answer ends one token earlier
-        self.now += n * (ADAPTER_TOKEN_S if adapter_ids[0] else TOKEN_S)
+    def complete(self, requests: Any) -> list[SimpleNamespace]:
+        [request] = requests
+        if request.adapter_id is not None:
+            assert 0 < float(self.resident[request.adapter_id].abs().max()) < 1e-3
+        n = request.options.max_new_tokens - (request.adapter_id is not None)  # the adapter ends one token earlier
+        self.now += n * (ADAPTER_TOKEN_S if request.adapter_id else TOKEN_S)
         return [SimpleNamespace(completion_tokens=n)]
 
 

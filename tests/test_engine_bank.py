@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,19 @@ A, B, C = (strong(LAYOUT, seed) for seed in (1, 2, 3))
 
 def make(n_slots: int = 2, **settings: float) -> SlotBank:
     return SlotBank(LAYOUT, n_slots, wait_s=settings.get("wait_s", 0.05))
+
+
+def fetching(n_slots: int, **known: torch.Tensor) -> tuple[SlotBank, list[str]]:
+    """A bank that fetches what is `known`; the list tells what it asked for."""
+    asked: list[str] = []
+
+    def fetch(adapter_id: str) -> torch.Tensor:
+        asked.append(adapter_id)
+        if adapter_id not in known:
+            raise AdapterNotFoundError(f"no {adapter_id!r}")
+        return known[adapter_id]
+
+    return SlotBank(LAYOUT, n_slots, fetch=fetch, wait_s=0.05), asked
 
 
 def rows_of(bank: SlotBank, ids: list[str | None]) -> torch.Tensor | int:
@@ -126,9 +142,7 @@ def test_unknown_ids_are_named() -> None:
 
 
 def test_more_adapters_in_a_batch_than_slots() -> None:
-    bank = make()
-    for adapter_id, flat in (("a", A), ("b", B), ("c", C)):
-        bank.ensure(adapter_id, lambda flat=flat: flat)
+    bank, _ = fetching(2, a=A, b=B, c=C)
     with pytest.raises(BankFullError, match="3 adapters"), bank.lease(["a", "b", "c"]):
         pass
     assert rows_of(bank, ["a", "b"]).tolist() != []  # nothing stayed leased
@@ -186,22 +200,42 @@ def test_a_failed_write_leaves_the_slot_usable(monkeypatch: pytest.MonkeyPatch) 
     assert bank.resident() == ["a"]
 
 
-def test_an_evicted_adapter_comes_back_through_its_loader() -> None:
-    bank, calls = make(1), []
-
-    def loader() -> torch.Tensor:
-        calls.append(1)
-        return A
-
-    bank.ensure("a", loader)
-    bank.ensure("a", loader)
+def test_an_adapter_that_lost_its_slot_is_fetched_by_its_id() -> None:
+    bank, asked = fetching(1, a=A)
+    bank.ensure("a", lambda: A)
     bank.load("b", B)
     with bank.lease(["a"]) as row:
         assert torch.equal(bank._arena[row], row_of(A))
-    assert len(calls) == 2
-    bank.evict("a")
-    with pytest.raises(AdapterNotFoundError), bank.lease(["a"]):
+    assert asked == ["a"]
+    bank.load("a", B)  # is resident
+    assert bank.evict("a") and not bank.evict("a") and asked == ["a"]
+    for adapter_id in ("b", "c"):  # unknown to whoever fetches
+        with pytest.raises(AdapterNotFoundError, match=f"no '{adapter_id}'"), bank.lease([adapter_id]):
+            pass
+    assert bank.resident() == []
+
+
+def test_without_anybody_who_fetches_a_lost_adapter_is_to_be_brought_again() -> None:
+    bank = make(1)
+    bank.ensure("a", lambda: A)
+    bank.load("b", B)
+    with pytest.raises(AdapterNotFoundError, match="'a' is not in a slot"), bank.lease(["a"]):
         pass
+
+
+def test_nothing_is_kept_of_adapters_that_lost_their_slot() -> None:
+    bank, kept, names = make(2), list[weakref.ref[Any]](), [f"adapter-{i}" for i in range(20)]
+    for name in names:
+
+        def loader() -> torch.Tensor:
+            return A
+
+        kept.append(weakref.ref(loader))
+        bank.ensure(name, loader)
+        del loader
+    gc.collect()
+    assert not any(ref() for ref in kept) and bank.resident() == names[-2:]
+    assert names[0] not in repr(vars(bank)) + repr(vars(bank._table)) and names[-1] in repr(vars(bank._table))
 
 
 def row_of(flat: torch.Tensor) -> torch.Tensor:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
-from engine_parts import PROMPTS, SAME_LOGITS, chat_ids, greedy, peft_model, strong, tiny_base, tiny_engine, tiny_layout
+from engine_parts import (
+    PROMPTS,
+    SAME_LOGITS,
+    ask,
+    ask_all,
+    chat_ids,
+    greedy,
+    peft_model,
+    strong,
+    tiny_base,
+    tiny_engine,
+    tiny_layout,
+)
 from helpers import FAMILIES
 
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.engine import Engine
+from dnd_sdk.engine import CompletionRequest, Engine
 from dnd_sdk.engine.decoding import _sampling, left_padded
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, InputError, LayoutMismatchError
 from dnd_sdk.lora.linear import use_lora
@@ -53,9 +64,9 @@ def test_adapters_answer_like_peft_and_the_base_like_the_plain_model(family: str
     assert torch.equal(got[1], plain(input_ids=ids.repeat(4, 1)).logits[1])
     for name in "ab":
         torch.testing.assert_close(logits(engine, [PROMPTS[1]], [name]), want[name], **SAME_LOGITS)
-        assert engine.complete(PROMPTS[1], name, SHORT).text == greedy(oracles[name], base, PROMPTS[1], 8)
+        assert ask(engine, PROMPTS[1], name, SHORT).text == greedy(oracles[name], base, PROMPTS[1], 8)
     assert torch.equal(logits(engine, [PROMPTS[1]], [None]), plain(input_ids=ids).logits)
-    assert engine.complete(PROMPTS[1], None, SHORT).text == greedy(plain, base, PROMPTS[1], 8)
+    assert ask(engine, PROMPTS[1], None, SHORT).text == greedy(plain, base, PROMPTS[1], 8)
 
 
 def test_a_then_b_then_a(engine: Engine) -> None:
@@ -88,13 +99,14 @@ def test_a_base_is_hooked_once_however_many_engines() -> None:
 def test_mixed_batches_keep_order_and_equal_single_calls(engine: Engine) -> None:
     prompts = [p + " more" * (i % 4) for i, p in enumerate(PROMPTS * 3)]
     adapters = [("a", None, "b")[i % 3] for i in range(len(prompts))]
-    small = Engine(engine.base, engine.layout, n_slots=1, max_batch=4)
-    for i, name in enumerate("ab"):  # one slot: the batch must be cut so that adapters fit
-        small.bank.ensure(name, lambda i=i: strong(engine.layout, i))
-    single = [engine.complete(p, a, SHORT) for p, a in zip(prompts, adapters, strict=True)]
+    # one slot: the batch must be cut so that adapters fit
+    small = Engine(
+        engine.base, engine.layout, n_slots=1, max_batch=4, fetch=lambda name: strong(engine.layout, "ab".index(name))
+    )
+    single = [ask(engine, p, a, SHORT) for p, a in zip(prompts, adapters, strict=True)]
     assert len({g.text for g in single}) > 5
-    assert engine.complete_batch(prompts, adapters, SHORT) == single
-    assert small.complete_batch(prompts, adapters, SHORT) == single
+    assert ask_all(engine, prompts, adapters, SHORT) == single
+    assert ask_all(small, prompts, adapters, SHORT) == single
 
 
 def test_long_prompts_run_in_smaller_batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,15 +116,15 @@ def test_long_prompts_run_in_smaller_batches(engine: Engine, monkeypatch: pytest
     ran: list[list[int]] = []
     decode = small._decoder.decode
     monkeypatch.setattr(
-        small._decoder, "decode", lambda ids, *a, **kw: ran.append([len(i) for i in ids]) or decode(ids, *a, **kw)
+        small._decoder, "decode", lambda asked, ids, *a: ran.append([len(i) for i in ids]) or decode(asked, ids, *a)
     )
-    assert small.complete_batch(prompts, [None] * 4, SHORT) == engine.complete_batch(prompts, [None] * 4, SHORT)
+    assert ask_all(small, prompts, [None] * 4, SHORT) == ask_all(engine, prompts, [None] * 4, SHORT)
     assert len(ran) > 1 and sorted(n for batch in ran for n in batch) == sorted(lengths)
     assert all(len(batch) * max(batch) <= small.max_batch_tokens for batch in ran)
 
 
 def test_no_prompts_no_completions(engine: Engine) -> None:
-    assert engine.complete_batch([], [], SHORT) == []
+    assert ask_all(engine, [], [], SHORT) == []
 
 
 def test_a_chat_is_templated_once(engine: Engine) -> None:
@@ -120,7 +132,7 @@ def test_a_chat_is_templated_once(engine: Engine) -> None:
     text = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     want = engine.base.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert engine.prompt_ids(chat, 1) == want
-    assert engine.complete(chat, "a", SHORT).prompt_tokens == len(want)
+    assert ask(engine, chat, "a", SHORT).prompt_tokens == len(want)
 
 
 def test_a_base_without_template_gets_the_raw_text() -> None:
@@ -130,49 +142,51 @@ def test_a_base_without_template_gets_the_raw_text() -> None:
 
 
 def test_stop_strings_cut_the_text_and_end_the_row(engine: Engine) -> None:
-    whole = engine.complete("hi", "a", SamplingOptions(max_new_tokens=30))
+    whole = ask(engine, "hi", "a", SamplingOptions(max_new_tokens=30))
     stop = whole.text[4:6]
-    cut = engine.complete("hi", "a", SamplingOptions(max_new_tokens=30, stop=("never", stop)))
+    cut = ask(engine, "hi", "a", SamplingOptions(max_new_tokens=30, stop=("never", stop)))
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason == "stop" and cut.completion_tokens < 30
-    both = engine.complete_batch(["hi", "x"], ["a", "b"], SamplingOptions(max_new_tokens=30, stop=(stop,)))
-    assert both[0] == cut and both[1].text == engine.complete("x", "b", SamplingOptions(max_new_tokens=30)).text
+    both = ask_all(engine, ["hi", "x"], ["a", "b"], SamplingOptions(max_new_tokens=30, stop=(stop,)))
+    assert both[0] == cut and both[1].text == ask(engine, "x", "b", SamplingOptions(max_new_tokens=30)).text
 
 
 def test_the_end_token_finishes_a_row() -> None:
     engine = tiny_engine()
-    ends = engine.complete("hi", None, SHORT)
+    ends = ask(engine, "hi", None, SHORT)
     first = engine.base.tokenizer(ends.text, add_special_tokens=False)["input_ids"][0]
     ending = tiny_engine()
     ending.base.model.generation_config.eos_token_id = [first, 2]
-    got = Engine(ending.base, ending.layout).complete("hi", None, SHORT)
+    got = ask(Engine(ending.base, ending.layout), "hi", None, SHORT)
     assert (got.text, got.completion_tokens, got.finish_reason) == ("", 1, "stop")
 
 
 def test_the_bases_own_sampling_defaults_do_not_leak_in() -> None:
-    plain = tiny_engine().complete("hi", None, SHORT)
+    plain = ask(tiny_engine(), "hi", None, SHORT)
     engine = tiny_engine()
     engine.base.model.generation_config.update(do_sample=True, temperature=0.7, top_k=3, repetition_penalty=1.9)
-    assert engine.complete("hi", None, SHORT) == plain
+    assert ask(engine, "hi", None, SHORT) == plain
 
 
 def test_seeded_sampling_repeats_alone_and_in_a_batch(engine: Engine) -> None:
-    def ask(prompts: list[str], seed: int | None) -> list[str]:
-        options = SamplingOptions(max_new_tokens=8, temperature=1.0, seed=seed)
-        return [g.text for g in engine.complete_batch(prompts, ["a"] * len(prompts), options)]
+    def drawn(prompts: list[str], *seeds: int | None) -> list[str]:
+        options = [SamplingOptions(max_new_tokens=8, temperature=1.0, seed=seed) for seed in seeds]
+        asked = [CompletionRequest(p, "a", o) for p, o in zip(prompts, options, strict=True)]
+        return [g.text for g in engine.complete(asked)]
 
     state = torch.get_rng_state()
-    alone = ask(["hi"], 5)
-    assert alone == ask(["hi"], 5) and alone != ask(["hi"], 6)
-    batch = ask(["hi", "hi", "a longer prompt"], 5)
-    assert batch[0] == alone[0] and batch[1] == ask(["hi"], 6)[0]
-    assert ask(["hi"], None) != ask(["hi"], None)
+    alone = drawn(["hi"], 5)
+    assert alone == drawn(["hi"], 5) and alone != drawn(["hi"], 6)
+    batch = drawn(["hi", "hi", "a longer prompt", "hi"], 5, 6, 5, 5)
+    assert batch[0] == batch[3] == alone[0] and batch[1] == drawn(["hi"], 6)[0]
+    assert drawn(["hi"], None) != drawn(["hi"], None)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_sampling_follows_the_distribution() -> None:
     n, logit = 4000, torch.tensor([2.0, 1.0, 0.0, 0.5, -1.0, -2.0])
-    processors = _sampling(SamplingOptions(temperature=0.7, top_k=4, seed=0), range(n), torch.device("cpu"))
+    options = [SamplingOptions(temperature=0.7, top_k=4, seed=i) for i in range(n)]
+    processors = _sampling(options, torch.device("cpu"))
     drawn = processors(torch.zeros(n, 1), logit.repeat(n, 1)).argmax(-1).bincount(minlength=6)
     want = n * (logit / 0.7)[:4].softmax(0)
     assert drawn[4:].tolist() == [0, 0]
@@ -182,23 +196,16 @@ def test_sampling_follows_the_distribution() -> None:
 
 def test_top_p_keeps_the_nucleus(engine: Engine) -> None:
     options = SamplingOptions(max_new_tokens=8, temperature=2.0, top_p=1e-6, seed=1)
-    assert engine.complete("hi", "b", options).text == engine.complete("hi", "b", SHORT).text
-
-
-def test_cancel_before_and_during(engine: Engine) -> None:
-    cancel = threading.Event()
-    cancel.set()
-    got = engine.complete_batch(["hi"], ["a"], SHORT, cancel=cancel)[0]
-    assert (got.text, got.completion_tokens, got.finish_reason) == ("", 0, "cancelled")
-    assert engine.bank.evict("b") and engine.bank.load("b", strong(engine.layout, 1)) is None  # nothing stayed leased
+    assert ask(engine, "hi", "b", options).text == ask(engine, "hi", "b", SHORT).text
 
 
 def test_a_prompt_beyond_the_context_is_refused(engine: Engine) -> None:
-    n = engine.complete("x", None, SHORT).prompt_tokens
-    room = engine.max_tokens - 8 - n + 1
-    assert engine.complete("x" * room, None, SHORT).prompt_tokens == engine.max_tokens - 8
-    with pytest.raises(InputError, match=rf"has {engine.max_tokens - 7} tokens, at most {engine.max_tokens - 8} fit"):
-        engine.complete("x" * (room + 1), None, SHORT)
+    n = ask(engine, "x", None, SHORT).prompt_tokens
+    room = engine.context_tokens - 8 - n + 1
+    assert ask(engine, "x" * room, None, SHORT).prompt_tokens == engine.context_tokens - 8
+    most = engine.context_tokens - 8
+    with pytest.raises(InputError, match=rf"has {most + 1} tokens, at most {most} fit"):
+        ask(engine, "x" * (room + 1), None, SHORT)
 
 
 @pytest.mark.parametrize(
@@ -207,21 +214,19 @@ def test_a_prompt_beyond_the_context_is_refused(engine: Engine) -> None:
 )
 def test_malformed_messages(engine: Engine, messages: list[dict[str, str]], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        engine.complete(messages, None, SHORT)
+        ask(engine, messages, None, SHORT)
 
 
 def test_what_the_template_refuses_is_bad_input() -> None:
     engine = tiny_engine()
     engine.base.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match="roles must alternate"):
-        engine.complete("hi", None, SHORT)
+        ask(engine, "hi", None, SHORT)
 
 
 def test_wrong_calls(engine: Engine) -> None:
     with pytest.raises(AdapterNotFoundError, match="'zzz'"):
-        engine.complete("hi", "zzz", SHORT)
-    with pytest.raises(InputError, match="2 chats but 1 adapter ids"):
-        engine.complete_batch(["hi", "x"], ["a"], SHORT)
+        ask(engine, "hi", "zzz", SHORT)
     with pytest.raises(ConfigError, match="max_batch"):
         Engine(engine.base, engine.layout, max_batch=0)
 
@@ -230,8 +235,8 @@ def test_an_error_in_the_model_frees_lease_and_turn(engine: Engine, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(engine.base.model, "generate", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            engine.complete("hi", "a", SHORT)
-    assert engine.complete("hi", "a", SHORT).completion_tokens == 8
+            ask(engine, "hi", "a", SHORT)
+    assert ask(engine, "hi", "a", SHORT).completion_tokens == 8
     assert engine.bank.evict("a")
     engine.bank.load("a", strong(engine.layout, 0))
 
@@ -243,36 +248,35 @@ def test_leases_and_tables_serve_a_hand_written_forward(engine: Engine) -> None:
     assert torch.equal(got, logits(engine, ["hi"], ["b"]))
 
 
-def counting(engine: Engine, n: int) -> list[str]:
-    """Give the engine loaders for adapters `0`..`n-1`; the list tells which were called."""
-    called: list[str] = []
-    for i in range(n):
-        name = str(i)
-        engine.bank.ensure(name, lambda i=i, name=name: (called.append(name), strong(engine.layout, i))[1])
-    called.clear()
-    return called
+def counting(**settings: int) -> tuple[Engine, list[str]]:
+    """An engine that fetches adapters `0`, `1`, ...; the list tells which it did."""
+    called, base = list[str](), tiny_base()
+    layout = tiny_layout(base)
+
+    def fetch(name: str) -> torch.Tensor:
+        called.append(name)
+        return strong(layout, int(name))
+
+    return Engine(base, layout, fetch=fetch, **settings), called
 
 
 def test_a_list_brings_every_adapter_in_once_whatever_its_order() -> None:
-    base = tiny_base()
-    engine = Engine(base, tiny_layout(base), n_slots=4, max_batch=8)
-    called, names = counting(engine, 12), [str(i * 7 % 12) for i in range(48)]
+    engine, called = counting(n_slots=4, max_batch=8)
+    names = [str(i * 7 % 12) for i in range(48)]
     options = SamplingOptions(max_new_tokens=2)
-    answers = engine.complete_batch(["hi" + " there" * (i % 5) for i in range(48)], names, options)
-    assert len(called) == len(set(called)) <= 12
-    alone = [engine.complete("hi" + " there" * (i % 5), names[i], options).text for i in range(48)]
+    answers = ask_all(engine, ["hi" + " there" * (i % 5) for i in range(48)], names, options)
+    assert len(called) == len(set(called)) == 12
+    alone = [ask(engine, "hi" + " there" * (i % 5), names[i], options).text for i in range(48)]
     assert [a.text for a in answers] == alone
 
 
 def test_pinned_slots_make_smaller_batches_and_no_error() -> None:
-    base = tiny_base()
-    engine = Engine(base, tiny_layout(base), n_slots=4)
-    counting(engine, 6)
+    engine, _ = counting(n_slots=4)
     for name in "012":
         engine.bank.ensure(name, lambda name=name: strong(engine.layout, int(name)))
         engine.bank.pin(name)
     options, names = SamplingOptions(max_new_tokens=2), ["3", "4", "0", None, "5"]
-    answers = engine.complete_batch(["hi"] * 5, names, options)
-    assert [a.text for a in answers] == [engine.complete("hi", n, options).text for n in names]
+    answers = ask_all(engine, ["hi"] * 5, names, options)
+    assert [a.text for a in answers] == [ask(engine, "hi", n, options).text for n in names]
     scores = engine.option_logprobs(["hi"] * 5, names, ["yes", "no"])
     torch.testing.assert_close(scores, torch.cat([engine.option_logprobs(["hi"], [n], ["yes", "no"]) for n in names]))

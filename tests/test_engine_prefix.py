@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from engine_parts import SUMS, greedy, naive_logprob, peft_model, strong, tiny_base, tiny_engine, tiny_layout
+from engine_parts import (
+    SUMS,
+    ask,
+    ask_all,
+    greedy,
+    naive_logprob,
+    peft_model,
+    strong,
+    tiny_base,
+    tiny_engine,
+    tiny_layout,
+)
 from helpers import FAMILIES
 
 from dnd_sdk import DnD
@@ -50,7 +61,7 @@ def test_answers_and_scores_are_those_of_each_prompt_alone(family: str, adapter:
     engine = Engine(base, layout, max_batch=max_batch)
     engine.bank.load("a", flat)
     ids = [adapter] * len(ASKED)
-    said = [g.text for g in engine.complete_batch(ASKED, ids, SHORT)]
+    said = [g.text for g in ask_all(engine, ASKED, ids, SHORT)]
     assert said == [greedy(alone, base, p, 8) for p in ASKED]
     want = torch.tensor([[naive_logprob(alone, base, p, o) for o in OPTIONS] for p in ASKED])
     assert want.std(0).min() > 2e-3  # the prompts matter, by several times the tolerance
@@ -64,7 +75,7 @@ def test_the_shared_part_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = sorted(len(engine.prompt_ids(p, 8)) for p in ASKED)
     n = 1 + len("user\n" + HEAD)  # the start token, then a token a letter; after it they differ at once
     seen = watched(engine, monkeypatch)
-    engine.complete_batch(ASKED, [None] * 4, SamplingOptions(max_new_tokens=1))
+    ask_all(engine, ASKED, [None] * 4, SamplingOptions(max_new_tokens=1))
     assert seen == [(1, n), (2, lengths[1] - n), (2, lengths[3] - n)]
     seen.clear()
     option_logprobs(engine, ASKED, [["a", "b"]] * 4, [None] * 4)
@@ -105,8 +116,8 @@ def test_the_default_base_answers_a_list_as_it_answers_each_prompt(real_home: Ho
     prompts = [row["prompt"] for row in map(json.loads, (TICKETS / "prompts.jsonl").read_text().splitlines())][:6]
     dnd.engine.bank.load("mean", dnd.generator.mean())
     for adapter in (None, "mean"):
-        said = [g.text for g in dnd.engine.complete_batch(prompts, [adapter] * len(prompts), SHORT)]
-        assert said == [dnd.engine.complete(p, adapter, SHORT).text for p in prompts] and len(set(said)) > 1
+        said = [g.text for g in ask_all(dnd.engine, prompts, [adapter] * len(prompts), SHORT)]
+        assert said == [ask(dnd.engine, p, adapter, SHORT).text for p in prompts] and len(set(said)) > 1
         scores = dnd.engine.option_logprobs(prompts, [adapter] * len(prompts), ["billing", "login"])
         alone = [dnd.engine.option_logprobs([p], [adapter], ["billing", "login"]) for p in prompts]
         torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-4, atol=1e-3)

@@ -61,9 +61,9 @@ def test_many_options_are_split_over_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_more_adapters_than_slots() -> None:
-    engine = tiny_engine(n_slots=1)
-    for i, name in enumerate("ab"):
-        engine.bank.ensure(name, lambda i=i: strong(engine.layout, i))
+    base = tiny_base()
+    layout = tiny_layout(base)
+    engine = Engine(base, layout, n_slots=1, fetch=lambda name: strong(layout, "ab".index(name)))
     both = engine.option_logprobs(["hi", "hi", "hi"], ["a", "b", "a"], ["yes", "no"])
     assert both.shape == (3, 2) and torch.equal(both[0], both[2]) and not torch.allclose(both[0], both[1])
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_parts import PROMPTS, strong, tiny_engine
+from engine_parts import PROMPTS, ask, strong, tiny_engine
 
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.engine import Engine
+from dnd_sdk.engine import CompletionRequest, Engine
 from dnd_sdk.engine.text import RowText
 from dnd_sdk.errors import AdapterNotFoundError, InputError
 
@@ -45,22 +45,22 @@ def idle(engine: Engine) -> bool:
 def test_pieces_join_to_the_complete_text(engine: Engine, adapter: str | None) -> None:
     options = SamplingOptions(max_new_tokens=24)
     for prompt in PROMPTS[:3]:
-        stream = engine.stream(prompt, adapter, options)
+        stream = engine.stream(CompletionRequest(prompt, adapter, options))
         pieces = list(stream)
-        whole = engine.complete(prompt, adapter, options)
+        whole = ask(engine, prompt, adapter, options)
         assert len(pieces) > 1 and "".join(pieces) == whole.text and stream.generation == whole
 
 
 def test_stop_strings_never_show(engine: Engine) -> None:
-    whole = engine.complete("hi", "a", SamplingOptions(max_new_tokens=24)).text
+    whole = ask(engine, "hi", "a", SamplingOptions(max_new_tokens=24)).text
     options = SamplingOptions(max_new_tokens=24, stop=(whole[5:8],))
-    assert "".join(engine.stream("hi", "a", options)) == engine.complete("hi", "a", options).text
-    assert len(engine.complete("hi", "a", options).text) < len(whole)
+    assert "".join(engine.stream(CompletionRequest("hi", "a", options))) == ask(engine, "hi", "a", options).text
+    assert len(ask(engine, "hi", "a", options).text) < len(whole)
 
 
 def test_cancel_ends_the_stream_and_says_so(engine: Engine) -> None:
     cancel = threading.Event()
-    stream = engine.stream("hi", "a", LONG, cancel)
+    stream = engine.stream(CompletionRequest("hi", "a", LONG, cancel=cancel))
     assert next(stream)
     cancel.set()
     list(stream)
@@ -84,13 +84,13 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_close_stops_the_thread_and_frees_the_lease(engine: Engine, fed: list[int]) -> None:
-    with engine.stream("hi", "a", LONG) as stream:
+    with engine.stream(CompletionRequest("hi", "a", LONG)) as stream:
         next(stream)
     assert list(stream) == [] and soon(lambda: idle(engine)) and len(fed) < 300
 
 
 def test_a_dropped_stream_ends_even_unread(engine: Engine, fed: list[int]) -> None:
-    stream = engine.stream("hi", "a", LONG)
+    stream = engine.stream(CompletionRequest("hi", "a", LONG))
     assert soon(lambda: fed)
     del stream
     gc.collect()
@@ -98,19 +98,17 @@ def test_a_dropped_stream_ends_even_unread(engine: Engine, fed: list[int]) -> No
 
 
 def test_the_adapter_stays_until_the_stream_ends(engine: Engine) -> None:
-    one = Engine(engine.base, engine.layout, n_slots=1)
-    for i, name in enumerate("ab"):
-        one.bank.ensure(name, lambda i=i: strong(engine.layout, i))
+    one = Engine(engine.base, engine.layout, n_slots=1, fetch=lambda name: strong(engine.layout, "ab".index(name)))
     options = SamplingOptions(max_new_tokens=30)
-    stream = one.stream("hi", "a", options)
-    assert one.complete("x", "b", options) == engine.complete("x", "b", options)  # waits for the slot
-    assert "".join(stream) == engine.complete("hi", "a", options).text
+    stream = one.stream(CompletionRequest("hi", "a", options))
+    assert ask(one, "x", "b", options) == ask(engine, "x", "b", options)  # waits for the slot
+    assert "".join(stream) == ask(engine, "hi", "a", options).text
 
 
 def test_others_get_answers_while_a_stream_runs(engine: Engine) -> None:
-    stream = engine.stream("hi", "a", LONG)
+    stream = engine.stream(CompletionRequest("hi", "a", LONG))
     next(stream)
-    engine.complete("x", "b", SamplingOptions(max_new_tokens=2))
+    ask(engine, "x", "b", SamplingOptions(max_new_tokens=2))
     assert stream._thread.is_alive()
     stream.close()
     assert soon(lambda: idle(engine))
@@ -122,7 +120,7 @@ def test_errors_of_the_model_reach_the_consumer(engine: Engine, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.base.model, "generate", fail)
-        stream = engine.stream("hi", "a", LONG)
+        stream = engine.stream(CompletionRequest("hi", "a", LONG))
         with pytest.raises(RuntimeError, match="the model broke"):
             next(stream)
         assert list(stream) == []
@@ -131,9 +129,9 @@ def test_errors_of_the_model_reach_the_consumer(engine: Engine, monkeypatch: pyt
 
 def test_bad_calls_raise_at_once(engine: Engine) -> None:
     with pytest.raises(AdapterNotFoundError):
-        engine.stream("hi", "zzz")
+        engine.stream(CompletionRequest("hi", "zzz"))
     with pytest.raises(InputError, match="at most"):
-        engine.stream("x" * 600, "a")
+        engine.stream(CompletionRequest("x" * 600, "a"))
     assert idle(engine)
 
 
@@ -144,5 +142,5 @@ def test_a_thread_that_cannot_start_frees_the_lease(engine: Engine, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr("threading.Thread.start", fail)
         with pytest.raises(RuntimeError, match="can't start") as caught:
-            engine.stream("hi", "a")
+            engine.stream(CompletionRequest("hi", "a"))
     assert caught.tb is not None and idle(engine)  # while the traceback still holds the frames

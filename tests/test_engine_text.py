@@ -86,7 +86,7 @@ def test_a_possible_stop_is_held_back_until_it_is_none() -> None:
 def test_nothing_after_the_end_token(chunk: int) -> None:
     tokens = [*ids("yes"), TOK.eos_token_id, *ids("junk")]
     _, row = run(tokens, chunk=chunk)
-    result = row.result(7, cancelled=False)
+    result = row.result(7)
     assert (result.text, result.completion_tokens, result.finish_reason) == ("yes", 4, "stop")
 
 
@@ -101,7 +101,9 @@ def test_an_answer_cut_inside_a_character_ends_before_it(n_bytes: int, cancelled
     pieces: list[str] = []
     row = RowText(TOK, END, (), pieces.append)
     row.feed([*ids("a日"), *ids("🦙")[:n_bytes]])
-    result = row.result(1, cancelled=cancelled)
+    if cancelled:
+        row.cancel(row.n_tokens)
+    result = row.result(1)
     assert result.text == "".join(pieces) == "a日"
     assert result.completion_tokens == 4 + n_bytes
 
@@ -128,4 +130,32 @@ def test_a_tokenizer_without_bytes_shows_what_the_model_wrote() -> None:
 def test_broken_bytes_before_the_cut_stay() -> None:
     row = RowText(TOK, END)
     row.feed([*ids("a"), ids("🦙")[0], *ids("b"), ids("🦙")[0]])
-    assert row.result(1, cancelled=False).text == "a\ufffdb"
+    assert row.result(1).text == "a\ufffdb"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 50])
+def test_a_row_takes_as_many_tokens_as_it_may(chunk: int) -> None:
+    row, tokens = RowText(TOK, END, max_new_tokens=7), ids("a long answer")
+    for at in range(0, len(tokens), chunk):
+        row.feed(tokens[at : at + chunk])
+    got = row.result(3)
+    assert (got.text, got.completion_tokens, got.finish_reason) == ("a long ", 7, "length")
+
+
+@pytest.mark.parametrize(
+    ("at", "text", "reason"),
+    [(0, "", "cancelled"), (4, "abcd", "cancelled"), (7, "abcdef", "stop"), (9, "abcdef", "stop")],
+)
+def test_a_cancel_keeps_what_was_made_and_counts_unless_the_row_ended_before(at: int, text: str, reason: str) -> None:
+    row = RowText(TOK, END, max_new_tokens=20)
+    row.cancel(at)
+    row.feed([*ids("abcdef"), *END, *ids("z" * 12)])
+    got = row.result(1)
+    assert (got.text, got.completion_tokens, got.finish_reason) == (text, min(at, 7), reason)
+
+
+def test_a_cancel_after_the_last_token_is_too_late() -> None:
+    row = RowText(TOK, END, max_new_tokens=3)
+    row.cancel(3)
+    row.feed(ids("abcdef"))
+    assert row.result(1).finish_reason == "length"

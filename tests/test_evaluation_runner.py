@@ -51,8 +51,8 @@ def test_scores_follow_what_the_engine_said() -> None:
 
 def test_answers_and_options_are_matched_to_their_own_rows() -> None:
     class Echo(FakeEngine):
-        def complete_batch(self, messages_list: Any, adapter_ids: Any, options: Any) -> list[SimpleNamespace]:
-            return [SimpleNamespace(text=m[-1]["content"]) for m in messages_list]
+        def complete(self, requests: Any) -> list[SimpleNamespace]:
+            return [SimpleNamespace(text=r.chat[-1]["content"]) for r in requests]
 
     prompts = [f"row {i} {'x' * (7 * i % 5)}" for i in range(12)]
     echo = make_task("echo", answer_type="short-text", test=tuple(Row(p, p, "test") for p in prompts))

@@ -70,7 +70,22 @@ for path in paths(get_command(app)):
 """
 
 
-@pytest.mark.parametrize("code", ["import dnd_sdk; dir(dnd_sdk); dnd_sdk.DndError", EVERY_HELP], ids=["import", "help"])
+FAKE = """
+from dnd_sdk.engine import CompletionRequest, FakeBackend
+from dnd_sdk.lora import LoraLayout
+from dnd_sdk.lora.layout import LoraModule
+
+layout = LoraLayout(2, 4.0, ("x",), (LoraModule("x", 3, 3),))
+[answer] = FakeBackend(layout).complete([CompletionRequest("hello")])
+assert answer.text == "base: hello"
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import dnd_sdk; dir(dnd_sdk); dnd_sdk.DndError", EVERY_HELP, FAKE],
+    ids=["import", "help", "fake"],
+)
 def test_nothing_heavy_is_loaded(code: str) -> None:
     assert loaded_after(code) == set()
 

@@ -39,7 +39,7 @@ from tokenizers.processors import TemplateProcessing
 
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, InputError
 from dnd_sdk.integrations import llamaindex
-from dnd_sdk.integrations.llamaindex import DnDLLM
+from dnd_sdk.integrations.llamaindex import DnDFunctionCallingLLM, DnDLLM
 from dnd_sdk.session import DnD
 
 
@@ -290,3 +290,12 @@ def test_a_load_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
         call(llm, "complete", "x")
     monkeypatch.setattr(DnD, "load", lambda *a, **k: ScriptedDnD("works"))
     assert llm.complete("x").text == "works"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_in_another_process_answers_too(world: World, method: str) -> None:
+    dnd = world.elsewhere()
+    dnd.adapt(prompts_of("upper"), name="upper")
+    llm = DnDFunctionCallingLLM(dnd, adapter="upper", max_new_tokens=3)
+    assert llm.metadata.context_window == 4096 and llm.metadata.is_chat_model
+    assert ask(llm, method, "one two three").text == "upper: one two"

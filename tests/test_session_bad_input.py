@@ -218,12 +218,12 @@ def test_a_real_ctrl_c_after_the_swap_takes_it_back(world: World) -> None:
     code = """
         import signal
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-        real = dnd.engine.bank.load
+        real = dnd.engine.hold
         def slow(*args):
             real(*args)
             print("swapped", flush=True)
             time.sleep(60)
-        dnd.engine.bank.load = slow
+        dnd.engine.hold = slow
         try:
             dnd.adapt(prompts_of("upper"))
         except KeyboardInterrupt:

@@ -52,6 +52,20 @@ def test_a_batch_of_mixed_adapters_equals_one_by_one(dnd: DnD) -> None:
     assert dnd.complete_batch(["hello"], max_new_tokens=6)[0].decision == "base"
 
 
+def test_a_list_with_more_adapters_than_slots_is_answered(world: World) -> None:
+    few, many = world.session(n_slots=1), world.session(n_slots=4)
+    adapters = [few.adapt(prompts_of(task), name=task).adapter for task in ("upper", "digits", "lower")] * 2
+    want = [many.complete("hello", a, max_new_tokens=6) for a in adapters]
+    assert few.complete_batch(["hello"] * 6, adapters=adapters, max_new_tokens=6) == want
+    assert len({w.text for w in want}) == 3 and len(few.engine.bank.resident()) == 1
+
+
+def test_with_one_seed_the_rows_of_a_batch_draw_apart(dnd: DnD) -> None:
+    warm = {"max_new_tokens": 8, "temperature": 1.0}
+    first, second = dnd.complete_batch(["hello", "hello"], seed=5, **warm)
+    assert [first, second] == [dnd.complete("hello", seed=seed, **warm) for seed in (5, 6)] and first != second
+
+
 def test_streamed_pieces_join_to_the_whole_answer(dnd: DnD) -> None:
     made = dnd.adapt(prompts_of("upper")).adapter
     stream = dnd.stream("hello", adapter=made, max_new_tokens=12)

@@ -13,7 +13,7 @@ from session_parts import logits, state
 from tiny_world import World, prompts_of
 
 from dnd_sdk.adaptation import Limits
-from dnd_sdk.adaptation.vetting import PROBE, PROBE_TOKENS, Vetting
+from dnd_sdk.adaptation.vetting import PROBE, PROBE_TOKENS, Probe, Vetting
 from dnd_sdk.errors import BankFullError, ConfigError, InputError, StorageError
 from dnd_sdk.session import DnD
 
@@ -68,7 +68,7 @@ STEPS_OF_ADAPT = [
     ("router", "route"),
     ("generator", "generate"),
     ("store", "put"),
-    ("engine.bank", "load"),
+    ("engine", "hold"),
 ]
 
 
@@ -116,7 +116,7 @@ def test_unusable_generated_weights_fall_back_to_the_base(
 
 def test_weights_that_derail_the_base_are_refused(dnd: DnD) -> None:
     flat, mean = random_flat(dnd.layout, seed=1), random_flat(dnd.layout, seed=2)
-    vetting, strict = (Vetting(dnd.base, dnd.layout, lim) for lim in (Limits(), Limits(max_kl=1e-6)))
+    vetting, strict = (Vetting(dnd.layout, lim, dnd.engine) for lim in (Limits(), Limits(max_kl=1e-6)))
     assert vetting.complaint(flat, mean) is None
     assert "KL" in str(strict.complaint(flat, mean))
     assert "times the usual norm" in str(vetting.complaint(flat * 100, mean))
@@ -131,7 +131,7 @@ def test_the_probe_is_the_divergence_of_two_plain_forwards(dnd: DnD) -> None:
     with dnd.engine.running(["probe"]):
         adapted = dnd.base.model(input_ids=ids).logits[0].log_softmax(-1)
     expected = torch.nn.functional.kl_div(base, adapted, reduction="batchmean", log_target=True).item()
-    vetting = Vetting(dnd.base, dnd.layout, Limits())
-    assert vetting.probe_kl(flat) == pytest.approx(expected, rel=1e-4) and expected > 0.0
-    assert vetting.probe_kl(torch.zeros_like(flat)) == 0.0
-    assert vetting.probe_kl(flat) == pytest.approx(expected, rel=1e-4)  # the base's side was computed without adapter
+    probe = Probe(dnd.engine)
+    assert probe.kl(flat) == pytest.approx(expected, rel=1e-4) and expected > 0.0
+    assert probe.kl(torch.zeros_like(flat)) == 0.0
+    assert probe.kl(flat) == pytest.approx(expected, rel=1e-4)  # the base's side was computed without adapter

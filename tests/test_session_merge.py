@@ -77,7 +77,7 @@ def test_a_failed_merge_leaves_nothing(dnd: DnD, parents: dict[str, Adapter], mo
         raise StorageError("disk full")
 
     before = [a.name for a in dnd.store.ls()]
-    monkeypatch.setattr(dnd.engine.bank, "load", full)
+    monkeypatch.setattr(dnd.engine, "hold", full)
     with pytest.raises(StorageError):
         dnd.adapt(MIXED, mode="merge")
     assert [a.name for a in dnd.store.ls()] == before

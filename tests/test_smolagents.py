@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from llamaindex_parts import Pace, endless, generating, put_adapter, roomy, wait_until
 from smolagents import CodeAgent, LogLevel, Model, ToolCallingAgent, tool
+from smolagents.default_tools import FinalAnswerTool
 from smolagents.models import ChatMessage, MessageRole
 from test_examples import load
 from test_llamaindex_examples import shown
@@ -224,3 +225,12 @@ def test_the_example_runs_on_the_embedded_base(warm_home: Home, capsys: pytest.C
     base, adapted = shown(out, "base"), shown(out, "adapted")
     # which queue it names is the evaluation's business; that it names one instead of chatting is the adapter's
     assert all(len(a.split()) <= 3 < len(b.split()) for a, b in zip(adapted, base, strict=True)), out
+
+
+def test_a_base_in_another_process_answers_too(world: World) -> None:
+    dnd = world.elsewhere()
+    dnd.adapt(prompts_of("upper"), name="upper")
+    model = DnDModel(dnd, "upper", max_new_tokens=3)
+    got = model.generate([says("one two three")], tools_to_call_from=[FinalAnswerTool()])
+    assert (got.content, got.raw["adapter"]) == ("upper: one two", "upper")
+    assert [t["function"]["name"] for t in dnd.engine.requests[-1].tools] == ["final_answer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,10 @@ from transformers import BertConfig, BertModel
 from dnd_sdk.adaptation import Limits, Parts
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
-from dnd_sdk.engine import Engine
+from dnd_sdk.engine import Engine, FakeBackend
 from dnd_sdk.generator.generator import Generator, GeneratorConfig
 from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.models import BaseCard
 from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.models.loading import Base, load_base
 from dnd_sdk.observing.prompt_stream import StreamSettings
@@ -103,9 +105,19 @@ class World(NamedTuple):
         limits = Thresholds(reuse=reuse, reuse_single=reuse, support=-1.0)
         router = Router(store, encoder.name, encoder.fingerprint, base.fingerprint, limits, folder=self.home.index)
         made = Generator.from_pretrained(self.generator) if generator else None
-        engine = Engine(base, layout, n_slots=n_slots)
+        fetch = partial(store.load_by_id, layout=layout, base_fingerprint=base.fingerprint)
+        engine = Engine(base, layout, n_slots=n_slots, fetch=fetch)
         parts = Parts(base, made, encoder, store, router, engine, self.home, DecisionLog(self.home.logs))
         return DnD(parts, stream_settings=stream, limits=vetting)
+
+    def elsewhere(self) -> DnD:
+        """A session whose base runs in no process at all."""
+        encoder, made = Encoder.load(str(self.encoder), self.home), Generator.from_pretrained(self.generator)
+        base, store = BaseCard("elsewhere", made.config.base_fingerprint), AdapterStore(self.home)
+        limits = Thresholds(reuse=0.999, reuse_single=0.99, support=-1.0)
+        router = Router(store, encoder.name, encoder.fingerprint, base.fingerprint, limits, folder=self.home.index)
+        engine, log = FakeBackend(made.layout), DecisionLog(self.home.logs)
+        return DnD(Parts(base, made, encoder, store, router, engine, self.home, log))
 
     @property
     def options(self) -> list[str]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_MERGED = 16
 """Adapters in one merge."""
+_ELSEWHERE = "the base does not run in this process"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class Adaptation:
     def __init__(self, parts: Parts, limits: Limits, *, calibrate: bool) -> None:
         """`calibrate`: whether generated adapters are, unless a request says otherwise."""
         self._parts, self._calibrating = parts, calibrate
-        self._vetting = Vetting(parts.base, parts.layout, limits)
-        self._label_calibration = LabelCalibration(parts.base, parts.layout)
+        base = parts.engine.local
+        self._vetting = Vetting(parts.layout, limits, base)
+        self._label_calibration = None if base is None else LabelCalibration(base)
         self._one_at_a_time = threading.Lock()
 
     def run(
@@ -111,6 +113,8 @@ class Adaptation:
         kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
         with self._one_at_a_time:
             route, notes = self._route(Request(kept, mode, name, role, top_k, calibrate), watch)
+        if route.decision in ("generate", "merge") and not self._vetting.probes:
+            notes = (*notes, f"not tried on the base: {_ELSEWHERE}")
         thresholds = self._parts.router.thresholds
         log_decision(self._parts.log, thresholds, "adapt", kept.prompts, route, rule="set", mode=mode)
         return AdaptResult(
@@ -180,6 +184,8 @@ class Adaptation:
         return self._finish(made, request, encoded.pooled, route, watch), notes
 
     def _calibrate(self, made: _Made, request: Request) -> tuple[_Made, tuple[str, ...]]:
+        if self._label_calibration is None:
+            return made, (f"not calibrated: {_ELSEWHERE}",)
         prompts = request.prompts.prompts
         done = self._label_calibration.calibrate(
             made.flat, prompts, [with_role(p, request.role, None) for p in prompts]
@@ -255,7 +261,7 @@ class Adaptation:
                     role=request.role_text,
                 )
             with watch.step("swap"):
-                parts.engine.bank.load(adapter.id, made.flat)
+                parts.engine.hold(adapter, lambda: made.flat)
         except BaseException:
             self._undo(before, request.digest)
             raise
@@ -267,7 +273,7 @@ class Adaptation:
             if adapter.name not in before:
                 self._parts.store.rm(adapter.name)
                 with suppress(BankFullError):  # another thread answers with it already
-                    self._parts.engine.bank.evict(adapter.id)
+                    self._parts.engine.forget(adapter.id)
 
     @cached_property
     def _mean(self) -> Tensor:

@@ -9,7 +9,6 @@ float64.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dnd_sdk.engine import Prefix, grouped, shared_prefix
-from dnd_sdk.lora import tables_from_flat, use_lora
+from dnd_sdk.engine import Prefix, shared_prefix
+from dnd_sdk.models import grouped
 
 if TYPE_CHECKING:
-    from dnd_sdk.lora import LoraLayout
-    from dnd_sdk.models import Base
+    from dnd_sdk.engine import Resident
 
 BATCH_TOKENS = 2048
+"""Padded tokens of one forward, for which others wait."""
 ELSEWHERE = 32
 """Other positions kept of every prompt at most, evenly spaced."""
 
@@ -55,11 +54,11 @@ Reader = Callable[[Sequence[list[int]]], Seen]
 
 
 class AnswerStart:
-    """Reads prompts on one base with LoRA attached."""
+    """Reads prompts on one base, in its turn; whatever it does there, others wait for one forward at most."""
 
-    def __init__(self, base: Base, layout: LoraLayout) -> None:
-        self._model, self._layout = base.model, layout
-        self._stack: Any = base.model.base_model
+    def __init__(self, resident: Resident) -> None:
+        self._resident, self._model, self._layout = resident, resident.base.model, resident.layout
+        self._stack: Any = self._model.base_model
         self.module = self._last_mlp()
         """Name of the last layer's `down_proj`; None where it has no LoRA or the base is built otherwise."""
 
@@ -84,38 +83,33 @@ class AnswerStart:
 
         What all `rows` (tokenised prompts) begin with is read once.
         """
-        model = self._model
-        tables = tables_from_flat(self._layout, flat[None].to(model.device, model.dtype))
-        prefix = shared_prefix(model, rows, [""] * len(rows))
+        prefix = shared_prefix(self._model, rows, [""] * len(rows))
+        return lambda some: self._read(flat, some, prefix)
 
-        def read(some: Sequence[list[int]]) -> Seen:
-            with self._watching() as caught, use_lora(tables, 0):
-                return self._read(some, prefix, caught)
-
-        return read
-
-    def _read(self, rows: Sequence[list[int]], prefix: Prefix | None, caught: dict[str, Tensor]) -> Seen:
+    def _read(self, flat: Tensor, rows: Sequence[list[int]], prefix: Prefix | None) -> Seen:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         parts: dict[int, Seen] = {}
-        for some in grouped(order, lambda g: len(g) * len(rows[g[-1]]) <= BATCH_TOKENS):
-            parts |= zip(some, self._read_batch([rows[i] for i in some], prefix, caught), strict=True)
+        with self._resident.trying(flat) as turn:
+            for some in grouped(order, lambda g: len(g) * len(rows[g[-1]]) <= BATCH_TOKENS):
+                parts |= zip(some, self._read_batch([rows[i] for i in some], prefix), strict=True)
+                turn.step()
         return Seen.joined([parts[i] for i in range(len(rows))])
 
-    def _read_batch(self, rows: list[list[int]], prefix: Prefix | None, caught: dict[str, Tensor]) -> Iterator[Seen]:
+    def _read_batch(self, rows: list[list[int]], prefix: Prefix | None) -> Iterator[Seen]:
         known = len(prefix or ())
         ids, ends = _pad([r[known:] for r in rows])
         past = {} if prefix is None else {"past_key_values": prefix.cache(len(rows))}
-        self._stack(input_ids=ids.to(self._model.device), use_cache=prefix is not None, **past)
+        with self._watching() as caught:
+            self._stack(input_ids=ids.to(self._model.device), use_cache=prefix is not None, **past)
         return _cut(caught, ends)
 
     @contextmanager
     def _watching(self) -> Iterator[dict[str, Tensor]]:
-        """Keep what flows through the end of the last layer in this thread's forwards."""
-        layer, mine, caught = self._stack.layers[-1], threading.get_ident(), dict[str, Tensor]()
+        """Keep what flows through the end of the last layer; only ours does, as nobody else has the turn."""
+        layer, caught = self._stack.layers[-1], dict[str, Tensor]()
 
         def keep(name: str, value: Tensor) -> None:
-            if threading.get_ident() == mine:
-                caught[name] = value
+            caught[name] = value
 
         hooks = [
             self._stack.norm.register_forward_pre_hook(lambda _, args: keep("hidden", args[0])),
@@ -132,7 +126,8 @@ class AnswerStart:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, V) of the stream (n, d)."""
         head: Any = self._model.get_output_embeddings()
-        logits: Tensor = head(self._stack.norm(hidden.to(self._model.device, self._model.dtype)))
+        with self._resident.turns.take():
+            logits: Tensor = head(self._stack.norm(hidden.to(self._model.device, self._model.dtype)))
         return logits.float().cpu()
 
     def slopes(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -140,7 +135,8 @@ class AnswerStart:
         head: Any = self._model.get_output_embeddings()
         norm, dtype = self._stack.norm, self._model.dtype
         at = hidden.to(self._model.device)
-        jacobian = torch.autograd.functional.jacobian(lambda h: norm(h.to(dtype)).float(), at, vectorize=True)
+        with self._resident.turns.take():
+            jacobian = torch.autograd.functional.jacobian(lambda h: norm(h.to(dtype)).float(), at, vectorize=True)
         slopes: Tensor = head.weight[tokens.to(at.device)].float() @ jacobian
         return slopes.cpu()
 

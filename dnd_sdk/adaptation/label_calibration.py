@@ -27,8 +27,7 @@ from dnd_sdk.adaptation.label_words import label_tokens, opening_mark, shared_wo
 from dnd_sdk.chat import Messages, prompt_ids
 
 if TYPE_CHECKING:
-    from dnd_sdk.lora import LoraLayout
-    from dnd_sdk.models import Base
+    from dnd_sdk.engine import Resident
 
 T = TypeVar("T")
 
@@ -74,11 +73,11 @@ class _Case:
 
 
 class LabelCalibration:
-    """The method for one base and layout."""
+    """The method for one base and its layout."""
 
-    def __init__(self, base: Base, layout: LoraLayout) -> None:
-        self._base, self._layout = base, layout
-        self._start = AnswerStart(base, layout)
+    def __init__(self, resident: Resident) -> None:
+        self._tokenizer, self._layout = resident.base.tokenizer, resident.layout
+        self._start = AnswerStart(resident)
 
     @torch.no_grad()
     def calibrate(self, flat: Tensor, prompts: Sequence[str], chats: Sequence[Messages]) -> Calibrated:
@@ -116,7 +115,7 @@ class LabelCalibration:
         read = self._start.reader(flat, rows)
         case = self._case(read(rows[:MIN_PROMPTS]), words)
         for _ in range(MAX_MARKS):
-            if (mark := opening_mark(case.mean, self._base.tokenizer)) is None:
+            if (mark := opening_mark(case.mean, self._tokenizer)) is None:
                 break
             rows = [[*r, mark] for r in rows]
             case = self._case(read(rows[:MIN_PROMPTS]), words)
@@ -131,15 +130,14 @@ class LabelCalibration:
             seen, logits = Seen.joined([first.seen, seen]), torch.cat([first.logits, logits])
         probs = logits.softmax(-1)
         mean = probs.mean(0)
-        groups = label_tokens(mean, self._base.tokenizer, words)
+        groups = label_tokens(mean, self._tokenizer, words)
         return _Case(seen, logits, mean, groups, shares(probs, groups))
 
     def _pick(self, prompts: Sequence[str], chats: Sequence[Messages]) -> list[tuple[str, list[int]]]:
         """At most `MAX_READ` prompts spread over the sorted set, the first few of them too, with their tokens."""
-        tokenizer = self._base.tokenizer
         ordered = sorted(zip(prompts, chats, strict=True), key=lambda pair: pair[0])
         spread = _spread_over(ordered, 2 * MAX_READ)
-        short = [(t, ids) for t, c in spread if len(ids := prompt_ids(tokenizer, c)) <= MAX_PROMPT_TOKENS]
+        short = [(t, ids) for t, c in spread if len(ids := prompt_ids(self._tokenizer, c)) <= MAX_PROMPT_TOKENS]
         some = _spread_over(short, MAX_READ)
         first = _spread_over(some, MIN_PROMPTS)
         return first + [p for p in some if p not in first]

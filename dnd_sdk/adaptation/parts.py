@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter, AdapterStore
     from dnd_sdk.config import Home
-    from dnd_sdk.engine import Engine
+    from dnd_sdk.engine import Backend
     from dnd_sdk.generator import Generator
     from dnd_sdk.lora import LoraLayout
-    from dnd_sdk.models import Base, Encoder
+    from dnd_sdk.models import Base, BaseCard, Encoder
     from dnd_sdk.routing import DecisionLog, Router
 
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 class Parts:
     """Parts that fit each other; `dnd_sdk.session.loading` makes and checks them."""
 
-    base: Base
+    base: Base | BaseCard
+    """A card where the engine runs it elsewhere."""
     generator: Generator | None
     """None: adapters are reused, or the base answers."""
     encoder: Encoder
     store: AdapterStore
     router: Router
-    engine: Engine
+    engine: Backend
     home: Home
     log: DecisionLog
 
@@ -35,7 +36,5 @@ class Parts:
         return self.engine.layout
 
     def make_resident(self, adapter: Adapter) -> None:
-        """Have an adapter swapped in, now and whenever a later call leases it; its weights are checked when read."""
-        self.engine.bank.ensure(
-            adapter.id, lambda: self.store.load(adapter, self.layout, base_fingerprint=self.base.fingerprint)
-        )
+        """Have the engine hold an adapter; its weights are checked when read."""
+        self.engine.hold(adapter, lambda: self.store.load(adapter, self.layout, base_fingerprint=self.base.fingerprint))

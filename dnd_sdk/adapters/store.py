@@ -141,6 +141,13 @@ class AdapterStore:
             raise self._not_found(adapter.name)
         return _tensor(flat)
 
+    def load_by_id(self, adapter_id: str, layout: LoraLayout, *, base_fingerprint: str | None = None) -> Tensor:
+        """`load` of a stored adapter with that id, whatever it is called by now."""
+        found = self.with_id(adapter_id)
+        if not found:
+            raise self._not_found(adapter_id)
+        return self.load(found[0], layout, base_fingerprint=base_fingerprint)
+
     def exemplars(self, adapter: Adapter) -> Tensor | None:
         """The adapter's exemplars (k, C), None if it has none. Raises `AdapterCorruptError` when they are damaged."""
 

@@ -20,6 +20,7 @@ import torch
 
 from dnd_sdk.bench.timing import WARM_UPS, in_turn, ratio
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine import CompletionRequest, local_engine
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 from dnd_sdk.machine import cpu_name, peak_rss_mb
 from dnd_sdk.models import resolve
@@ -123,6 +124,7 @@ def render_adapting(report: dict[str, Any]) -> str:
 
 def machine(dnd: DnD) -> dict[str, Any]:
     """What was measured on what."""
+    model = local_engine(dnd.engine, "a measurement").base.model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu_name(),
@@ -131,8 +133,8 @@ def machine(dnd: DnD) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
-        "device": str(dnd.base.model.device),
-        "dtype": str(dnd.base.model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "base": dnd.base.name,
     }
 
@@ -190,22 +192,23 @@ class _OwnAdapters:
         """Take everything added out of the engine and the store."""
         while self._added:
             adapter = self._added.pop()
-            self._dnd.engine.bank.evict(adapter.id)  # else the next swap would find it in its slot
+            self._dnd.engine.forget(adapter.id)  # else the next swap would find it in its slot
             self._dnd.store.rm(adapter.name)
 
 
 def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
     """Tokens per second of one completion, by the base and by one adapter."""
     assert dnd.generator is not None
+    engine = local_engine(dnd.engine, "a measurement")
     adapter_id = "bench-decode"
     n_tokens: dict[str | None, int] = {}
+    options = SamplingOptions(max_new_tokens=DECODE_TOKENS)
 
     def complete(adapter: str | None) -> None:
-        options = SamplingOptions(max_new_tokens=DECODE_TOKENS)
-        (done,) = dnd.engine.complete_batch([[{"role": "user", "content": _STORY}]], [adapter], options)
+        (done,) = engine.complete([CompletionRequest(_STORY, adapter, options)])
         n_tokens[adapter] = done.completion_tokens
 
-    dnd.engine.bank.load(adapter_id, dnd.generator.mean() * NEXT_TO_NOTHING)
+    engine.bank.load(adapter_id, dnd.generator.mean() * NEXT_TO_NOTHING)
     try:
         base_s, adapter_s = in_turn(
             (lambda: complete(None), lambda: None),
@@ -214,7 +217,7 @@ def _time_decoding(dnd: DnD, repeats: int, clock: Callable[[], float]) -> dict[s
             clock=clock,
         )
     finally:
-        dnd.engine.bank.evict(adapter_id)
+        engine.bank.evict(adapter_id)
     return {
         "decode_base_tokens_s": n_tokens[None] / statistics.median(base_s),
         "decode_adapter_tokens_s": n_tokens[adapter_id] / statistics.median(adapter_s),
@@ -226,4 +229,5 @@ def _sentence_encoder(dnd: DnD) -> SentenceTransformer:
     """sentence-transformers on the session's own encoder weights and device."""
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(resolve(dnd.encoder.name, dnd.home), device=str(dnd.base.model.device))
+    device = local_engine(dnd.engine, "a measurement").base.model.device
+    return SentenceTransformer(resolve(dnd.encoder.name, dnd.home), device=str(device))

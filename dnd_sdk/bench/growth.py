@@ -205,7 +205,7 @@ class _Stored:
 
     def _forget(self) -> None:
         name = self._passing.pop()
-        self.dnd.engine.bank.evict(self.dnd.store.get(name).id)
+        self.dnd.engine.forget(self.dnd.store.get(name).id)
         self.dnd.store.rm(name)
 
 

@@ -3,8 +3,11 @@ from .template import (
     Messages as Messages,
     Tools as Tools,
     check_renders_tools as check_renders_tools,
+    checked_chat as checked_chat,
+    checked_tools as checked_tools,
     option_ids as option_ids,
     prompt_ids as prompt_ids,
     renders_tools as renders_tools,
+    tools_not_shown as tools_not_shown,
 )
 from .tool_calls import ToolCall as ToolCall, plain_so_far as plain_so_far, read_answer as read_answer

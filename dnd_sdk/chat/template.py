@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from dnd_sdk.errors import ConfigError, InputError, shown
 from dnd_sdk.prompts import checked_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Messages = str | Sequence[Mapping[str, Any]]
 """A chat, oldest message first, of `role` and `content` (strings); a plain string is one user message.
@@ -63,8 +65,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: To
     Raises `InputError` for messages or tools that are malformed, empty or refused by the template, `ConfigError` for
     tools or calls that the template would not show the model.
     """
-    chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else _checked(messages)
-    offered = _checked_tools(() if tools is None else tools)
+    chat, offered = checked_chat(messages), checked_tools(tools)
     if offered or any("tool_calls" in m for m in chat):
         check_renders_tools(tokenizer)
     if tokenizer.chat_template is None:
@@ -106,13 +107,21 @@ def _shows_probe(tokenizer: PreTrainedTokenizerBase) -> bool:
 def check_renders_tools(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ConfigError` unless `renders_tools`."""
     if not renders_tools(tokenizer):
-        raise ConfigError(
-            "the base's chat template does not render tools, so the model would never see them",
-            fix="use DnDLLM with ReActAgent, or a base whose template renders tools, such as Qwen2.5",
-        )
+        raise tools_not_shown()
 
 
-def _checked(messages: Any) -> list[dict[str, Any]]:
+def tools_not_shown() -> ConfigError:
+    """The error for tools that a base would not see."""
+    return ConfigError(
+        "the base's chat template does not render tools, so the model would never see them",
+        fix="use DnDLLM with ReActAgent, or a base whose template renders tools, such as Qwen2.5",
+    )
+
+
+def checked_chat(messages: Messages) -> list[dict[str, Any]]:
+    """The chat as a list of what a template may read; raises `InputError` for one that is malformed or empty."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
     if not isinstance(messages, Sequence) or not messages:
         raise InputError("no messages", fix="pass a string or a list of {'role', 'content'}")
     return [_checked_message(m, i) for i, m in enumerate(messages)]
@@ -169,7 +178,10 @@ def _bad_message(message: Any, row: int) -> InputError:
     return InputError(f"message {row} is not a {{'role', 'content'}} of two strings: {shown(message)}")
 
 
-def _checked_tools(tools: Any) -> list[dict[str, Any]]:
+def checked_tools(tools: Tools | None) -> list[dict[str, Any]]:
+    """The schemas that a template can write out; raises `InputError` for what is none. None is no tools."""
+    if tools is None:
+        return []
     if isinstance(tools, str | bytes) or not isinstance(tools, Sequence):  # an iterator may have no end
         raise InputError(f"tools must be a list of JSON schemas, got {type(tools).__name__}", fix="pass [schema, ...]")
     for i, tool in enumerate(tools):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from dnd_sdk.lora import LoraLayout, Segment
 
 Loader = Callable[[], Tensor]
 """Brings an adapter's flat vector, e.g. from the store."""
+
+Fetch = Callable[[str], Tensor]
+"""Brings it by the adapter's id; raises `AdapterNotFoundError` for one it does not know."""
 
 WAIT_S = 30.0
 """How long a load waits for a running request to free a slot."""
@@ -37,9 +41,11 @@ class SlotBank:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         *,
+        fetch: Fetch | None = None,
         wait_s: float = WAIT_S,
     ) -> None:
-        self.layout = layout
+        """`fetch` brings back what lost its slot when it is leased; None: an adapter must be resident by then."""
+        self.layout, self._fetch = layout, fetch
         self._table = SlotTable(n_slots, wait_s)
         try:
             with torch.inference_mode(False):  # an inference tensor could not be written to later
@@ -49,7 +55,6 @@ class SlotBank:
         self.tables = _tables(layout, self._arena)
         """Module name -> (A `(S+1, r, in)`, B `(S+1, out, r)`), for `use_lora`."""
         self._writing = threading.RLock()
-        self._loaders: dict[str, Loader] = {}
         self._staging: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
     @property
@@ -64,21 +69,13 @@ class SlotBank:
         Raises `LayoutMismatchError` (size), `AdapterCorruptError` (a value that is not finite in the bank's dtype)
         or `BankFullError`; the bank is then as it was.
         """
-        if not self._table.touch(adapter_id):
-            with self._writing:
-                self._bring_in(adapter_id, lambda: flat)
+        self.ensure(adapter_id, lambda: flat)
 
     def ensure(self, adapter_id: str, loader: Loader) -> None:
-        """Like `load`, with `loader` called only when the adapter is not resident.
-
-        The loader is kept until `evict`, so that a later `lease` brings back an adapter that lost its slot.
-        """
-        if self._table.touch(adapter_id):
-            self._loaders[adapter_id] = loader
-            return
-        with self._writing:
-            self._bring_in(adapter_id, loader)
-            self._loaders[adapter_id] = loader
+        """Like `load`, with `loader` called only when the adapter is not resident; it is not kept."""
+        if not self._table.touch(adapter_id):
+            with self._writing:
+                self._bring_in(adapter_id, loader)
 
     def room(self, adapter_ids: Iterable[str]) -> int:
         """How many of these adapters can be resident at once, beside what is pinned."""
@@ -89,7 +86,7 @@ class SlotBank:
         """Keep these adapters in place inside the block; yields the row index per batch row for `use_lora`.
 
         None is the base. Yields an int when all rows use one adapter (0: all base), else a long tensor `(B,)`.
-        Raises `AdapterNotFoundError` for an id that is neither resident nor has a loader, `BankFullError` when the
+        Raises `AdapterNotFoundError` for an id that is neither resident nor can be fetched, `BankFullError` when the
         adapters do not fit beside the pinned ones.
         """
         distinct = list(dict.fromkeys(i for i in adapter_ids if i is not None))
@@ -111,11 +108,9 @@ class SlotBank:
         self._table.pin(adapter_id, False)
 
     def evict(self, adapter_id: str) -> bool:
-        """Forget an adapter and its loader; False when it was not resident. Raises `BankFullError` while it is used."""
+        """Free an adapter's slot; False when it was not resident. Raises `BankFullError` while it is used."""
         with self._writing:
-            was_resident = self._table.evict(adapter_id)
-            self._loaders.pop(adapter_id, None)
-            return was_resident
+            return self._table.evict(adapter_id)
 
     def resident(self) -> list[str]:
         """Ids of the resident adapters, least recently used first."""
@@ -128,7 +123,7 @@ class SlotBank:
             self._table.check_room(distinct)
             try:
                 for adapter_id in distinct:
-                    self._bring_in(adapter_id, self._loaders.get(adapter_id))
+                    self._bring_in(adapter_id, self._fetch and partial(self._fetch, adapter_id))
                     held |= self._table.lease([adapter_id]) or {}
             except BaseException:
                 self._table.release(held)

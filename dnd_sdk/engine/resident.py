@@ -1,5 +1,8 @@
 """The resident base: one model, its slots of adapters, and whose turn it is to run it.
 
+Whoever runs the model does so inside `running`, `forwarding` or `trying`, one at a time; work of several forwards lets
+the others in between by `turn.step()`. A turn within a turn of the same thread would wait for itself.
+
 Which adapter a forward uses travels with the work (a lease and a context variable), so threads never race for it. Where
 all rows use the base, the plain model runs: bit-identical, no overhead.
 """
@@ -13,40 +16,40 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.chat import Messages, Tools, prompt_ids
-from dnd_sdk.engine.bank import SlotBank
+from dnd_sdk.engine.bank import Fetch, SlotBank
 from dnd_sdk.engine.turns import Turn, Turns
 from dnd_sdk.errors import InputError, shown
-from dnd_sdk.lora import LoraLayout, attach_lora, use_lora
+from dnd_sdk.lora import LoraLayout, attach_lora, tables_from_flat, use_lora
 from dnd_sdk.models import Base
 
 
 class Resident:
     """A base with LoRA attached; thread-safe."""
 
-    def __init__(self, base: Base, layout: LoraLayout, *, n_slots: int = 8) -> None:
-        """`n_slots` adapters of `layout` can be in the bank at once."""
+    def __init__(self, base: Base, layout: LoraLayout, *, n_slots: int = 8, fetch: Fetch | None = None) -> None:
+        """`n_slots` adapters of `layout` can be in the bank at once; `fetch` as for `SlotBank`."""
         self.base, self.layout = base, layout
-        self.bank = SlotBank(layout, n_slots, base.model.device, base.model.dtype)
+        self.bank = SlotBank(layout, n_slots, base.model.device, base.model.dtype, fetch=fetch)
         self.turns = Turns()
         attach_lora(base.model, layout)
 
     @property
-    def max_tokens(self) -> int:
+    def context_tokens(self) -> int:
         """Prompt and completion together cannot be longer (the base's context)."""
         return int(getattr(self.base.model.config.get_text_config(), "max_position_embeddings", 2**31))
 
     def prompt_ids(self, messages: Messages, n_new: int, tools: Tools | None = None) -> list[int]:
         """Token ids of the templated chat; `InputError` unless `n_new` more tokens fit the base's context."""
         ids = prompt_ids(self.base.tokenizer, messages, tools)
-        if n_new >= self.max_tokens:
+        if n_new >= self.context_tokens:
             raise InputError(
-                f"{shown(n_new)} tokens are kept for the answer, at most {self.max_tokens - 1} fit beside a prompt",
+                f"{shown(n_new)} tokens are kept for the answer, at most {self.context_tokens - 1} fit beside a prompt",
                 fix="lower max_new_tokens, or shorten the answer to score",
             )
-        if len(ids) + n_new > self.max_tokens:
+        if len(ids) + n_new > self.context_tokens:
             raise InputError(
-                f"the prompt has {len(ids)} tokens, at most {self.max_tokens - n_new} fit "
-                f"(context {self.max_tokens}, {n_new} kept for the answer)",
+                f"the prompt has {len(ids)} tokens, at most {self.context_tokens - n_new} fit "
+                f"(context {self.context_tokens}, {n_new} kept for the answer)",
                 fix="shorten the prompt or lower max_new_tokens",
             )
         return ids
@@ -63,6 +66,13 @@ class Resident:
         plain = isinstance(rows, int) and rows == 0
         adapted = nullcontext() if plain else use_lora(self.bank.tables, rows)
         with self.turns.take() as turn, torch.inference_mode(), adapted:
+            yield turn
+
+    @contextmanager
+    def trying(self, flat: Tensor) -> Iterator[Turn]:
+        """The same for weights `(P,)` that are in no slot: every row of this thread's forwards uses them."""
+        tables = tables_from_flat(self.layout, flat[None].to(self.base.model.device, self.base.model.dtype))
+        with self.turns.take() as turn, torch.inference_mode(), use_lora(tables, 0):
             yield turn
 
     def rounds(self, adapter_ids: Sequence[str | None]) -> list[int]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dnd_sdk.chat import Messages, option_ids
-from dnd_sdk.engine.batching import grouped
 from dnd_sdk.engine.prefix import Prefix, shared_prefix
 from dnd_sdk.errors import ConfigError, InputError
+from dnd_sdk.models import grouped
 
 if TYPE_CHECKING:
     from dnd_sdk.engine.resident import Resident

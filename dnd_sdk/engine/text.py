@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -30,36 +29,64 @@ class Generation:
     """`"stop"`: end of turn or stop string; `"length"`: `max_new_tokens` reached."""
 
 
+class Detokenizer(Protocol):
+    """What is needed here of a tokenizer."""
+
+    def decode(
+        self, token_ids: list[int], /, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str | list[str]:
+        """The text of these tokens."""
+
+    def convert_tokens_to_ids(self, tokens: str) -> int | list[int] | None:
+        """The id of this token; None or that of the unknown token where it is not in the vocabulary."""
+
+
 class RowText:
-    """The growing text of one row of a batch."""
+    """The growing text of one row of a batch: at most `max_new_tokens` tokens, the end token included."""
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Detokenizer,
         ends: frozenset[int],
         stop: Sequence[str] = (),
         emit: Callable[[str], None] | None = None,
+        *,
+        max_new_tokens: int = sys.maxsize,
     ) -> None:
         self.text = ""
         self.stopped = False
+        self.n_tokens = 0
+        """Tokens taken."""
+        self.is_read = emit is not None or bool(stop)
+        """Whether anybody needs the text before the row is finished."""
         self._ids: list[int] = []  # without the end token, which has no text
-        self._n_tokens = 0
+        self._limit, self._cancelled = max_new_tokens, False
         self._tokenizer, self._ends, self._stop, self._emit = tokenizer, ends, stop, emit
         # _ids[:_shown] are in `text`; decoding starts at `_context` because some tokenizers join tokens by their left
         self._context = self._shown = 0
         self._emitted = 0
 
     def feed(self, tokens: Sequence[int]) -> bool:
-        """Take new tokens; True once the row is finished. Tokens after the end are ignored."""
-        if self.stopped:
+        """Take new tokens; True once the row is finished. Tokens after the end, and beyond the limit, are ignored."""
+        if self.is_over(self.n_tokens):
             return True
+        tokens = tokens[: self._limit - self.n_tokens]
         end = next((i for i, t in enumerate(tokens) if t in self._ends), None)
         self.stopped = end is not None
         self._ids += tokens[:end]
-        self._n_tokens += len(tokens) if end is None else end + 1
+        self.n_tokens += len(tokens) if end is None else end + 1
         self._decode(flush=self.stopped)
         self._send(len(self.text) if self.stopped else len(self.text) - self._held_back())
-        return self.stopped
+        return self.is_over(self.n_tokens)
+
+    def cancel(self, n_tokens: int) -> None:
+        """End the row after its first `n_tokens`, unless it ends before or there."""
+        if n_tokens < self._limit:
+            self._limit, self._cancelled = n_tokens, True
+
+    def is_over(self, n_tokens: int) -> bool:
+        """Whether a row of which the model made `n_tokens` needs no more of them, as far as its tokens were taken."""
+        return self.stopped or n_tokens >= self._limit
 
     def finish(self) -> None:
         """No more tokens come: show what was held back, but for a last character that is not whole."""
@@ -67,11 +94,11 @@ class RowText:
             self._decode(flush=True, cut=True)
         self._send(len(self.text))
 
-    def result(self, prompt_tokens: int, cancelled: bool) -> Generation:
+    def result(self, prompt_tokens: int) -> Generation:
         """Finish and sum up."""
         self.finish()
-        reason: FinishReason = "stop" if self.stopped else "cancelled" if cancelled else "length"
-        return Generation(self.text, prompt_tokens, self._n_tokens, reason)
+        reason: FinishReason = "stop" if self.stopped else "cancelled" if self._cancelled else "length"
+        return Generation(self.text, prompt_tokens, self.n_tokens, reason)
 
     def _decode(self, flush: bool, cut: bool = False) -> None:
         old = self._plain(self._ids[self._context : self._shown])

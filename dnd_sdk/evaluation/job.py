@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine import CompletionRequest
 from dnd_sdk.errors import InputError
 from dnd_sdk.evaluation.cache import Answer, flat_hash
 from dnd_sdk.evaluation.parts import Messages, Parts
@@ -78,12 +79,13 @@ class TaskJob:
 
     def _ask(self, adapter_id: str | None, treatment: Treatment, parts: Parts, rows: Sequence[Row]) -> list[Answer]:
         asked = [self._messages(row, treatment, parts) for row in rows]
-        ids = [adapter_id] * len(asked)
+        options = SamplingOptions(max_new_tokens=self.max_new_tokens)
         # the engine sorts by length and cuts into batches
-        done = parts.engine.complete_batch(asked, ids, SamplingOptions(max_new_tokens=self.max_new_tokens))
+        done = parts.engine.complete([CompletionRequest(chat, adapter_id, options) for chat in asked])
         choices: list[int | None] = [None] * len(asked)
         if self.labels is not None:
-            choices = parts.engine.option_logprobs(asked, ids, self.labels).argmax(dim=-1).tolist()
+            scores = parts.engine.option_logprobs(asked, [adapter_id] * len(asked), self.labels)
+            choices = scores.argmax(dim=-1).tolist()
         return [Answer(d.text, c) for d, c in zip(done, choices, strict=True)]
 
     def _messages(self, row: Row, treatment: Treatment, parts: Parts) -> Messages:

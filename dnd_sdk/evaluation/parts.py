@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dnd_sdk.config import SamplingOptions
 from dnd_sdk.evaluation.units import Made
 from dnd_sdk.tasks import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dnd_sdk.engine import CompletionRequest
     from dnd_sdk.models import Base
     from dnd_sdk.session import DnD
 
@@ -36,10 +36,8 @@ class CompletionEngine(Protocol):
     def bank(self) -> AdapterBank:
         """Where its adapters are."""
 
-    def complete_batch(
-        self, messages_list: Sequence[Messages], adapter_ids: Sequence[str | None], options: SamplingOptions
-    ) -> Sequence[Any]:
-        """One completion with a `.text` per row."""
+    def complete(self, requests: Sequence[CompletionRequest]) -> Sequence[Any]:
+        """One completion with a `.text` per request."""
 
     def option_logprobs(
         self, messages_list: Sequence[Messages], adapter_ids: Sequence[str | None], options: Sequence[str]
@@ -126,18 +124,20 @@ class Parts:
 
     @classmethod
     def of(cls, dnd: DnD) -> Parts:
-        """The parts of a session."""
+        """The parts of a session; raises `ConfigError` unless its base runs in this process."""
         from dnd_sdk.adaptation import LabelCalibration
+        from dnd_sdk.engine import local_engine
 
-        base = dnd.base
+        engine = local_engine(dnd.engine, "an evaluation")
+        base = engine.base
         return cls(
-            engine=dnd.engine,
+            engine=engine,
             tokenizer=base.tokenizer,
             base_name=base.name,
             base_fingerprint=base.fingerprint,
             generator=dnd.generator,
             encoder=dnd.encoder,
-            label_calibration=LabelCalibration(base, dnd.layout),
+            label_calibration=LabelCalibration(engine),
             numerics=numerics_of(base),
         )
 

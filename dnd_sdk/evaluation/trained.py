@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
+from dnd_sdk.engine import local_engine
 from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.evaluation.cache import flat_hash
 from dnd_sdk.evaluation.drawing import unseen_rows
@@ -79,7 +80,8 @@ class TaskTrainer:
         file = self._file(parts, stage, begin)
         if file is not None and file.exists():
             return load_file(file)["flat"]
-        with TemporaryDirectory(prefix="dnd-eval-") as folder:
+        turns = local_engine(self._dnd.engine, "training").turns
+        with TemporaryDirectory(prefix="dnd-eval-") as folder, turns.take():
             train_tasks(parts, stage, begin, Path(folder))
             flat = load_file(Path(folder) / "tasks" / f"{_NAME}.safetensors")["mean"]
         if file is not None:
@@ -89,7 +91,7 @@ class TaskTrainer:
     def _parts(self, task: Task, seed: int) -> TrainingParts:
         from dnd_sdk.training import Curriculum, FrozenBase, TrainingParts, tokenise_task
 
-        base, data, run = self._dnd.base, self._settings.data, self._settings.run
+        base, data, run = local_engine(self._dnd.engine, "training").base, self._settings.data, self._settings.run
         task = replace(task, train=unseen_rows(task))
         rows = tokenise_task(task, base.tokenizer, max_tokens=data.max_tokens, max_rows=data.max_rows, seed=seed)
         made_by = {

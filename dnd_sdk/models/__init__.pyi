@@ -1,3 +1,5 @@
+from .batching import grouped as grouped
+from .card import BaseCard as BaseCard
 from .catalogue import DEFAULT_BASE as DEFAULT_BASE, DEFAULT_ENCODER as DEFAULT_ENCODER, EMBEDDED as EMBEDDED
 from .embedded import (
     ModelInfo as ModelInfo,

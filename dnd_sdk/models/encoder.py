@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError, WeightsUnavailableError
+from dnd_sdk.models.batching import grouped
 from dnd_sdk.models.catalogue import DEFAULT_ENCODER
 from dnd_sdk.models.loading import fingerprint, load_encoder, resolve
 
@@ -161,16 +162,12 @@ def _head_and_tail(ids: list[int], n: int) -> list[int]:
 
 def _length_buckets(lengths: Sequence[int], padding: int) -> Iterator[list[int]]:
     """Row numbers in batches of similar length: at most `padding` wasted positions and `_BATCH_TOKENS` in each."""
-    batch: list[int] = []
-    wasted = 0
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        grown = (lengths[row] - lengths[batch[-1]]) * len(batch) if batch else 0
-        if batch and (wasted + grown > padding or (len(batch) + 1) * lengths[row] > _BATCH_TOKENS):
-            yield batch
-            batch, wasted, grown = [], 0, 0
-        batch.append(row)
-        wasted += grown
-    yield batch
+
+    def fits(rows: list[int]) -> bool:
+        padded = len(rows) * lengths[rows[-1]]  # the last is the longest
+        return padded <= _BATCH_TOKENS and padded - sum(lengths[row] for row in rows) <= padding
+
+    return grouped(sorted(range(len(lengths)), key=lengths.__getitem__), fits)
 
 
 def _window(hidden: Tensor, lengths: Tensor, size: int) -> Tensor:

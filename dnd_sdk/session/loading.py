@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def load_parts(
     layout = generator.layout if generator is not None else LoraLayout.from_model(base.model)
     store = AdapterStore(home)
     router = _router(folder, encoder, base, layout, store, home)
-    engine = Engine(base, layout, n_slots=n_slots)
+    fetch = partial(store.load_by_id, layout=layout, base_fingerprint=base.fingerprint)
+    engine = Engine(base, layout, n_slots=n_slots, fetch=fetch)
     return Parts(base, generator, encoder, store, router, engine, home, DecisionLog(home.logs))
 
 

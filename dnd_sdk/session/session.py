@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import Prompt, Tools, last_user_text, with_role
 from dnd_sdk.config import Home, SamplingOptions, flag
-from dnd_sdk.errors import BankFullError, ConfigError, InputError
+from dnd_sdk.engine import CompletionRequest
+from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE
 from dnd_sdk.observing import Observer, ObserveResult, PromptStream, StreamSettings
@@ -173,7 +174,7 @@ class DnD:
     ) -> list[Completion]:
         """Answer several prompts together, each with its own adapter; None: all by the base.
 
-        `role` and `tools` are for all.
+        `role`, `tools` and `sampling` are for all; with a `seed`, row i draws with `seed + i`.
         """
         options, under = _options(sampling), as_role(role)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
@@ -187,9 +188,11 @@ class DnD:
         asked = [with_role(p, under, _own_role(a)) for p, a in zip(prompts, chosen, strict=True)]
         for adapter in {a.id: a for a in chosen if a is not None}.values():
             self.make_resident(adapter)
-        ids = [None if a is None else a.id for a in chosen]
-        answers = self.engine.complete_batch(asked, ids, options, tools=tools)
-        return [completion(g, a) for g, a in zip(answers, chosen, strict=True)]
+        requests = [
+            CompletionRequest(chat, _id(a), _of_row(options, row), tools)
+            for row, (chat, a) in enumerate(zip(asked, chosen, strict=True))
+        ]
+        return [completion(g, a) for g, a in zip(self.engine.complete(requests), chosen, strict=True)]
 
     def stream(
         self,
@@ -213,7 +216,7 @@ class DnD:
         if chosen is not None:
             self.make_resident(chosen)
         cancel = cancel or threading.Event()
-        pieces = self.engine.stream(asked, None if chosen is None else chosen.id, options, cancel, tools=tools)
+        pieces = self.engine.stream(CompletionRequest(asked, _id(chosen), options, tools, cancel))
         return CompletionStream(pieces, cancel, chosen)
 
     def observe(self, prompt: str) -> ObserveResult:
@@ -255,18 +258,16 @@ class DnD:
         )
 
     def make_resident(self, adapter: Adapter) -> None:
-        """Have an adapter swapped in, now and whenever a later call leases it; its weights are checked when read."""
+        """Have the engine hold an adapter; its weights are checked when read."""
         self.parts.make_resident(adapter)
 
     def close(self) -> None:
-        """Keep what was observed and evict every idle adapter.
+        """Keep what was observed and have the engine free every idle adapter.
 
         The models are freed with the last reference to this session.
         """
         self._observer.save()
-        for adapter_id in self.engine.bank.resident():
-            with suppress(BankFullError):  # a running request, or one that is just ending, still has it
-                self.engine.bank.evict(adapter_id)
+        self.engine.close()
 
     def __enter__(self) -> DnD:
         return self
@@ -304,6 +305,15 @@ def _options(sampling: dict[str, Any]) -> SamplingOptions:
     except TypeError as e:
         known = ", ".join(SamplingOptions.__dataclass_fields__)
         raise ConfigError(f"unknown sampling option: {e}", fix=f"use {known}") from e
+
+
+def _of_row(options: SamplingOptions, row: int) -> SamplingOptions:
+    """A batch's options for one of its rows: with one seed, rows that ask the same still draw apart."""
+    return options if options.seed is None else replace(options, seed=options.seed + row)
+
+
+def _id(adapter: Adapter | None) -> str | None:
+    return None if adapter is None else adapter.id
 
 
 def _own_role(adapter: Adapter | None) -> str | None:

@@ -11,7 +11,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools import BaseTool
 
-from dnd_sdk.chat import check_renders_tools, plain_so_far, read_answer
+from dnd_sdk.chat import plain_so_far, read_answer, tools_not_shown
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.integrations.llamaindex.calls import Call, Part
 from dnd_sdk.integrations.llamaindex.llm import DnDLLM
@@ -60,7 +60,8 @@ class DnDFunctionCallingLLM(DnDLLM, FunctionCallingLLM):
         ]
 
     def _checked(self, dnd: DnD) -> DnD:
-        check_renders_tools(dnd.base.tokenizer)
+        if not dnd.engine.shows_tools:
+            raise tools_not_shown()
         return dnd
 
     def _prepare_chat_with_tools(

@@ -112,9 +112,9 @@ class DnDLLM(CustomLLM):
         """Facts of the base, which this loads when it is not here yet."""
         dnd = self.dnd
         return LLMMetadata(
-            context_window=dnd.engine.max_tokens,
+            context_window=dnd.engine.context_tokens,
             num_output=self.max_new_tokens,
-            is_chat_model=dnd.base.tokenizer.chat_template is not None,
+            is_chat_model=dnd.engine.has_chat_template,
             is_function_calling_model=False,
             model_name=dnd.base.name,
         )

@@ -117,13 +117,14 @@ class PaperTrainer:
         self.base = load_base(self.settings.base, self._home, device=self.settings.run.device)
         self.layout = LoraLayout.from_model(self.base.model, **self.settings.lora.model_dump())
         self.encoder = Encoder.load(self.settings.encoder, self._home, device=str(self.base.model.device))
+        engine = Engine(self.base, self.layout, n_slots=2)
         self._parts = Parts(
-            engine=Engine(self.base, self.layout, n_slots=2),
+            engine=engine,
             tokenizer=self.base.tokenizer,
             base_name=self.base.name,
             base_fingerprint=self.base.fingerprint,
             encoder=self.encoder,
-            label_calibration=LabelCalibration(self.base, self.layout),
+            label_calibration=LabelCalibration(engine),
             numerics=numerics_of(self.base),
         )
 
