@@ -72,6 +72,7 @@ class ModelOptions:
     device: str | None = None
     dtype: str | None = None
     n_slots: int | None = None
+    r: int | None = None
 
     def settings(self, out: Output, sampling: SamplingFlags | None = None) -> Settings:
         """The settings in force with these flags."""
@@ -144,6 +145,7 @@ GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
         _option("device", str | None, None, "--device", panel=MODEL, text="auto, cpu, cuda, cuda:N or mps."),
         _option("dtype", str | None, None, "--dtype", panel=MODEL, text="auto, float32, bfloat16 or float16."),
         _option("n_slots", int | None, None, "--n-slots", panel=MODEL, text="How many adapters stay swapped in."),
+        _option("r", int | None, None, "--r", panel=MODEL, text="Rank of their slots; the generator's unless set."),
     ),
     SamplingFlags: (
         _option(

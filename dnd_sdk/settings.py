@@ -57,6 +57,8 @@ class Settings(BaseSettings, title="dnd.toml"):
     """Of the base; auto is bfloat16 on CUDA, else float32."""
     n_slots: int = Field(8, ge=1)
     """How many adapters stay swapped in."""
+    r: int | None = Field(None, ge=1, le=64, examples=[16])
+    """Rank of their slots, for imported adapters of a larger rank; the generator's own unless set."""
     calibrate: bool = True
     """Whether adapters that are made for a label task are calibrated on its prompts; about a second more."""
     max_new_tokens: int = SamplingOptions.max_new_tokens

@@ -24,7 +24,7 @@ from dnd_sdk.chat import with_role
 from dnd_sdk.config import flag, one_of, whole_number
 from dnd_sdk.errors import BankFullError, GeneratorError
 from dnd_sdk.files import locked, storage_errors
-from dnd_sdk.lora import merge_flats
+from dnd_sdk.lora import merge_flats, narrowed
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash, role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars, log_decision
 
@@ -241,11 +241,13 @@ class Adaptation:
     def _keep(self, made: _Made, request: Request, pooled: Tensor, watch: Stopwatch) -> Adapter:
         parts = self._parts
         before = {a.name for a in parts.store.made_for(request.digest)}
+        # at the generator's own rank: the same weights are the same adapter, whatever rank a session's slots have
+        layout = parts.layout if parts.generator is None or made.source == "merged" else parts.generator.layout
         try:
             with watch.step("store"):
                 adapter = parts.store.put(
-                    made.flat,
-                    parts.layout,
+                    narrowed(made.flat, parts.layout, layout),
+                    layout,
                     base_name=parts.base.name,
                     base_fingerprint=parts.base.fingerprint,
                     source=made.source,

@@ -264,7 +264,7 @@ def _check_header(header: Mapping[str, TensorInfo], layout: LoraLayout, settings
             of = "" if r == settings.r else f" of {s.module}"
             raise LayoutMismatchError(
                 f"{path}: rank {r}{of} is above this base's slots of rank {layout.r}",
-                fix=f"use an adapter of rank {layout.r} or less, or a generator of r={r}: slots have its rank",
+                fix=f"use slots of rank {r}: DnD.load(r={r}), --r {r} or r = {r} in dnd.toml",
             )
         expected = (r, s.shape[1]) if s.part == "lora_A" else (s.shape[0], r)
         if info.shape != expected:

@@ -15,7 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from dnd_sdk.adapters.adapter import SOURCES, About, Adapter, Problem, check_name, default_name, is_name, read_manifest
+from dnd_sdk.adapters.adapter import (
+    SOURCES,
+    About,
+    Adapter,
+    Problem,
+    check_name,
+    default_name,
+    is_name,
+    read_layout,
+    read_manifest,
+)
 from dnd_sdk.adapters.catalogue import Changes
 from dnd_sdk.adapters.checks import check_base, check_folder, check_read_hash
 from dnd_sdk.adapters.exemplars import check_exemplars, exemplars_bytes, exemplars_hash, read_exemplars
@@ -49,6 +59,8 @@ class AdapterStore:
     def __init__(self, home: Home) -> None:
         self.root = home.adapters
         self._folders = AdapterFolders(home.adapters)
+        self._layouts: dict[str, LoraLayout] = {}
+        """Stored ones that are not a session's own, by digest."""
 
     def put(
         self,
@@ -147,6 +159,21 @@ class AdapterStore:
         if not found:
             raise self._not_found(adapter_id)
         return self.load(found[0], layout, base_fingerprint=base_fingerprint)
+
+    def fits(self, adapter: Adapter, layout: LoraLayout) -> bool:
+        """Whether `load` can make a vector of `layout` of an adapter; each layout stored is looked at once."""
+        digest = adapter.layout_digest
+        if digest == layout.digest:
+            return True
+        if digest not in self._layouts:
+            try:
+                stored = self._folders.read(adapter.name, read_layout)
+            except DndError:
+                return False
+            if stored is None or stored.digest != digest:
+                return False
+            self._layouts[digest] = stored
+        return layout.can_hold(self._layouts[digest])
 
     def exemplars(self, adapter: Adapter) -> Tensor | None:
         """The adapter's exemplars (k, C), None if it has none. Raises `AdapterCorruptError` when they are damaged."""

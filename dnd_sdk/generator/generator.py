@@ -28,7 +28,7 @@ from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError
 from dnd_sdk.files import replacing, write_atomic
 from dnd_sdk.generator.hyperconv import HyperConvDecoder, Shape
 from dnd_sdk.generator.weight_tokenizer import WeightTokenizer
-from dnd_sdk.lora import LoraLayout
+from dnd_sdk.lora import LoraLayout, widened
 from dnd_sdk.protocols import PathLike
 
 FORMAT_VERSION = 1
@@ -83,6 +83,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout
+        self._given = layout
         self.weight_tokenizer = WeightTokenizer(layout, config.parts)
         grid = (self.weight_tokenizer.T, self.weight_tokenizer.H, self.weight_tokenizer.W)
         self.decoder = HyperConvDecoder(decoder_shapes(config, grid), config.kernel_size)
@@ -152,16 +153,28 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def generate(self, states: Tensor) -> Tensor:
-        """The adapter `(P,)` for token states `(n, L, C)`, n >= 1; independent of the prompts' order."""
+        """The adapter `(P,)` for token states `(n, L, C)`, n >= 1; independent of the prompts' order.
+
+        Of the generator's own layout, or of the one it was told to `widen` to.
+        """
         x = self.condition(states).to(self.shared.device, self.shared.dtype)
         if self._zeroed is None or self.training:
             self._zeroed = self.weight_tokenizer.detokenise(self.decoder(torch.zeros_like(x[:1])))
         residual = self.weight_tokenizer.detokenise(self.decoder(x)).mean(0, keepdim=True)
-        return self._add(residual - self._zeroed)[0]
+        return widened(self._add(residual - self._zeroed)[0], self.layout, self._given)
 
     def mean(self) -> Tensor:
-        """The adapter `(P,)` of a zeroed condition: the shared adapter."""
-        return self.shared.detach().clone()
+        """The adapter `(P,)` of a zeroed condition, the shared adapter; its layout is that of `generate`."""
+        return widened(self.shared.detach().clone(), self.layout, self._given)
+
+    def widen(self, layout: LoraLayout) -> None:
+        """Have `generate` and `mean` give vectors of `layout`, the generator's own at a larger rank.
+
+        Raises `LayoutMismatchError` for another.
+        """
+        if layout.r < self.layout.r or self.layout.at_rank(layout.r) != layout:
+            raise LayoutMismatchError(f"a generator of rank {self.layout.r} cannot give LoRAs of this layout")
+        self._given = layout
 
     def save_pretrained(self, folder: PathLike) -> None:
         """Write `config.json` and `model.safetensors` into `folder` (made if missing), weights first."""

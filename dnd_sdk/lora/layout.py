@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +70,14 @@ class LoraLayout:
     def scaling(self) -> float:
         """PEFT's `lora_alpha / r`."""
         return self.lora_alpha / self.r
+
+    def at_rank(self, r: int) -> LoraLayout:
+        """The same modules and scaling at another rank."""
+        return self if r == self.r else replace(self, r=r, lora_alpha=self.scaling * r)
+
+    def can_hold(self, other: LoraLayout) -> bool:
+        """Whether a LoRA of another layout fits into this one: no module or rank that this has not."""
+        return other.r <= self.r and set(other.modules) <= set(self.modules)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:

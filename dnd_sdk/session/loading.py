@@ -12,10 +12,13 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home, text_of, whole_number
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError, shown
-from dnd_sdk.generator import check_encoder, folder_for, generator_folder, load_generator
-from dnd_sdk.lora import LoraLayout
+from dnd_sdk.generator import Generator, check_encoder, folder_for, generator_folder, load_generator
+from dnd_sdk.lora import MAX_RANK, LoraLayout
 from dnd_sdk.models import DEFAULT_ENCODER, Base, Encoder, load_base, resolve
 from dnd_sdk.routing import DecisionLog, Router, measured
+
+DEFAULT_RANK = 8
+"""Of the slots where no generator says otherwise."""
 
 
 def load_parts(
@@ -26,6 +29,7 @@ def load_parts(
     device: str,
     dtype: str,
     n_slots: int,
+    r: int | None,
     progress: Callable[[str], None] | None,
 ) -> Parts:
     """See `DnD.load`.
@@ -35,6 +39,7 @@ def load_parts(
     base_name = text_of("base", base_name)
     encoder_name = None if encoder_name is None else text_of("encoder", encoder_name)
     whole_number("n_slots", n_slots, 1)  # before the slow part
+    r = None if r is None else whole_number("r", r, 1, MAX_RANK)
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
     folder = generator_folder(base_name, generator_source)
@@ -45,12 +50,24 @@ def load_parts(
     resolve(encoder_name, home, progress=progress)  # fetch with progress; the load below finds it
     encoder = Encoder.load(encoder_name, home, device=str(base.model.device))
     check_encoder(encoder, generator)
-    layout = generator.layout if generator is not None else LoraLayout.from_model(base.model)
+    layout = _slot_layout(base, generator, r)
     store = AdapterStore(home)
     router = _router(folder, encoder, base, layout, store, home)
     fetch = partial(store.load_by_id, layout=layout, base_fingerprint=base.fingerprint)
     engine = Engine(base, layout, n_slots=n_slots, fetch=fetch)
     return Parts(base, generator, encoder, store, router, engine, home, DecisionLog(home.logs))
+
+
+def _slot_layout(base: Base, generator: Generator | None, r: int | None) -> LoraLayout:
+    """The layout of the adapters that can be swapped in: the generator's, at rank `r` if there is one given."""
+    if generator is None:
+        return LoraLayout.from_model(base.model, r=r or DEFAULT_RANK)
+    own = generator.layout.r
+    if r is not None and r < own:
+        raise ConfigError(f"r must be at least {own}, the rank of the generator's adapters, got {r}")
+    layout = generator.layout.at_rank(r or own)
+    generator.widen(layout)
+    return layout
 
 
 def _router(
@@ -65,5 +82,5 @@ def _router(
         thresholds,
         support=support,
         folder=home.index,
-        usable=lambda adapter: adapter.layout_digest == layout.digest,
+        usable=lambda adapter: store.fits(adapter, layout),
     )

@@ -70,6 +70,7 @@ class DnD:
         device: str = "auto",
         dtype: str = "auto",
         n_slots: int = 8,
+        r: int | None = None,
         calibrate: bool = True,
         progress: Callable[[str], None] | None = None,
     ) -> DnD:
@@ -83,6 +84,7 @@ class DnD:
             device: `auto`, `cpu`, `cuda`, ...
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
             n_slots: How many adapters stay swapped in.
+            r: Rank of the slots, for imported adapters of a larger rank than the generator's; None is the generator's.
             calibrate: What `adapt` and `observe` do unless told otherwise.
             progress: Told in words about fetching and converting.
 
@@ -93,7 +95,7 @@ class DnD:
         """
         flag("calibrate", calibrate)
         where = home if isinstance(home, Home) else Home.find(home)
-        parts = load_parts(base, generator, encoder, where, device, dtype, n_slots, progress)
+        parts = load_parts(base, generator, encoder, where, device, dtype, n_slots, r, progress)
         return cls(parts, calibrate=calibrate)
 
     @property
