@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,21 +27,17 @@ from dnd_sdk.adapters.adapter import (
 )
 from dnd_sdk.adapters.catalogue import Changes
 from dnd_sdk.adapters.checks import check_base, check_folder, check_read_hash
-from dnd_sdk.adapters.exemplars import check_exemplars, exemplars_bytes, exemplars_hash, read_exemplars
-from dnd_sdk.adapters.folders import AdapterFolders, publish
+from dnd_sdk.adapters.edge import array_of, tensor_of
+from dnd_sdk.adapters.exemplars import check_exemplars, exemplars_hash, read_exemplars
+from dnd_sdk.adapters.exporting import copy_out
+from dnd_sdk.adapters.folders import AdapterFolders
 from dnd_sdk.adapters.incoming import read_incoming
 from dnd_sdk.adapters.peft_folder import adapter_id, check_flat, read_weights
 from dnd_sdk.adapters.refining import refined_files, with_more
-from dnd_sdk.adapters.writing import FILES, write_folder
+from dnd_sdk.adapters.writing import exemplars_file, write_folder
 from dnd_sdk.config import Home, path_of
-from dnd_sdk.errors import (
-    AdapterCorruptError,
-    AdapterNotFoundError,
-    ConfigError,
-    DndError,
-    shown,
-)
-from dnd_sdk.files import FloatArray, locked, storage_errors
+from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, DndError, shown
+from dnd_sdk.files import FloatArray
 from dnd_sdk.lora import LoraLayout
 
 if TYPE_CHECKING:
@@ -98,7 +93,7 @@ class AdapterStore:
         if name is not None:
             check_name(name)
         weights = check_flat(flat, layout).numpy()
-        kept = None if exemplars is None else _exemplars_file(exemplars, about)
+        kept = None if exemplars is None else exemplars_file(array_of(exemplars), about)
         weights_id, role = adapter_id(weights, layout), about.get("role")
         chosen = name or self._name_of(weights_id, role) or default_name(weights_id, role)
         about["scores"], about["parents"] = dict(about.get("scores") or {}), dict(about.get("parents") or {})
@@ -151,7 +146,7 @@ class AdapterStore:
         flat = self._folders.read(adapter.name, reader)
         if flat is None:
             raise self._not_found(adapter.name)
-        return _tensor(flat)
+        return tensor_of(flat)
 
     def load_by_id(self, adapter_id: str, layout: LoraLayout, *, base_fingerprint: str | None = None) -> Tensor:
         """`load` of a stored adapter with that id, whatever it is called by now."""
@@ -184,7 +179,7 @@ class AdapterStore:
         found = self._folders.read(adapter.name, reader)
         if found is None:
             raise self._not_found(adapter.name)
-        return None if found[0] is None else _tensor(found[0])
+        return None if found[0] is None else tensor_of(found[0])
 
     def set_exemplars(self, adapter: Adapter, exemplars: Tensor) -> Adapter:
         """Replace an adapter's exemplars by others of the same encoder, `(k, C)`; its weights stay as they are.
@@ -192,7 +187,7 @@ class AdapterStore:
         Raises `InputError` for unusable exemplars, `AdapterNotFoundError` if it was removed or replaced meanwhile, or
         `StorageError`.
         """
-        checked = check_exemplars(_array(exemplars))
+        checked = check_exemplars(array_of(exemplars))
         return self._refine(adapter, lambda folder, stored: refined_files(folder, stored, checked))
 
     def ls(self) -> list[Adapter]:
@@ -251,10 +246,10 @@ class AdapterStore:
             raise ConfigError(f"note must be a function or None, got {shown(note)}")
         new = read_incoming(path, layout, base_fingerprint, base_name)
         if exemplars is None:
-            exemplars = None if new.exemplars is None else _tensor(new.exemplars)
+            exemplars = None if new.exemplars is None else tensor_of(new.exemplars)
             encoder, encoder_fingerprint = new.encoder, new.encoder_fingerprint
         stored = self.put(
-            _tensor(new.flat),
+            tensor_of(new.flat),
             layout,
             base_name=new.base_name or base_name or "unknown",
             base_fingerprint=base_fingerprint,
@@ -267,7 +262,7 @@ class AdapterStore:
             **new.kept,
         )
         if exemplars is not None:
-            checked = check_exemplars(_array(exemplars))
+            checked = check_exemplars(array_of(exemplars))
             stored = self._refine(stored, lambda folder, a: with_more(folder, a, checked, encoder, encoder_fingerprint))
         for line in new.notes:
             (note or _log_note)(line)
@@ -282,19 +277,7 @@ class AdapterStore:
         problem = self._problem(adapter.name)
         if problem is not None:
             raise AdapterCorruptError(problem.what, fix=problem.fix)
-        out = path_of("out_dir", out_dir).absolute()
-
-        def fill(folder: Path) -> None:
-            for file in FILES:
-                if (adapter.path / file).is_file():
-                    shutil.copyfile(adapter.path / file, folder / file)
-
-        # shared with readers and adders: nobody replaces exemplars between the copies
-        with storage_errors("write", out), locked(self.root, shared=True):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            if not publish(out, fill):
-                raise ConfigError(f"{out} exists and is not an empty folder", fix="choose another folder")
-        return out
+        return copy_out(adapter, path_of("out_dir", out_dir).absolute())
 
     def with_id(self, adapter_id: str) -> list[Adapter]:
         """The adapters of these weights, by name: one for each name and role they were stored under."""
@@ -350,22 +333,6 @@ class AdapterStore:
         near = difflib.get_close_matches(str(name), self._folders.names(), n=1)
         fix = f"did you mean {near[0]!r}?" if near else "`dnd adapters ls` lists the adapters there are"
         return AdapterNotFoundError(f"no adapter {shown(name)} in {self.root}", fix=fix)
-
-
-def _exemplars_file(exemplars: Tensor, about: About) -> bytes:
-    encoder, fingerprint = about.get("encoder"), about.get("encoder_fingerprint")
-    return exemplars_bytes(check_exemplars(_array(exemplars)), encoder, fingerprint)
-
-
-def _array(tensor: Tensor) -> FloatArray:
-    """fp32 on the CPU, without a copy where it is that already."""
-    return tensor.detach().cpu().float().numpy()
-
-
-def _tensor(array: FloatArray) -> Tensor:
-    import torch  # only who asks for a tensor needs it
-
-    return torch.from_numpy(array)
 
 
 def _log_note(line: str) -> None:

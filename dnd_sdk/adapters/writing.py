@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dnd_sdk.adapters.adapter import MANIFEST, Adapter, manifest_text
+from dnd_sdk.adapters.adapter import MANIFEST, About, Adapter, manifest_text
 from dnd_sdk.adapters.card import CARD, card_text
-from dnd_sdk.adapters.exemplars import EXEMPLARS
+from dnd_sdk.adapters.exemplars import EXEMPLARS, check_exemplars, exemplars_bytes
 from dnd_sdk.adapters.peft_config import CONFIG, config_text
 from dnd_sdk.adapters.peft_folder import WEIGHTS, write_weights
 from dnd_sdk.files import FloatArray
@@ -25,3 +25,9 @@ def write_folder(
     (folder / CARD).write_text(card_text(adapter, layout, base_name), encoding="utf-8")
     if exemplars is not None:
         (folder / EXEMPLARS).write_bytes(exemplars)
+
+
+def exemplars_file(exemplars: FloatArray, about: About) -> bytes:
+    """The content of the exemplars' file, after a check; raises `InputError`."""
+    encoder, fingerprint = about.get("encoder"), about.get("encoder_fingerprint")
+    return exemplars_bytes(check_exemplars(exemplars), encoder, fingerprint)
