@@ -88,9 +88,7 @@ def pull(name: str, home: Home, progress: Note | None = None) -> Path:
     return Path(source) if Path(source).is_dir() else _pull_from_hub(source, progress)
 
 
-def load_base(
-    name: str, home: Home, *, device: str = "cpu", dtype: str = "auto", progress: Note | None = None
-) -> Base:
+def load_base(name: str, home: Home, *, device: str = "cpu", dtype: str = "auto", progress: Note | None = None) -> Base:
     """Load a causal LM: `device` auto|cpu|cuda|cuda:N|mps, `dtype` auto (bfloat16 on CUDA, else float32) or its name.
 
     Raises `ConfigError` for an unknown or absent device or dtype, `WeightsUnavailableError` for a model that cannot be
