@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from helpers import random_flat, tiny_model, tiny_tokenizer
+from helpers import random_flat, read_bytes, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from dnd_sdk.config import SamplingOptions
@@ -72,8 +72,8 @@ def greedy(model: Any, base: Base, text: str, n: int) -> str:
     """The model's own greedy answer."""
     ids = chat_ids(base, text)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
-    text = base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return text if out[0, -1] == base.tokenizer.eos_token_id else text.rstrip("\ufffd")  # cut inside a character
+    tokens = base.tokenizer.convert_ids_to_tokens(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+    return read_bytes(tokens, final=bool(out[0, -1] == base.tokenizer.eos_token_id))
 
 
 def naive_logprob(model: Any, base: Base, prompt: str, option: str) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from dnd_sdk.lora.layout import LoraLayout
 
@@ -15,6 +18,8 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+_BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "mistral")
 
@@ -35,6 +40,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tok.chat_template = CHAT_TEMPLATE
     return tok
+
+
+def read_bytes(tokens: list[str], *, final: bool) -> str:
+    """The text of `tiny_tokenizer`'s tokens by Python's decoder; not `final`: without an incomplete last character."""
+    raw = bytes(_BYTES[token] for token in tokens)
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(raw, final)
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, hidden: int = 32, layers: int = 2) -> PreTrainedModel:
