@@ -19,3 +19,15 @@ def logits(dnd: DnD, adapter_id: str | None = None) -> torch.Tensor:
 def state(dnd: DnD) -> tuple[Any, ...]:
     """Everything an adaptation may change."""
     return sorted(a.name for a in dnd.store.ls()), dnd.engine.bank.resident(), dnd.store.verify()
+
+
+class Interrupt:
+    """Raises when called the n-th time, before or after doing the real thing."""
+
+    def __init__(self, real: Any, error: BaseException, *, after: bool) -> None:
+        self.real, self.error, self.after = real, error, after
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.after:
+            self.real(*args, **kwargs)
+        raise self.error

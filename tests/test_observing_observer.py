@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_session import Interrupt
+from session_parts import Interrupt
 from tiny_world import World, prompts_of
 
 from dnd_sdk.errors import InputError, StorageError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapter_folders import listed
 from helpers import random_flat
-from session_parts import logits, state
+from session_parts import Interrupt, logits, state
 from tiny_world import World, prompts_of
 
 from dnd_sdk.adaptation import Limits
@@ -49,18 +49,6 @@ def test_a_taken_name_is_refused_and_nothing_changes(dnd: DnD) -> None:
         dnd.adapt(prompts_of("digits"), name="mine", mode="generate")
     assert state(dnd) == before
     assert torch.equal(logits(dnd, dnd.store.get("mine").id), same)
-
-
-class Interrupt:
-    """Raises when called the n-th time, before or after doing the real thing."""
-
-    def __init__(self, real: Any, error: BaseException, *, after: bool) -> None:
-        self.real, self.error, self.after = real, error, after
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.after:
-            self.real(*args, **kwargs)
-        raise self.error
 
 
 STEPS_OF_ADAPT = [

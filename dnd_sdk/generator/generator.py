@@ -122,13 +122,13 @@ class Generator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Conditions `(B, N, L, C)` to flat LoRA vectors `(B, P)`; differentiable."""
-        tokens = self.decoder(torch.cat([x, torch.zeros_like(x[:1])]))
-        residual = self.weight_tokenizer.detokenise(tokens)
-        return self._add(residual[:-1] - residual[-1:])
+        tokens = self.decoder(torch.cat([x, torch.zeros_like(x[:1])]))  # (B + 1, N, L, C) -> (B + 1, T, H, W)
+        residual = self.weight_tokenizer.detokenise(tokens)  # (B + 1, P)
+        return self._add(residual[:-1] - residual[-1:])  # (B, P): the last one is the zeroed condition's
 
     def _add(self, residual: Tensor) -> Tensor:
         sizes = torch.tensor([s.stop - s.start for s in self.layout.segments], device=residual.device)
-        return self.shared + residual * self.gain.repeat_interleave(sizes)
+        return self.shared + residual * self.gain.repeat_interleave(sizes)  # gain: one a segment -> (P,)
 
     def condition(self, states: Tensor) -> Tensor:
         """Token states `(n, L, C)` of any n >= 1 prompts to decoder inputs `(groups, n_prompts, L, C)`.
@@ -143,12 +143,14 @@ class Generator(nn.Module):
             )
         if not bool(states.isfinite().all()):
             raise GeneratorError("prompt states hold NaN or inf", fix="check the encoder's weights")
+        # (n, L, C), in an order that does not depend on the one given
         ordered = states[states.double().sum((1, 2)).argsort(stable=True)]
         used = min(len(ordered), self.max_prompts)
         spread = torch.arange(used) * len(ordered) // used
         groups = math.ceil(used / self.config.n_prompts)
         fill = torch.arange(groups * self.config.n_prompts) % used
-        picked = ordered[spread[fill]]
+        picked = ordered[spread[fill]]  # (n_prompts groups, L, C): spread over all, repeated where they are fewer
+        # every group gets each groups-th prompt: (n_prompts, groups, L, C) -> (groups, n_prompts, L, C)
         return picked.unflatten(0, (self.config.n_prompts, groups)).transpose(0, 1)
 
     @torch.no_grad()
@@ -157,9 +159,10 @@ class Generator(nn.Module):
 
         Of the generator's own layout, or of the one it was told to `widen` to.
         """
-        x = self.condition(states).to(self.shared.device, self.shared.dtype)
+        x = self.condition(states).to(self.shared.device, self.shared.dtype)  # (groups, N, L, C)
         if self._zeroed is None or self.training:
             self._zeroed = self.weight_tokenizer.detokenise(self.decoder(torch.zeros_like(x[:1])))
+        # (groups, T, H, W) -> (groups, P) -> (1, P)
         residual = self.weight_tokenizer.detokenise(self.decoder(x)).mean(0, keepdim=True)
         return widened(self._add(residual - self._zeroed)[0], self.layout, self._given)
 
@@ -250,14 +253,15 @@ def _read_weights(root: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _difference(root: Path, layout: LoraLayout, own: LoraLayout) -> str:
+def _difference(root: Path, layout: LoraLayout, trained_on: LoraLayout) -> str:
     def short(x: LoraLayout) -> str:
         return f"r={x.r}, alpha={x.lora_alpha:g}, {len(x.modules)} modules, {x.n_parameters} weights"
 
-    return f"generator {root} does not fit this base: it is made for {short(own)}; the base has {short(layout)}"
+    return f"generator {root} does not fit this base: it is made for {short(trained_on)}; the base has {short(layout)}"
 
 
 def select_states(states: Tensor, rows: Sequence[int], n_prompts: int) -> Tensor:
     """A training condition `(n_prompts, L, C)` from the chosen rows, repeated in order when there are fewer."""
     at = torch.tensor(rows)
+    # (n, L, C) -> (n_prompts, L, C)
     return states[at[torch.arange(n_prompts) % len(at)]]

@@ -60,8 +60,8 @@ class HyperConvLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, N, L, C)` to `(B, N', L', C')`."""
         h = self.norm(x)
-        h = (self.width_first(h) + self.height_first(h) + self.bias) / 3
-        h = self.layerwise(h)  # image (L', C') with N channels
+        h = (self.width_first(h) + self.height_first(h) + self.bias) / 3  # (B, N, L, C) -> (B, N, L', C')
+        h = self.layerwise(h)  # image (L', C') with N channels: (B, N, L', C') -> (B, N', L', C')
         return x + h if self.residual else h
 
 

@@ -38,8 +38,8 @@ class WeightTokenizer:
         # cell -> position in the flat vector, -1 where a cell carries no weight
         self.cells = torch.cat([self._cells(s.start, s.shape, s.part) for s in segments])  # (T, r, chunk)
         self.used = self.cells >= 0
-        self._source = self.cells[self.used]
-        self._filled = self.used.flatten().nonzero()[:, 0]
+        self._source = self.cells[self.used]  # (n weights,) places in the flat vector
+        self._filled = self.used.flatten().nonzero()[:, 0]  # (n weights,) places among all cells
 
     def _cells(self, start: int, shape: tuple[int, int], part: str) -> Tensor:
         at = torch.arange(shape[0] * shape[1]).view(shape) + start
@@ -57,7 +57,7 @@ class WeightTokenizer:
         self.layout.check_size(flat.shape[-1])
         used = self.used.to(flat.device)
         values = torch.where(used, flat[..., self.cells.clamp(min=0).to(flat.device)], 0.0)  # (..., T, r, chunk)
-        n = used.sum((-2, -1), keepdim=True)
+        n = used.sum((-2, -1), keepdim=True)  # (T, 1, 1), as mean and std (..., T, 1, 1): one a token
         mean = values.sum((-2, -1), keepdim=True) / n
         std = (torch.where(used, values - mean, 0.0).square().sum((-2, -1), keepdim=True) / n).sqrt()
         body = torch.where(used, (values - mean) / (std + _EPS), torch.nan)
@@ -69,11 +69,12 @@ class WeightTokenizer:
 
     def detokenise(self, tokens: Tensor) -> Tensor:
         """Tokens `(..., T, H, W)` to flat vectors `(..., P)`; parts not tokenised are zero. Differentiable."""
-        mean = tokens[..., -BORDER:, :].mean((-2, -1), keepdim=True) / 8
+        mean = tokens[..., -BORDER:, :].mean((-2, -1), keepdim=True) / 8  # (..., T, 1, 1), and so the std
         log_std = tokens[..., :-BORDER, -BORDER:].mean((-2, -1), keepdim=True)
         std = (torch.exp(log_std - 1.6) - 0.1) / 0.9
-        body = tokens[..., :-BORDER, :-BORDER] * (std + _EPS) + mean
+        body = tokens[..., :-BORDER, :-BORDER] * (std + _EPS) + mean  # (..., T, r, chunk)
         flat = torch.zeros((*tokens.shape[:-3], self.layout.n_parameters), device=tokens.device, dtype=tokens.dtype)
+        # (..., T r chunk) -> (..., n weights) -> (..., P)
         values = body.flatten(-3).index_select(-1, self._filled.to(tokens.device))
         return flat.index_copy(-1, self._source.to(tokens.device), values)
 

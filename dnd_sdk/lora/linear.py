@@ -40,6 +40,7 @@ _active: ContextVar[LoraRows | None] = ContextVar("dnd_lora_rows", default=None)
 @contextmanager
 def use_lora(tables: Tables, rows: Tensor | int) -> Iterator[None]:
     """Apply adapters to every forward of an attached model inside this block, in this context only."""
+    # A (S, r, in) -> (in, r) and B (S, out, r) -> (r, out) of the one adapter
     uniform = {n: (A[rows].T, B[rows].T) for n, (A, B) in tables.items()} if isinstance(rows, int) else None
     token = _active.set(LoraRows(tables, rows, uniform))
     try:
@@ -50,7 +51,7 @@ def use_lora(tables: Tables, rows: Tensor | int) -> Iterator[None]:
 
 def tables_from_flat(layout: LoraLayout, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Split stacked flat vectors `(S, P)` into tables; differentiable, scaling folded into B."""
-    views = list(layout.views(flat))
+    views = list(layout.views(flat))  # (S, P) -> A (S, r, in), B (S, out, r), by turns
     return {a.module: (A, B * layout.scaling) for (a, A), (_, B) in zip(views[::2], views[1::2], strict=True)}
 
 
@@ -76,7 +77,7 @@ def _with_lora(plain: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor
         if active.uniform is not None:
             return _uniform(out, x, *active.uniform[name])
         A, B = active.tables[name]
-        return _gathered(out, x, A[active.rows], B[active.rows])
+        return _gathered(out, x, A[active.rows], B[active.rows])  # (S, ...) -> (B, ...): each row's own adapter
 
     forward.dnd_lora = True  # type: ignore[attr-defined]
     return forward
@@ -85,13 +86,13 @@ def _with_lora(plain: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor
 def _uniform(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     # A (in, r), B (r, out); a Linear's result is its own, so inference adds in place: no copy of `out` per token.
     # mm, since the linear of torch transposes and reshapes anew on every call
-    low = torch.mm(x.reshape(-1, x.shape[-1]), A)
+    low = torch.mm(x.reshape(-1, x.shape[-1]), A)  # (B, T, in) -> (B T, r)
     if torch.is_grad_enabled() or not out.is_contiguous():
-        return torch.addmm(out.flatten(0, -2), low, B).view_as(out)
+        return torch.addmm(out.flatten(0, -2), low, B).view_as(out)  # (B T, out) -> (B, T, out)
     out.view(-1, out.shape[-1]).addmm_(low, B)
     return out
 
 
 def _gathered(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    # x (B, T, in), A (B, r, in), B (B, out, r)
+    # x (B, T, in), A (B, r, in), B (B, out, r): (B, T, in) -> (B, T, r) -> (B, T, out)
     return torch.baddbmm(out, torch.bmm(x, A.transpose(1, 2)), B.transpose(1, 2))

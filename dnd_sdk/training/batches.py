@@ -111,13 +111,13 @@ def _collate(group: list[tuple[TokenRow, int]], n_rows: int, pad: int) -> MicroB
 def answer_loss(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """This micro-batch's share of the step's cross-entropy; adapters come from the caller's `use_lora`."""
     device = next(model.parameters()).device
-    hidden = model.base_model(input_ids=batch.ids.to(device), use_cache=False).last_hidden_state
+    hidden = model.base_model(input_ids=batch.ids.to(device), use_cache=False).last_hidden_state  # (b, T, C)
     rows, positions = batch.at.to(device)
-    logits = _head(model)(hidden[rows, positions]).float()
+    logits = _head(model)(hidden[rows, positions]).float()  # (n, C) -> (n, vocabulary)
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         logits = cap * torch.tanh(logits / cap)
-    per_token = nn.functional.cross_entropy(logits, batch.labels.to(device), reduction="none")
+    per_token = nn.functional.cross_entropy(logits, batch.labels.to(device), reduction="none")  # (n,)
     return (per_token * batch.weights.to(device)).sum()
 
 
