@@ -86,7 +86,7 @@ class Catalogue:
 
     def _record(self, name: str, adapter: Adapter | None) -> None:
         self._journal.mark()
-        signature = _signature(self._root / name)
+        signature = _signature(self._root, name)
         self._set(name, None if adapter is None or signature is None else Entry(adapter, signature))
         self._warned.discard(name)
         self._journal.write([name], self._entries)
@@ -121,7 +121,7 @@ class Catalogue:
     def _look(self) -> list[str]:
         """Compare all folders with what is known; the names of those that differed."""
         names = set(folder_names(self._root))
-        differ = [n for n, e in self._entries.items() if n not in names or _signature(self._root / n) != e.signature]
+        differ = [n for n, e in self._entries.items() if n not in names or _signature(self._root, n) != e.signature]
         found = {n: self._read(n) for n in (*differ, *sorted(names - self._entries.keys()))}
         changed = [n for n, entry in found.items() if entry is not None or n in self._entries]
         for name in changed:
@@ -132,7 +132,7 @@ class Catalogue:
         folder = self._root / name
         try:
             check_name(name)
-            signature = _signature(folder)  # before the reading: a later one could belong to what was not read
+            signature = _signature(self._root, name)  # before the reading: a later one may be of another file
             adapter = read_manifest(folder)
             return None if signature is None else Entry(adapter, signature)
         except DndError as e:
@@ -174,9 +174,9 @@ def folder_names(root: Path) -> list[str]:
             return []
 
 
-def _signature(folder: Path) -> Signature | None:
+def _signature(root: Path, name: str) -> Signature | None:
     try:
-        status = os.stat(folder / MANIFEST)
+        status = os.stat(f"{root}/{name}/{MANIFEST}")  # of thousands: making paths would take longer than looking
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size, status.st_ino

@@ -5,6 +5,7 @@ The encoder has the width of the default one, so that what is made of its vector
 
 from __future__ import annotations
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -24,9 +25,11 @@ _N_TOKENS = 258
 
 def stand_in(home: Home) -> DnD:
     """A session on random models made here; its store, index and log are those of `home`."""
-    base, encoder = _base(), _encoder()
-    layout = LoraLayout.from_model(base.model, r=4)
-    generator = _generator(base, encoder, layout)
+    with torch.random.fork_rng(devices=[]):  # the same models every time, and the caller's draws untouched
+        torch.manual_seed(0)
+        base, encoder = _base(), _encoder()
+        layout = LoraLayout.from_model(base.model, r=4)
+        generator = _generator(base, encoder, layout)
     store = AdapterStore(home)
     never = Thresholds(reuse=2.0, reuse_single=2.0, support=-1.0)
     router = Router(store, encoder.name, encoder.fingerprint, base.fingerprint, never, folder=home.index)

@@ -50,7 +50,8 @@ class Centres(Generic[T]):
         owners = list(self.view.owners)
         for name in (remove | add.keys()) & self._rows.keys():
             owners[self._rows.pop(name)] = None
-        if len(owners) + len(add) > len(self._matrix):
+        removed = len(owners) - len(self._rows)
+        if len(owners) + len(add) > len(self._matrix) or removed > _FIRST + len(self._rows) // 8:
             owners = self._moved(owners, len(add))
         for name, (centre, owner) in add.items():
             self._rows[name] = len(owners)

@@ -31,7 +31,7 @@ MAX_QUERY = 128
 """Prompts of a set that are compared; of a larger set an even sample."""
 COMPARED = 32
 """Adapters that are compared prompt by prompt."""
-AT_HAND = 512
+AT_HAND = 1024
 """Adapters whose exemplars stay in memory once they were read."""
 _NO_DIRECTION = 1e-6
 
@@ -186,14 +186,20 @@ class AdapterIndex:
         kept = {} if self._file is None else self._file.kept
         found: dict[str, Vectors | Kept] = {n: kept[n] for n, k in fresh.items() if _is_of(kept.get(n), k)}
         made = {n: v for n, k in fresh.items() if n not in found and (v := self._read(store, k)) is not None}
-        found |= made if self._file is None else self._written(self._file, made, changes)
+        found |= made if self._file is None else self._written(self._file, made, changes, wanted)
         self._change({n: (fresh[n], v) for n, v in found.items()}, gone | (fresh.keys() - found.keys()))
 
-    def _written(self, file: VectorFile, made: Mapping[str, Vectors], changes: Changes) -> dict[str, Kept]:
+    def _written(
+        self, file: VectorFile, made: Mapping[str, Vectors], changes: Changes, wanted: Mapping[str, _Known]
+    ) -> dict[str, Kept]:
         """Add to the file what was made, take out what the store has no more."""
-        names = file.kept.keys() if changes.everything else file.kept.keys() & changes.adapters.keys()
-        now = {n: None if (a := changes.adapters.get(n)) is None else _Known.of(a) for n in names}
-        file.write(made, [n for n, known in now.items() if known is None or not _is_of(file.kept[n], known)])
+        gone = []
+        for n in file.kept.keys() if changes.everything else file.kept.keys() & changes.adapters.keys():
+            adapter = changes.adapters.get(n)  # one that this session cannot use may be another's
+            known = wanted.get(n) or (None if adapter is None else _Known.of(adapter))
+            if known is None or not _is_of(file.kept[n], known):
+                gone.append(n)
+        file.write(made, gone)
         added = {n: file.kept[n] for n in made}
         for n, kept in added.items():
             self._keep_at_hand(kept, torch.from_numpy(made[n].exemplars))
@@ -241,8 +247,9 @@ class AdapterIndex:
             return torch.from_numpy(vectors.exemplars)
         with self._handling:
             found = self._at_hand.get(vectors)
-        if found is not None:
-            return found
+            if found is not None:
+                self._at_hand.move_to_end(vectors)
+                return found
         try:
             read = torch.from_numpy(vectors.exemplars)
         except (OSError, ValueError) as e:
