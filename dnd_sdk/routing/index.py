@@ -97,7 +97,8 @@ class AdapterIndex:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the adapters in the index."""
-        return tuple(self._known)
+        with self._write:
+            return tuple(self._known)
 
     def adapter(self, name: str) -> Adapter | None:
         """The adapter of that name, as `sync` found it; None: not there, or put in with `add`."""
@@ -215,8 +216,9 @@ class AdapterIndex:
             by_role.setdefault(known.role, {})[name] = vectors.centre, _Owner(name, vectors)
         for role in out.keys() | by_role.keys():
             self._change_role(role, by_role.get(role, {}), out.get(role, set()))
-        kept = {n: k for n, k in self._known.items() if n not in remove} if remove else self._known
-        self._known = kept | {n: known for n, (known, _) in add.items()}
+        for name in remove:
+            self._known.pop(name, None)
+        self._known.update((name, known) for name, (known, _) in add.items())
 
     def _change_role(self, role: str | None, add: dict[str, tuple[np.ndarray, _Owner]], remove: set[str]) -> None:
         centres = self._centres.get(role)
