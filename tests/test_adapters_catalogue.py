@@ -208,6 +208,13 @@ def test_a_store_that_cannot_be_written_to_is_read(home: Home, store: AdapterSto
         store.root.chmod(stat.S_IRWXU)
 
 
+def test_a_fold_that_was_killed_leaves_nothing(home: Home, store: AdapterStore) -> None:
+    store_one(store, name="one")
+    left = store.root / ".store" / f".journal.jsonl.{'0' * 32}"
+    left.write_bytes(b"half")
+    assert [a.name for a in AdapterStore(home).ls()] == ["one"] and listed(store.root) == ["one"] and not left.exists()
+
+
 def test_adapters_of_an_earlier_version_have_no_journal(home: Home, store: AdapterStore) -> None:
     adapter = store_one(store, name="one")
     shutil.rmtree(store.root / ".store")

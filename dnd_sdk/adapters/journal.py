@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dnd_sdk.adapters.adapter import Adapter, adapter_fields, adapter_from, check_name
 from dnd_sdk.errors import DndError, StorageError
-from dnd_sdk.files import LineLog, locked
+from dnd_sdk.files import LineLog, locked, sweep
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Journal:
         self._root, self._state = root, state
         self._lines = LineLog(state / FILE, {"format_version": FORMAT_VERSION})
         self._root_time: int | None = None
+        self._swept = False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -62,7 +63,9 @@ class Journal:
                 self._state.mkdir(exist_ok=True)
             except OSError as e:  # a read-only disk can still be read
                 log.debug("no journal in %s: %s", self._state, e.strerror)
-        with locked(self._state):
+        with locked(self._state) as alone:
+            if alone and not self._swept:
+                self._sweep()
             yield
 
     @property
@@ -108,6 +111,14 @@ class Journal:
                 self._lines.append([self._line(name, entries.get(name)) for name in names] or [last])
         except (OSError, StorageError) as e:
             log.debug("%s is not kept: %s", self._lines.path, e)
+
+    def _sweep(self) -> None:
+        """Remove what a process left that was killed while it folded the journal."""
+        try:
+            sweep(self._state)
+        except OSError as e:  # a read-only disk can still be read
+            log.debug("what a killed process left in %s cannot be cleared: %s", self._state, e.strerror or e)
+        self._swept = True
 
     def _line(self, name: str, entry: Entry | None) -> dict[str, Any]:
         line = {"name": name, "root": self._root_time}
