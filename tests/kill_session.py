@@ -46,7 +46,8 @@ def work(world: World, session: DnD, pipe: int, seed: int) -> None:
             op = "route"
         say(pipe, {"begin": op, "name": name, "task": task})
         run(world, session, op, name, task)
-        say(pipe, {"done": op})
+        # merging may end in the only adapter near enough, and nothing new is stored
+        say(pipe, {"done": op, "there": (session.store.root / name).exists()})
 
 
 def run(world: World, session: DnD, op: str, name: str, task: str) -> None:
@@ -82,16 +83,18 @@ def replay(state: dict[str, Made], said: list[dict]) -> list[dict[str, Made]]:
         if "begin" in line:
             begun = line
         else:
-            state, begun = after(state, begun)[-1], None
-    return [state, *after(state, begun)]
+            assert begun is not None
+            state = after(state, begun) if line["there"] != (begun["name"] in state) else state
+            begun = None
+    return [state, after(state, begun)]
 
 
-def after(state: dict[str, Made], op: dict | None) -> list[dict[str, Made]]:
-    """The states an operation may lead to; importing makes two steps: the weights, then its prompts."""
+def after(state: dict[str, Made], op: dict | None) -> dict[str, Made]:
+    """The state that an operation that adds or removes leads to."""
     if op is None or op["begin"] in ("route", "dnd route"):
-        return [state]
+        return state
     rest = {n: made for n, made in state.items() if n != op["name"]}
-    return [rest if op["begin"].endswith("rm") else rest | {op["name"]: (op["begin"], op["task"])}]
+    return rest if op["begin"].endswith("rm") else rest | {op["name"]: (op["begin"], op["task"])}
 
 
 def check(world: World, session: DnD, possible: list[dict[str, Made]]) -> dict[str, Made]:

@@ -90,6 +90,19 @@ def test_two_processes_share_what_either_adds(tmp_path: Path) -> None:
     assert compare_saved(tmp_path, store) == (5, 0)
 
 
+def test_an_adapter_that_comes_back_the_same_is_written_again(tmp_path: Path) -> None:
+    """Another process took it out of the file and was killed before it could put it back."""
+    store = stored(3)
+    one, two = synced(store, tmp_path), synced(store, tmp_path)
+    back = store.kept["a1"]
+    store.rm("a1")
+    two.sync(store)
+    store.put(*back)
+    assert compare_saved(tmp_path, store) == (2, 1)
+    one.sync(store)
+    assert compare_saved(tmp_path, store) == (3, 0) and one.score(task_vectors(1, seed=1))[0].name == "a1"
+
+
 def test_a_reader_keeps_what_another_folded_away(tmp_path: Path) -> None:
     store = stored(3)
     slow, busy = synced(store, tmp_path), synced(store, tmp_path)

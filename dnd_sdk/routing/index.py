@@ -149,12 +149,11 @@ class AdapterIndex:
             if not changes.adapters and not (changes.everything and self._known):
                 return False
             try:
-                self._sync_file(store, changes)
+                self._since = self._sync_file(self._file, store)
             except StorageError as e:  # a cache: a full or read-only disk must not stop routing
                 log.warning("the adapter index is not kept: %s", e.message)
                 self._file = None
-                self._follow(store, changes)
-            self._since = changes.now
+                self._since = self._follow(store)
         return True
 
     def forget(self) -> None:
@@ -165,30 +164,36 @@ class AdapterIndex:
             if self._file is not None:
                 self._file.forget()
 
-    def _sync_file(self, store: Store, changes: Changes) -> None:
-        if self._file is None:
-            return self._follow(store, changes)
-        with self._file.locked():
-            self._file.read()
+    def _sync_file(self, file: VectorFile | None, store: Store) -> int:
+        if file is None:
+            return self._follow(store)
+        with file.locked():
+            file.read()
             try:
-                self._follow(store, changes)
+                return self._follow(store)
             except StorageError:
                 raise
             except (OSError, ValueError) as e:
                 log.warning("the adapter index is damaged (%s), it is made again", str(e)[:200])
-                self._file.forget()
-                self._follow(store, changes)
+                file.forget()
+                return self._follow(store)
 
-    def _follow(self, store: Store, changes: Changes) -> None:
-        """Know what the store has now; vectors come from the file where those are up to date."""
+    def _follow(self, store: Store) -> int:
+        """Know what the store has now, and write it down; vectors come from the file where those are up to date.
+
+        Returns what to ask the store with the next time.
+        """
+        changes = store.changes(self._since)  # asked while nobody else writes the file
         wanted = {n: _Known.of(a) for n, a in changes.adapters.items() if a is not None and self._accepts(a)}
         gone = (self._known if changes.everything else changes.adapters).keys() - wanted.keys()
-        fresh = {n: known for n, known in wanted.items() if known != self._known.get(n)}
-        kept = {} if self._file is None else self._file.kept
+        kept, in_memory = ({}, True) if self._file is None else (self._file.kept, False)
+        known = {n for n, k in wanted.items() if k == self._known.get(n) and (in_memory or _is_of(kept.get(n), k))}
+        fresh = {n: k for n, k in wanted.items() if n not in known}
         found: dict[str, Vectors | Kept] = {n: kept[n] for n, k in fresh.items() if _is_of(kept.get(n), k)}
         made = {n: v for n, k in fresh.items() if n not in found and (v := self._read(store, k)) is not None}
         found |= made if self._file is None else self._written(self._file, made, changes, wanted)
         self._change({n: (fresh[n], v) for n, v in found.items()}, gone | (fresh.keys() - found.keys()))
+        return changes.now
 
     def _written(
         self, file: VectorFile, made: Mapping[str, Vectors], changes: Changes, wanted: Mapping[str, _Known]
