@@ -183,6 +183,7 @@ def test_the_journal_is_folded(store: AdapterStore) -> None:
         lambda j: j.write_text(j.read_text() + '{"name": "ghost", "root": 1, "adapter": {}, "file": [1, 2, 3]}\n'),
         lambda j: j.write_text(j.read_text().replace("generated", "imported")),
         lambda j: j.write_text('{"format_version": 99}\n'),
+        lambda j: j.write_text(j.read_text() + '{"root": Infinity}\n'),
     ],
 )
 def test_a_damaged_journal_is_written_again(home: Home, store: AdapterStore, harm: Callable[[Path], object]) -> None:

@@ -155,6 +155,8 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "huge count": lambda d: damage_line(d, 2, count=10**15),
     "coherence": lambda d: damage_line(d, 2, coherence=0),
     "text": lambda d: damage_line(d, 2, start="x"),
+    "infinite": lambda d: damage_line(d, 2, start=float("inf")),
+    "no float": lambda d: damage_line(d, 2, coherence=10**400),
     "name": lambda d: damage_line(d, 3, name=None),
 }
 

@@ -78,7 +78,7 @@ class Journal:
             if lines:
                 self._root_time = int(lines[-1]["root"])
             return News(entries, everything)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, DndError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, DndError) as e:
             log.warning("%s is not usable (%s), it is written again", self._lines.path, str(e)[:200])
             self._lines = LineLog(self._lines.path, {"format_version": FORMAT_VERSION})
             self._root_time = None

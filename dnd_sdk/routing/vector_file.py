@@ -109,7 +109,7 @@ class VectorFile:
             self._read()
             if not self._swept:
                 self._sweep()
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
             log.warning("the index in %s is not usable (%s), it is made again", self._folder, str(e)[:200])
             self.forget()
 
