@@ -158,7 +158,8 @@ def test_a_new_process_reads_one_file(home: Home, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(builtins, "open", counting)
     monkeypatch.setattr("dnd_sdk.adapters.catalogue.read_manifest", lambda folder: pytest.fail(f"{folder} is read"))
-    assert len(AdapterStore(home).ls()) == 20 and opened == []
+    assert len(AdapterStore(home).ls()) == 20
+    assert opened == [str(home.adapters / ".store" / "journal.jsonl")]
 
 
 def test_the_journal_is_folded(store: AdapterStore) -> None:
@@ -184,6 +185,7 @@ def test_the_journal_is_folded(store: AdapterStore) -> None:
         lambda j: j.write_text(j.read_text().replace("generated", "imported")),
         lambda j: j.write_text('{"format_version": 99}\n'),
         lambda j: j.write_text(j.read_text() + '{"root": Infinity}\n'),
+        lambda j: (j.unlink(), os.mkfifo(j)),
     ],
 )
 def test_a_damaged_journal_is_written_again(home: Home, store: AdapterStore, harm: Callable[[Path], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,11 @@ def damage_vectors(folder: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
+def pipe_instead(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 HARMS: dict[str, Callable[[Path], object]] = {
     "no lines": lambda d: (d / INDEX_FILE).unlink(),
     "no vectors": lambda d: next(d.glob("*.f32")).unlink(),
@@ -158,6 +164,8 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "infinite": lambda d: damage_line(d, 2, start=float("inf")),
     "no float": lambda d: damage_line(d, 2, coherence=10**400),
     "name": lambda d: damage_line(d, 3, name=None),
+    "pipe of lines": lambda d: pipe_instead(d / INDEX_FILE),
+    "pipe of vectors": lambda d: pipe_instead(next(d.glob("*.f32"))),
 }
 
 

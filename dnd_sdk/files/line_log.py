@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dnd_sdk.files.atomic import write_atomic
+from dnd_sdk.files.untrusted import plain_only
 
 MAX_BYTES = 2**28
 
@@ -51,7 +52,7 @@ class LineLog:
         if end is None or end == self._place:
             return [], False
         place, self._place = self._place, None
-        with self.path.open("rb") as f:
+        with open(self.path, "rb", opener=plain_only) as f:
             inode, first = os.fstat(f.fileno()).st_ino, f.readline(MAX_BYTES)
             # not the inode, which is used again, but the first line tells one file from the next
             anew = place is None or _decoded(first) != self.first

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dnd_sdk.files import plain_only
+
 _UNIT = 1e-2
 """How far from 1 the norm of a row read back may be: more is damage."""
 
@@ -19,7 +21,7 @@ class RowFile:
     def __init__(self, path: Path, width: int) -> None:
         """Opens the file; raises `OSError`."""
         self.path, self._width = path, width
-        self._file = path.open("rb", buffering=0)
+        self._file = open(path, "rb", buffering=0, opener=plain_only)
         self._seeking = threading.Lock()
 
     def __len__(self) -> int:

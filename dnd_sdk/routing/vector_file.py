@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dnd_sdk.files import LineLog, locked, storage_errors, sweep
+from dnd_sdk.files import LineLog, locked, plain_only, storage_errors, sweep
 from dnd_sdk.routing.row_file import RowFile, append_rows
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class VectorFile:
     @classmethod
     def found_in(cls, folder: Path) -> VectorFile:
         """The file in a folder, of whatever key it is; raises `ValueError` and `OSError` when it cannot be used."""
-        with (folder / INDEX_FILE).open("rb") as f:
+        with open(folder / INDEX_FILE, "rb", opener=plain_only) as f:
             first = json.loads(f.readline(2**16))
         file = cls(folder, Key(**{field.name: first[field.name] for field in fields(Key)}))
         with locked(folder, shared=True):
