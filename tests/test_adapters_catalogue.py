@@ -217,3 +217,23 @@ def test_adapters_of_an_earlier_version_have_no_journal(home: Home, store: Adapt
     assert AdapterStore(home).changes(0).adapters == {"one": adapter}
     lines = [json.loads(line) for line in (store.root / ".store" / "journal.jsonl").read_text().splitlines()]
     assert [line.get("name") for line in lines] == [None, "one", None]
+
+
+@pytest.mark.parametrize("name", ["..", "", "A", "link", "file"])
+def test_staged_files_go_into_an_adapter_of_this_store_or_nowhere(home: Home, store: AdapterStore, name: str) -> None:
+    store_one(store, name="link")
+    store_one(store, name="file")
+    elsewhere, staged = home.root / "elsewhere", store.root / ".store" / f"set-{'a' * 32}-{name}"
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("mine")
+    if name == "link":
+        staged.symlink_to(elsewhere)
+    elif name == "file":
+        staged.write_text("x")
+    else:
+        shutil.copytree(elsewhere, staged)
+    before = listed(home.root), listed(home.adapters / "link")
+    again = AdapterStore(home)
+    assert [a.name for a in again.ls()] == ["file", "link"] and listed(store.root) == ["file", "link"]
+    assert (listed(home.root), listed(home.adapters / "link")) == before and listed(elsewhere) == ["mine.txt"]
+    again.set_exemplars(again.get("link"), task_vectors(1))
