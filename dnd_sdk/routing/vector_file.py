@@ -116,9 +116,14 @@ class VectorFile:
     def _read(self) -> None:
         lines, everything = self._lines.read()
         if everything:
-            self._rows, self.kept = RowFile(self._path, self.key.width), {}
+            self._begin()
+        elif not self._lines.is_new and not self._rows.has(self._n_rows):
+            raise ValueError("its vectors are gone")
         for line in lines:
             self._take(line)
+
+    def _begin(self) -> None:
+        self._rows, self.kept, self._n_rows = RowFile(self._path, self.key.width), {}, 0
 
     def forget(self) -> None:
         """Have all of it made again with the next `write`."""
@@ -144,7 +149,7 @@ class VectorFile:
         except BaseException:
             (self._folder / name).unlink(missing_ok=True)
             raise
-        self._rows, self.kept = RowFile(self._path, self.key.width), {}
+        self._begin()
         for line in lines:
             self._take(line)
         self._sweep()
@@ -167,6 +172,7 @@ class VectorFile:
         start, count = int(line["start"]), int(line["count"])
         if not coherence > 0 or start < 0 or count < 1 or start + 1 + count > len(self._rows):
             raise ValueError(f"its line for {name[:80]!r} says what is not there")
+        self._n_rows = max(self._n_rows, start + 1 + count)
         self.kept[name] = Kept(stamp, coherence, start, count, self._rows)
 
     @property
