@@ -17,10 +17,12 @@ from helpers import random_flat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from routing_parts import ENCODER, task_vectors
+from session_parts import Interrupt
 
 from dnd_sdk.adapters import Adapter, AdapterStore, catalogue
 from dnd_sdk.adapters.adapter import read_manifest
 from dnd_sdk.config import Home
+from dnd_sdk.errors import StorageError
 
 ENCODED = {"encoder": "mini", "encoder_fingerprint": ENCODER}
 
@@ -237,3 +239,50 @@ def test_staged_files_go_into_an_adapter_of_this_store_or_nowhere(home: Home, st
     assert [a.name for a in again.ls()] == ["file", "link"] and listed(store.root) == ["file", "link"]
     assert (listed(home.root), listed(home.adapters / "link")) == before and listed(elsewhere) == ["mine.txt"]
     again.set_exemplars(again.get("link"), task_vectors(1))
+
+
+def another_by_hand(store: AdapterStore) -> None:
+    shutil.copytree(store.root / "one", store.root / "two")
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        ("folder_names", another_by_hand),
+        ("read_manifest", another_by_hand),
+        ("_signature", lambda store: store.rm("one")),
+        ("_signature", lambda store: store_one(store, random_flat(TINY, seed=2), name="two")),
+    ],
+)
+def test_after_ctrl_c_in_the_middle_everything_is_looked_at_again(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch, step: str, what: Callable[[AdapterStore], object]
+) -> None:
+    store_one(store, name="one")
+    since = store.changes(0).now
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(catalogue, step, Interrupt(getattr(catalogue, step), KeyboardInterrupt(), after=False))
+        what(store)
+        store.changes(since)
+    changes = store.changes(since)
+    assert changes.everything and changes.adapters == truth(store.root)
+
+
+def test_what_the_disk_refused_once_is_looked_at_again(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_one(store, name="one")
+    since = store.changes(0).now
+    another_by_hand(store)
+    with monkeypatch.context() as patched:
+        refused = Interrupt(None, StorageError("cannot read: Too many open files"), after=False)
+        patched.setattr(catalogue, "read_manifest", refused)
+        assert store.changes(since).adapters == {}
+    assert store.changes(since).adapters.keys() == {"two"}
+
+
+def test_a_state_folder_that_cannot_be_listed(home: Home, store: AdapterStore) -> None:
+    store_one(store, name="one")
+    shutil.rmtree(store.root / ".store")
+    (store.root / ".store").symlink_to(".store")
+    again = AdapterStore(home)
+    assert [a.name for a in again.ls()] == ["one"] and again.verify() == []
+    with pytest.raises(StorageError, match="store an adapter"):
+        store_one(again, random_flat(TINY, seed=2), name="two")
