@@ -17,10 +17,12 @@ from helpers import random_flat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from routing_parts import ENCODER, task_vectors
+from session_parts import Interrupt
 
 from dnd_sdk.adapters import Adapter, AdapterStore, catalogue
 from dnd_sdk.adapters.adapter import read_manifest
 from dnd_sdk.config import Home
+from dnd_sdk.errors import StorageError
 
 ENCODED = {"encoder": "mini", "encoder_fingerprint": ENCODER}
 
@@ -158,7 +160,8 @@ def test_a_new_process_reads_one_file(home: Home, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(builtins, "open", counting)
     monkeypatch.setattr("dnd_sdk.adapters.catalogue.read_manifest", lambda folder: pytest.fail(f"{folder} is read"))
-    assert len(AdapterStore(home).ls()) == 20 and opened == []
+    assert len(AdapterStore(home).ls()) == 20
+    assert opened == [str(home.adapters / ".store" / "journal.jsonl")]
 
 
 def test_the_journal_is_folded(store: AdapterStore) -> None:
@@ -183,6 +186,8 @@ def test_the_journal_is_folded(store: AdapterStore) -> None:
         lambda j: j.write_text(j.read_text() + '{"name": "ghost", "root": 1, "adapter": {}, "file": [1, 2, 3]}\n'),
         lambda j: j.write_text(j.read_text().replace("generated", "imported")),
         lambda j: j.write_text('{"format_version": 99}\n'),
+        lambda j: j.write_text(j.read_text() + '{"root": Infinity}\n'),
+        lambda j: (j.unlink(), os.mkfifo(j)),
     ],
 )
 def test_a_damaged_journal_is_written_again(home: Home, store: AdapterStore, harm: Callable[[Path], object]) -> None:
@@ -221,3 +226,70 @@ def test_adapters_of_an_earlier_version_have_no_journal(home: Home, store: Adapt
     assert AdapterStore(home).changes(0).adapters == {"one": adapter}
     lines = [json.loads(line) for line in (store.root / ".store" / "journal.jsonl").read_text().splitlines()]
     assert [line.get("name") for line in lines] == [None, "one", None]
+
+
+@pytest.mark.parametrize("name", ["..", "", "A", "link", "file"])
+def test_staged_files_go_into_an_adapter_of_this_store_or_nowhere(home: Home, store: AdapterStore, name: str) -> None:
+    store_one(store, name="link")
+    store_one(store, name="file")
+    elsewhere, staged = home.root / "elsewhere", store.root / ".store" / f"set-{'a' * 32}-{name}"
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("mine")
+    if name == "link":
+        staged.symlink_to(elsewhere)
+    elif name == "file":
+        staged.write_text("x")
+    else:
+        shutil.copytree(elsewhere, staged)
+    before = listed(home.root), listed(home.adapters / "link")
+    again = AdapterStore(home)
+    assert [a.name for a in again.ls()] == ["file", "link"] and listed(store.root) == ["file", "link"]
+    assert (listed(home.root), listed(home.adapters / "link")) == before and listed(elsewhere) == ["mine.txt"]
+    again.set_exemplars(again.get("link"), task_vectors(1))
+
+
+def another_by_hand(store: AdapterStore) -> None:
+    shutil.copytree(store.root / "one", store.root / "two")
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        ("folder_names", another_by_hand),
+        ("read_manifest", another_by_hand),
+        ("_signature", lambda store: store.rm("one")),
+        ("_signature", lambda store: store_one(store, random_flat(TINY, seed=2), name="two")),
+    ],
+)
+def test_after_ctrl_c_in_the_middle_everything_is_looked_at_again(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch, step: str, what: Callable[[AdapterStore], object]
+) -> None:
+    store_one(store, name="one")
+    since = store.changes(0).now
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(catalogue, step, Interrupt(getattr(catalogue, step), KeyboardInterrupt(), after=False))
+        what(store)
+        store.changes(since)
+    changes = store.changes(since)
+    assert changes.everything and changes.adapters == truth(store.root)
+
+
+def test_what_the_disk_refused_once_is_looked_at_again(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_one(store, name="one")
+    since = store.changes(0).now
+    another_by_hand(store)
+    with monkeypatch.context() as patched:
+        refused = Interrupt(None, StorageError("cannot read: Too many open files"), after=False)
+        patched.setattr(catalogue, "read_manifest", refused)
+        assert store.changes(since).adapters == {}
+    assert store.changes(since).adapters.keys() == {"two"}
+
+
+def test_a_state_folder_that_cannot_be_listed(home: Home, store: AdapterStore) -> None:
+    store_one(store, name="one")
+    shutil.rmtree(store.root / ".store")
+    (store.root / ".store").symlink_to(".store")
+    again = AdapterStore(home)
+    assert [a.name for a in again.ls()] == ["one"] and again.verify() == []
+    with pytest.raises(StorageError, match="store an adapter"):
+        store_one(again, random_flat(TINY, seed=2), name="two")

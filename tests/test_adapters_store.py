@@ -587,3 +587,24 @@ def test_export_never_overwrites(store: AdapterStore, tmp_path: Path) -> None:
     assert everything(tmp_path / "full") == {"mine": b"x"} and (tmp_path / "file").read_text() == "x"
     (tmp_path / "empty").mkdir()
     assert store.export("one", tmp_path / "empty") == tmp_path / "empty"
+
+
+def test_the_same_weights_for_two_bases(store: AdapterStore) -> None:
+    flat, other = random_flat(TINY), "c" * 64
+    one = store_one(store, flat)
+    with pytest.raises(ConfigError, match="with another base exists"):
+        store_one(store, flat, base_fingerprint=other)
+    two = store_one(store, flat, base_fingerprint=other, name="two")
+    assert store_one(store, flat) == one and store_one(store, flat, base_fingerprint=other) == two
+    for adapter in (one, two):
+        assert torch.equal(store.load_by_id(one.id, TINY, base_fingerprint=adapter.base_fingerprint), flat)
+
+
+def test_weights_of_several_names_are_found_while_one_is_sound(store: AdapterStore) -> None:
+    flat = random_flat(TINY)
+    one, two = store_one(store, flat, name="one"), store_one(store, flat, name="two")
+    (one.path / "adapter_model.safetensors").write_bytes(b"")
+    assert torch.equal(store.load_by_id(two.id, TINY), flat)
+    (two.path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterCorruptError, match="one"):
+        store.load_by_id(two.id, TINY)

@@ -74,3 +74,9 @@ def test_a_killed_holder_leaves_nothing(tmp_path: Path) -> None:
     with locked(tmp_path, wait=False) as held:
         assert held
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_in_the_place_of_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with locked(tmp_path / "pipe") as held:
+        assert not held

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,6 +151,11 @@ def damage_vectors(folder: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
+def pipe_instead(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 HARMS: dict[str, Callable[[Path], object]] = {
     "no lines": lambda d: (d / INDEX_FILE).unlink(),
     "no vectors": lambda d: next(d.glob("*.f32")).unlink(),
@@ -168,7 +175,11 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "huge count": lambda d: damage_line(d, 2, count=10**15),
     "coherence": lambda d: damage_line(d, 2, coherence=0),
     "text": lambda d: damage_line(d, 2, start="x"),
+    "infinite": lambda d: damage_line(d, 2, start=float("inf")),
+    "no float": lambda d: damage_line(d, 2, coherence=10**400),
     "name": lambda d: damage_line(d, 3, name=None),
+    "pipe of lines": lambda d: pipe_instead(d / INDEX_FILE),
+    "pipe of vectors": lambda d: pipe_instead(next(d.glob("*.f32"))),
 }
 
 
@@ -240,3 +251,44 @@ def test_rows_come_back_exactly(tmp_path: Path) -> None:
         assert torch.equal(torch.from_numpy(owner.vectors.exemplars), exemplars)
         mean = exemplars.mean(dim=0)
         np.testing.assert_allclose(owner.vectors.centre, (mean / mean.norm()).numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda d: shutil.rmtree(d),
+        lambda d: (d / INDEX_FILE).unlink(),
+        lambda d: next(d.glob("*.f32")).unlink(),
+    ],
+)
+def test_what_is_taken_from_a_session_at_work_is_made_again(
+    tmp_path: Path, harm: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, folder = stored(), tmp_path / "index"
+    index = synced(store, folder)
+    monkeypatch.setattr(index, "_keep_at_hand", lambda *what: None)
+    index._at_hand.clear()
+    harm(folder)
+    store.put(adapter("new"), task_vectors(50, 9))
+    index.sync(store)
+    for answering in (index, synced(store, folder)):
+        for query in (task_vectors(50, seed=1), task_vectors(0, seed=1)):
+            assert answering.score(query) == synced(store, tmp_path / "beside").score(query)
+    assert compare_saved(folder, store) == (6, 0)
+
+
+def test_a_backup_put_back_under_a_session_at_work(tmp_path: Path) -> None:
+    store, folder = stored(), tmp_path / "index"
+    index = synced(store, folder)
+    shutil.copytree(folder, tmp_path / "backup")
+    for task in (60, 61):
+        store.put(adapter(f"after{task}"), task_vectors(task, 9))
+    index.sync(store)
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "backup", folder)
+    store.put(adapter("other"), task_vectors(51, 9))
+    index.sync(store)
+    beside = synced(store, tmp_path / "beside")
+    index._at_hand.clear()
+    for task in (60, 51, 0):
+        assert index.score(task_vectors(task, seed=1)) == beside.score(task_vectors(task, seed=1))

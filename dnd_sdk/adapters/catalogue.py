@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dnd_sdk.adapters.adapter import MANIFEST, Adapter, check_name, read_manifest
 from dnd_sdk.adapters.journal import Entry, Journal, Signature
-from dnd_sdk.errors import DndError
+from dnd_sdk.errors import DndError, StorageError
 from dnd_sdk.files import storage_errors
 
 log = logging.getLogger(__name__)
@@ -81,15 +81,17 @@ class Catalogue:
     def changing(self) -> Iterator[Callable[[str, Adapter | None], None]]:
         """Keep others from changing the root; call what this yields as soon as something is there, or (None) gone."""
         with self._lock, self._journal.locked():
-            self._catch_up()
+            with self._whole():
+                self._catch_up()
             yield self._record
 
     def _record(self, name: str, adapter: Adapter | None) -> None:
-        self._journal.mark()
-        signature = _signature(self._root, name)
-        self._set(name, None if adapter is None or signature is None else Entry(adapter, signature))
-        self._warned.discard(name)
-        self._journal.write([name], self._entries)
+        with self._whole():
+            self._journal.mark()
+            signature = _signature(self._root, name)
+            self._set(name, None if adapter is None or signature is None else Entry(adapter, signature))
+            self._warned.discard(name)
+            self._journal.write([name], self._entries)
 
     @contextmanager
     def _refreshed(self, *, full: bool = False) -> Iterator[None]:
@@ -97,10 +99,23 @@ class Catalogue:
         with self._lock:
             full = full or not self._looked
             if full or not self._journal.is_current:
-                with self._journal.locked():
+                with self._journal.locked(), self._whole():
+                    self._looked = True
                     self._catch_up(full)
-            self._looked = True
             yield
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Know nothing, and look at everything next time, if what is inside was cut short: by Ctrl-C, by the disk."""
+        try:
+            yield
+        except BaseException:
+            self._looked = False
+            self._journal.forget()
+            for known in (self._entries, self._by_prompts, self._by_id, self._recent):
+                known.clear()
+            self._now += 1
+            raise
 
     def _catch_up(self, full: bool = False) -> None:
         news = self._journal.read()
@@ -136,6 +151,8 @@ class Catalogue:
             adapter = read_manifest(folder)
             return None if signature is None else Entry(adapter, signature)
         except DndError as e:
+            if isinstance(e, StorageError):  # no damage: the disk, or too many open files, may do better next time
+                self._looked = False
             if name not in self._warned and os.path.lexists(folder):
                 self._warned.add(name)
                 log.warning("skipping damaged adapter folder %r: %s", name, e.message)

@@ -145,11 +145,10 @@ class AdapterFolders:
 
     def _settle(self) -> None:
         """Finish what killed processes left and, once per process, delete what they did not need."""
-        names = entries_of(self._state)
-        staged = any(n.startswith(SETTING) for n in names)
-        if self._swept and not staged:
-            return
         try:
+            staged = any(n.startswith(SETTING) for n in entries_of(self._state))
+            if self._swept and not staged:
+                return
             if staged:
                 with locked(self.root):
                     finish_all(self._state)

@@ -81,11 +81,15 @@ class Journal:
             if lines:
                 self._root_time = int(lines[-1]["root"])
             return News(entries, everything)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, DndError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, DndError) as e:
             log.warning("%s is not usable (%s), it is written again", self._lines.path, str(e)[:200])
-            self._lines = LineLog(self._lines.path, {"format_version": FORMAT_VERSION})
-            self._root_time = None
+            self.forget()
             return News({}, False)
+
+    def forget(self) -> None:
+        """Have all of it looked at and written again."""
+        self._lines = LineLog(self._lines.path, {"format_version": FORMAT_VERSION})
+        self._root_time = None
 
     def mark(self) -> None:
         """Give the root a time of its own, which any change by others then replaces."""

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from dnd_sdk.adapters.adapter import MANIFEST, read_manifest
+from dnd_sdk.adapters.adapter import MANIFEST, is_name, read_manifest
 from dnd_sdk.errors import DndError
 from dnd_sdk.files import replacing
 
@@ -65,7 +65,7 @@ def finish(staged: Path) -> bool:
     Stopped anywhere, it can be done again. Raises `OSError`.
     """
     root = staged.parent.parent
-    folder = root / staged.name[len(SETTING) + 33 :]
+    folder = root / _target(staged)
     wanted = _same_adapter(staged, folder)
     if wanted:
         # the manifest last: as long as it is here, the rest can be told to belong to the folder
@@ -80,9 +80,15 @@ def finish(staged: Path) -> bool:
 def finish_all(state: Path) -> None:
     """Finish what killed processes had staged; whoever calls holds the root's lock where there are locks."""
     for name in sorted(entries_of(state)):
-        if name.startswith(SETTING):
-            log.info("finishing %s, left by a process that died", state / name)
-            finish(state / name)
+        if not name.startswith(SETTING):
+            continue
+        path = state / name
+        if path.is_symlink() or not path.is_dir() or not is_name(_target(path)):
+            log.warning("removing %s, which no process of this store left", path)
+            delete(path)
+            continue
+        log.info("finishing %s, left by a process that died", path)
+        finish(path)
 
 
 def sweep_state(state: Path, alone: bool) -> None:
@@ -100,6 +106,11 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _target(staged: Path) -> str:
+    """The name of the folder that staged files are meant for."""
+    return staged.name[len(SETTING) + 33 :]
 
 
 def _same_adapter(staged: Path, folder: Path) -> bool:

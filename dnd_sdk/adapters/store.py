@@ -83,7 +83,7 @@ class AdapterStore:
                 `encoder_fingerprint`, `scores`, `origin`, `parents`, `role`.
 
         Raises:
-            ConfigError: The name is not allowed, or taken by other weights or the same under another role.
+            ConfigError: The name is not allowed, or taken by other weights or the same under another role or base.
             AdapterCorruptError: NaN or inf in the weights, or the folder of that name is damaged.
             LayoutMismatchError: The vector has another size.
             StorageError: The disk is full or read-only; nothing is left behind.
@@ -95,7 +95,7 @@ class AdapterStore:
         weights = check_flat(flat, layout).numpy()
         kept = None if exemplars is None else exemplars_file(array_of(exemplars), about)
         weights_id, role = adapter_id(weights, layout), about.get("role")
-        chosen = name or self._name_of(weights_id, role) or default_name(weights_id, role)
+        chosen = name or self._name_of(weights_id, role, base_fingerprint) or default_name(weights_id, role)
         about["scores"], about["parents"] = dict(about.get("scores") or {}), dict(about.get("parents") or {})
         adapter = Adapter(
             name=chosen,
@@ -149,11 +149,14 @@ class AdapterStore:
         return tensor_of(flat)
 
     def load_by_id(self, adapter_id: str, layout: LoraLayout, *, base_fingerprint: str | None = None) -> Tensor:
-        """`load` of a stored adapter with that id, whatever it is called by now."""
-        found = self.with_id(adapter_id)
-        if not found:
-            raise self._not_found(adapter_id)
-        return self.load(found[0], layout, base_fingerprint=base_fingerprint)
+        """`load` of a stored adapter with that id, whatever it is called by now: of several the first that can be."""
+        failed: DndError | None = None
+        for adapter in self.with_id(adapter_id):
+            try:
+                return self.load(adapter, layout, base_fingerprint=base_fingerprint)
+            except DndError as e:
+                failed = failed or e
+        raise failed or self._not_found(adapter_id)
 
     def fits(self, adapter: Adapter, layout: LoraLayout) -> bool:
         """Whether `load` can make a vector of `layout` of an adapter; each layout stored is looked at once."""
@@ -311,16 +314,18 @@ class AdapterStore:
             stored = self._folders.read(adapter.name, read_manifest)
         except AdapterCorruptError as e:
             raise AdapterCorruptError(e.message, fix=f"remove it with `dnd adapters rm {adapter.name}`") from e
-        if stored is not None and (stored.id, stored.role) != (adapter.id, adapter.role):
-            other = "other weights" if stored.id != adapter.id else "another role"
+        own = {"id": "other weights", "role": "another role", "base_fingerprint": "another base"}
+        differ = [] if stored is None else [own[k] for k in own if getattr(stored, k) != getattr(adapter, k)]
+        if differ:
             raise ConfigError(
-                f"an adapter named {adapter.name!r} with {other} exists",
+                f"an adapter named {adapter.name!r} with {differ[0]} exists",
                 fix=f"choose another --name or `dnd adapters rm {adapter.name}`",
             )
         return stored
 
-    def _name_of(self, weights_id: str, role: str | None) -> str | None:
-        return next((a.name for a in self._folders.catalogue.with_id(weights_id) if a.role == role), None)
+    def _name_of(self, weights_id: str, role: str | None, base_fingerprint: str) -> str | None:
+        same = (a for a in self.with_id(weights_id) if (a.role, a.base_fingerprint) == (role, base_fingerprint))
+        return next((a.name for a in same), None)
 
     def _problem(self, name: str) -> Problem | None:
         try:

@@ -262,7 +262,7 @@ def _index(s: _Subject) -> Iterator[Check]:
     for folder in folders:
         try:
             n_same, n_others = compare_saved(folder, store)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             yield Check("index", "warn", f"{folder} is damaged, the next adapt makes it again", f"delete {folder}")
             continue
         counts = f"{n_same} of {n_stored} stored adapters indexed"

@@ -16,4 +16,9 @@ from .tensors import (
     open_safetensors as open_safetensors,
     safetensors_header as safetensors_header,
 )
-from .untrusted import is_finite_number as is_finite_number, open_regular as open_regular, read_json as read_json
+from .untrusted import (
+    is_finite_number as is_finite_number,
+    open_regular as open_regular,
+    plain_only as plain_only,
+    read_json as read_json,
+)

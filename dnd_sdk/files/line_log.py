@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dnd_sdk.files.atomic import write_atomic
+from dnd_sdk.files.untrusted import plain_only
 
 MAX_BYTES = 2**28
 
@@ -31,6 +32,8 @@ class LineLog:
         """Lines in the file as far as it was read."""
         self._place: tuple[int, int] | None = None
         """The file's inode and how far it was read; None: not at all."""
+        self._last = b""
+        """The line that ends there."""
 
     @property
     def is_new(self) -> bool:
@@ -47,16 +50,18 @@ class LineLog:
 
         Raises `ValueError` and `OSError` for a file that cannot be used, which then counts as none.
         """
-        end = self._end()
-        if end is None or end == self._place:
+        if self._place == self._end():
             return [], False
         place, self._place = self._place, None
-        with self.path.open("rb") as f:
+        with open(self.path, "rb", opener=plain_only) as f:
             inode, first = os.fstat(f.fileno()).st_ino, f.readline(MAX_BYTES)
-            # not the inode, which is used again, but the first line tells one file from the next
-            anew = place is None or _decoded(first) != self.first
+            anew = place is None or place[0] != inode or _decoded(first) != self.first
             if place is not None and not anew:
-                f.seek(place[1])
+                # inodes are used again, and a backup begins alike: what was read last must be there, too
+                f.seek(place[1] - len(self._last))
+                anew = f.read(len(self._last)) != self._last
+            if anew:
+                f.seek(len(first))
             data = f.read(MAX_BYTES + 1)
             place = inode, f.tell()
         if len(data) > MAX_BYTES or not (first + data).endswith(b"\n"):
@@ -65,7 +70,7 @@ class LineLog:
             self._begin(_decoded(first))
         lines = [_decoded(line) for line in data.splitlines()]
         self.n_lines += len(lines)
-        self._place = place
+        self._place, self._last = place, _last_of(data or (first if anew else self._last))
         return lines, anew
 
     def append(self, lines: Iterable[Line]) -> None:
@@ -74,7 +79,7 @@ class LineLog:
         with self.path.open("ab") as f:
             f.write(b"".join(data))
         self.n_lines += len(data)
-        self._place = self._end()
+        self._place, self._last = self._end(), data[-1] if data else self._last
 
     def fold(self, lines: Iterable[Line], **more: Any) -> None:
         """Replace the file by these lines under the header and `more`; raises `StorageError`, the old one is left."""
@@ -82,6 +87,7 @@ class LineLog:
         data = [_encoded(line) for line in lines]
         write_atomic(self.path, _encoded(first) + b"".join(data))
         self.first, self.n_lines, self._place = first, len(data), self._end()
+        self._last = data[-1] if data else _encoded(first)
 
     def _begin(self, first: dict[str, Any]) -> None:
         if any(first.get(key) != value for key, value in self._header.items()):
@@ -94,6 +100,10 @@ class LineLog:
         except OSError:
             return None
         return status.st_ino, status.st_size
+
+
+def _last_of(data: bytes) -> bytes:
+    return data[data.rfind(b"\n", 0, -1) + 1 :]
 
 
 def _encoded(line: Line) -> bytes:

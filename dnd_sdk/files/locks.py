@@ -43,7 +43,7 @@ def _acquired(folder: Path, shared: bool, wait: bool | float) -> int | None:
     if fcntl is None:
         return None
     try:
-        file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     except OSError:
         return None
     try:

@@ -5,6 +5,7 @@ Every size is bounded before memory is taken; links that leave the folder, pipes
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -57,6 +58,15 @@ def _found(folder: Path, path: Path) -> tuple[Path, os.stat_result]:
     if not real.is_relative_to(folder.resolve()):
         raise AdapterCorruptError(f"{path} is a link that leaves its folder", fix="copy the file into its place")
     return real, real.stat()
+
+
+def plain_only(path: str, flags: int) -> int:
+    """An `opener` for `open`; raises `OSError` for a pipe or a device, which might be waited for for ever."""
+    file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        return file
+    os.close(file)
+    raise OSError(errno.EINVAL, "not a plain file", path)
 
 
 def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:

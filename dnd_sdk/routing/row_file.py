@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dnd_sdk.files import plain_only
+
 _UNIT = 1e-2
 """How far from 1 the norm of a row read back may be: more is damage."""
 
@@ -19,11 +21,19 @@ class RowFile:
     def __init__(self, path: Path, width: int) -> None:
         """Opens the file; raises `OSError`."""
         self.path, self._width = path, width
-        self._file = path.open("rb", buffering=0)
+        self._file = open(path, "rb", buffering=0, opener=plain_only)  # noqa: SIM115
         self._seeking = threading.Lock()
 
     def __len__(self) -> int:
         return os.fstat(self._file.fileno()).st_size // (4 * self._width)
+
+    def has(self, n_rows: int) -> bool:
+        """Whether the file still is where it was opened and has that many rows."""
+        try:
+            in_place = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
+        return in_place and len(self) >= n_rows
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Rows (count, C) from number `start` on; raises `ValueError` where they are not there or not normalised."""

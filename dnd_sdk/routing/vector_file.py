@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dnd_sdk.files import LineLog, locked, storage_errors, sweep
+from dnd_sdk.files import LineLog, locked, plain_only, storage_errors, sweep
 from dnd_sdk.routing.row_file import RowFile, append_rows
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class VectorFile:
     @classmethod
     def found_in(cls, folder: Path) -> VectorFile:
         """The file in a folder, of whatever key it is; raises `ValueError` and `OSError` when it cannot be used."""
-        with (folder / INDEX_FILE).open("rb") as f:
+        with open(folder / INDEX_FILE, "rb", opener=plain_only) as f:
             first = json.loads(f.readline(2**16))
         file = cls(folder, Key(**{field.name: first[field.name] for field in fields(Key)}))
         with locked(folder, shared=True):
@@ -109,16 +109,21 @@ class VectorFile:
             self._read()
             if not self._swept:
                 self._sweep()
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
             log.warning("the index in %s is not usable (%s), it is made again", self._folder, str(e)[:200])
             self.forget()
 
     def _read(self) -> None:
         lines, everything = self._lines.read()
         if everything:
-            self._rows, self.kept = RowFile(self._path, self.key.width), {}
+            self._begin()
+        elif not self._lines.is_new and not self._rows.has(self._n_rows):
+            raise ValueError("its vectors are gone")
         for line in lines:
             self._take(line)
+
+    def _begin(self) -> None:
+        self._rows, self.kept, self._n_rows = RowFile(self._path, self.key.width), {}, 0
 
     def forget(self) -> None:
         """Have all of it made again with the next `write`."""
@@ -144,7 +149,7 @@ class VectorFile:
         except BaseException:
             (self._folder / name).unlink(missing_ok=True)
             raise
-        self._rows, self.kept = RowFile(self._path, self.key.width), {}
+        self._begin()
         for line in lines:
             self._take(line)
         self._sweep()
@@ -167,6 +172,7 @@ class VectorFile:
         start, count = int(line["start"]), int(line["count"])
         if not coherence > 0 or start < 0 or count < 1 or start + 1 + count > len(self._rows):
             raise ValueError(f"its line for {name[:80]!r} says what is not there")
+        self._n_rows = max(self._n_rows, start + 1 + count)
         self.kept[name] = Kept(stamp, coherence, start, count, self._rows)
 
     @property
