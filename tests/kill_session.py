@@ -23,7 +23,8 @@ from tiny_world import World, make_world, prompts_of
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.prompts import clean_prompts, prompt_set_hash
-from dnd_sdk.routing import INDEX_FILE, choose_exemplars, compare_saved
+from dnd_sdk.routing import INDEX_FILE, AdapterIndex, choose_exemplars, compare_saved
+from dnd_sdk.routing.vector_file import VectorFile
 from dnd_sdk.session import DnD
 
 NAMES = tuple(f"a{i}" for i in range(5))
@@ -113,8 +114,9 @@ def check(world: World, session: DnD, possible: list[dict[str, Made]]) -> dict[s
         if op != "dnd import":
             assert adapter.prompt_hash == prompt_set_hash(clean_prompts(prompts).prompts)
         store.load(adapter, session.layout, base_fingerprint=session.base.fingerprint)
-    session.route(prompts_of("upper"))  # mends the index
+    session.route(prompts_of("upper"))  # a session that lived through all of it goes on
     for index in (p.parent for p in world.home.index.glob(f"*/{INDEX_FILE}")):
+        AdapterIndex(VectorFile.found_in(index).key, index).sync(store)  # the next start mends the file
         assert compare_saved(index, store) == (len(found), 0)
         assert (left := left_behind(world.home, index)) == [], f"left behind: {left}"
     return fits[-1]

@@ -148,6 +148,15 @@ def test_growth_costs_what_is_touched(home: Home, monkeypatch: pytest.MonkeyPatc
     assert not {Path(path).parent.name for path in stats} & {f"a{i}" for i in range(2, n)}
 
 
+def test_what_came_and_went_is_told(home: Home, store: AdapterStore) -> None:
+    other = AdapterStore(home)
+    store_one(store, name="kept")
+    now = other.changes(0).now
+    store_one(store, random_flat(TINY, seed=1), name="passing")
+    store.rm("passing")
+    assert other.changes(now).adapters == {"passing": None}, "an index may have vectors of it"
+
+
 def test_a_new_process_reads_one_file(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(20):
         store_one(AdapterStore(home), random_flat(TINY, seed=i), name=f"a{i}")

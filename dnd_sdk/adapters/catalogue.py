@@ -123,7 +123,8 @@ class Catalogue:
             for name in self._entries.keys() - news.entries.keys():
                 self._set(name, None)
         for name, entry in news.entries.items():
-            self._set(name, entry)
+            # also what came and went meanwhile: others may have kept something of it
+            self._set(name, entry, told=not news.everything)
         clean = self._journal.is_current
         if clean and not full:
             return
@@ -158,11 +159,11 @@ class Catalogue:
                 log.warning("skipping damaged adapter folder %r: %s", name, e.message)
             return None
 
-    def _set(self, name: str, entry: Entry | None) -> None:
+    def _set(self, name: str, entry: Entry | None, *, told: bool = False) -> None:
         old = self._entries.pop(name, None)
         if entry is not None:
             self._entries[name] = entry
-        if old == entry:
+        if old == entry and not told:
             return
         self._now += 1
         self._recent.append(name)
