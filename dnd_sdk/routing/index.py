@@ -48,6 +48,8 @@ class Hit(NamedTuple):
 
     name: str
     score: float
+    adapter: Adapter | None = None
+    """As it was when it was compared; None: put in with `add`."""
 
 
 class DamagedIndex(Exception):
@@ -72,6 +74,7 @@ class _Owner(NamedTuple):
 
     name: str
     vectors: Vectors | Kept
+    adapter: Adapter | None
 
 
 class AdapterIndex:
@@ -99,11 +102,6 @@ class AdapterIndex:
         """Names of the adapters in the index."""
         with self._write:
             return tuple(self._known)
-
-    def adapter(self, name: str) -> Adapter | None:
-        """The adapter of that name, as `sync` found it; None: not there, or put in with `add`."""
-        known = self._known.get(name)
-        return None if known is None else known.adapter
 
     def add(self, name: str, vectors: Tensor, *, role: str | None = None) -> None:
         """Add an adapter with its exemplars `(k, C)`, in memory.
@@ -134,8 +132,8 @@ class AdapterIndex:
         near = [] if centres is None else centres.view.nearest(_centre(query).numpy(), COMPARED)
         own = coherence(query)
         hits = [
-            Hit(name, set_similarity(query, self._exemplars(v), coherence_a=own, coherence_b=v.coherence))
-            for name, v in near
+            Hit(name, set_similarity(query, self._exemplars(v), coherence_a=own, coherence_b=v.coherence), adapter)
+            for name, v, adapter in near
         ]
         return sorted(hits, key=lambda h: (-h.score, h.name))
 
@@ -213,7 +211,7 @@ class AdapterIndex:
             out.setdefault(self._known[name].role, set()).add(name)
         by_role: dict[str | None, dict[str, tuple[np.ndarray, _Owner]]] = {}
         for name, (known, vectors) in add.items():
-            by_role.setdefault(known.role, {})[name] = vectors.centre, _Owner(name, vectors)
+            by_role.setdefault(known.role, {})[name] = vectors.centre, _Owner(name, vectors, known.adapter)
         for role in out.keys() | by_role.keys():
             self._change_role(role, by_role.get(role, {}), out.get(role, set()))
         for name in remove:
