@@ -147,21 +147,30 @@ class AdapterIndex:
             if not changes.adapters and not (changes.everything and self._known):
                 return False
             try:
-                self._sync_file(store, changes)
-            except StorageError as e:  # a cache: a full or read-only disk must not stop routing
-                log.warning("the adapter index is not kept: %s", e.message)
-                self._file = None
-                self._follow(store, changes)
+                self._take_in(store, changes)
+            except BaseException:  # Ctrl-C: what was half done is done again from the beginning
+                self._forget()
+                raise
             self._since = changes.now
         return True
 
     def forget(self) -> None:
         """Have everything read again at the next `sync`, also from disk."""
         with self._write:
-            self._change({}, set(self._known))
-            self._since = 0
-            if self._file is not None:
-                self._file.forget()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._known, self._centres, self._since = {}, {}, 0
+        if self._file is not None:
+            self._file.forget()
+
+    def _take_in(self, store: Store, changes: Changes) -> None:
+        try:
+            self._sync_file(store, changes)
+        except StorageError as e:  # a cache: a full or read-only disk must not stop routing
+            log.warning("the adapter index is not kept: %s", e.message)
+            self._file = None
+            self._follow(store, changes)
 
     def _sync_file(self, store: Store, changes: Changes) -> None:
         if self._file is None:
