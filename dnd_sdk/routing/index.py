@@ -91,6 +91,7 @@ class AdapterIndex:
         self._usable = usable
         self._write = threading.Lock()
         self._since = 0
+        self._edition: object = None
         self._known: dict[str, _Known] = {}
         self._centres: dict[str | None, Centres[_Owner]] = {}
         """By role."""
@@ -196,6 +197,19 @@ class AdapterIndex:
         made = {n: v for n, k in fresh.items() if n not in found and (v := self._read(store, k)) is not None}
         found |= made if self._file is None else self._written(self._file, made, changes, wanted)
         self._change({n: (fresh[n], v) for n, v in found.items()}, gone | (fresh.keys() - found.keys()))
+        self._let_go(found.keys())
+
+    def _let_go(self, current: Set[str]) -> None:
+        """Once all was written anew, read all but the `current` from there: what was before takes disk while open."""
+        if self._file is None or self._file.edition == self._edition:
+            return
+        kept = self._file.kept
+        moved = {n: (k, kept[n]) for n, k in self._known.items() if n not in current and _is_of(kept.get(n), k)}
+        self._change(moved, set())
+        if self._edition is not None:
+            with self._handling:
+                self._at_hand.clear()
+        self._edition = self._file.edition
 
     def _written(
         self, file: VectorFile, made: Mapping[str, Vectors], changes: Changes, wanted: Mapping[str, _Known]
