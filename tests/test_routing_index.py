@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from adapter_folders import TINY, store_one
 from helpers import random_flat
 from routing_parts import BASE, ENCODER, WIDTH, FakeStore, adapter, task_vectors
+from session_parts import Interrupt
 
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, InputError
-from dnd_sdk.routing.index import COMPARED, AdapterIndex
+from dnd_sdk.routing import centres
+from dnd_sdk.routing.index import COMPARED, AdapterIndex, compare_saved
 from dnd_sdk.routing.similarity import set_similarity
 from dnd_sdk.routing.vector_file import Key
 
@@ -195,3 +198,21 @@ def test_exemplars_of_another_hash_are_read_again() -> None:
     store.put(adapter("t", exemplars_sha256="1" * 64), task_vectors(1))
     index.sync(store)
     assert index.score(task_vectors(1, seed=1))[0].score > 0.9
+
+
+def test_after_ctrl_c_in_the_middle_everything_is_taken_in_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FakeStore()
+    for t in range(3):
+        store.put(adapter(f"a{t}"), task_vectors(t))
+    index = AdapterIndex(KEY, tmp_path)
+    index.sync(store)
+    store.rm("a1")
+    store.put(adapter("a2", created="2026-02-02T00:00:00+00:00"), task_vectors(5))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(centres, "View", Interrupt(None, KeyboardInterrupt(), after=False))
+        index.sync(store)
+    index.sync(store)
+    assert sorted(h.name for h in index.score(task_vectors(1))) == ["a0", "a2"] == sorted(index.names)
+    assert index.score(task_vectors(5, seed=1))[0].name == "a2" and compare_saved(tmp_path, store) == (2, 0)

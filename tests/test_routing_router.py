@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from routing_parts import BASE, ENCODER, WIDTH, FakeStore, adapter, task_vectors
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.routing import Router, Support, Thresholds
+from dnd_sdk.routing import Router, Support, Thresholds, index
 from dnd_sdk.routing.support import centres_of
 from dnd_sdk.routing.vector_file import INDEX_FILE
 
@@ -228,3 +229,21 @@ def test_threads_agree_with_one_thread() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_score_is_that_of_the_adapter_it_comes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another adapter that takes the name while prompts are compared is not what they were compared with."""
+    store = FakeStore()
+    old = store.put(adapter("a"), task_vectors(1))
+    asked = router(store)
+    real = index.set_similarity
+
+    def meanwhile(*args: Any, **more: Any) -> float:
+        monkeypatch.setattr(index, "set_similarity", real)
+        store.put(adapter("a", created="2026-02-02T00:00:00+00:00"), task_vectors(2))
+        assert asked.route(task_vectors(2, seed=1)).decision == "reuse"
+        return real(*args, **more)
+
+    monkeypatch.setattr(index, "set_similarity", meanwhile)
+    assert asked.route(task_vectors(1, seed=1)).adapter == old
+    assert asked.route(task_vectors(1, seed=1)).adapter is None

@@ -20,7 +20,7 @@ from dnd_sdk.config import Home
 from dnd_sdk.errors import StorageError
 from dnd_sdk.files import locked
 from dnd_sdk.routing import AdapterIndex, compare_saved
-from dnd_sdk.routing.vector_file import INDEX_FILE, Key, VectorFile
+from dnd_sdk.routing.vector_file import INDEX_FILE, Kept, Key, VectorFile
 
 KEY = Key(WIDTH, "mini", ENCODER, BASE)
 
@@ -292,3 +292,16 @@ def test_a_backup_put_back_under_a_session_at_work(tmp_path: Path) -> None:
     index._at_hand.clear()
     for task in (60, 51, 0):
         assert index.score(task_vectors(task, seed=1)) == beside.score(task_vectors(task, seed=1))
+
+
+def test_files_that_were_folded_away_are_let_go(tmp_path: Path) -> None:
+    store = stored()
+    index, other = synced(store, tmp_path), synced(store, tmp_path)
+    for n in range(600):
+        store.put(adapter("again", created=f"2026-01-01T00:00:00.{n:06}+00:00"), task_vectors(50, 2))
+        index.sync(store)
+    other.sync(store)
+    for each in (index, other):
+        each.score(task_vectors(1))
+        vectors = [o.vectors for centres in each._centres.values() for o in centres.view.owners if o is not None]
+        assert len(vectors) == 6 and len({v.rows for v in (*vectors, *each._at_hand) if isinstance(v, Kept)}) == 1

@@ -48,6 +48,8 @@ class Hit(NamedTuple):
 
     name: str
     score: float
+    adapter: Adapter | None = None
+    """As it was when it was compared; None: put in with `add`."""
 
 
 class DamagedIndex(Exception):
@@ -72,6 +74,7 @@ class _Owner(NamedTuple):
 
     name: str
     vectors: Vectors | Kept
+    adapter: Adapter | None
 
 
 class AdapterIndex:
@@ -88,6 +91,7 @@ class AdapterIndex:
         self._usable = usable
         self._write = threading.Lock()
         self._since = 0
+        self._edition: object = None
         self._known: dict[str, _Known] = {}
         self._centres: dict[str | None, Centres[_Owner]] = {}
         """By role."""
@@ -99,11 +103,6 @@ class AdapterIndex:
         """Names of the adapters in the index."""
         with self._write:
             return tuple(self._known)
-
-    def adapter(self, name: str) -> Adapter | None:
-        """The adapter of that name, as `sync` found it; None: not there, or put in with `add`."""
-        known = self._known.get(name)
-        return None if known is None else known.adapter
 
     def add(self, name: str, vectors: Tensor, *, role: str | None = None) -> None:
         """Add an adapter with its exemplars `(k, C)`, in memory.
@@ -134,8 +133,8 @@ class AdapterIndex:
         near = [] if centres is None else centres.view.nearest(_centre(query).numpy(), COMPARED)
         own = coherence(query)
         hits = [
-            Hit(name, set_similarity(query, self._exemplars(v), coherence_a=own, coherence_b=v.coherence))
-            for name, v in near
+            Hit(name, set_similarity(query, self._exemplars(v), coherence_a=own, coherence_b=v.coherence), adapter)
+            for name, v, adapter in near
         ]
         return sorted(hits, key=lambda h: (-h.score, h.name))
 
@@ -149,20 +148,29 @@ class AdapterIndex:
             if not changes.adapters and not (changes.everything and self._known):
                 return False
             try:
-                self._since = self._sync_file(self._file, store)
-            except StorageError as e:  # a cache: a full or read-only disk must not stop routing
-                log.warning("the adapter index is not kept: %s", e.message)
-                self._file = None
-                self._since = self._follow(store)
+                self._since = self._take_in(store)
+            except BaseException:  # Ctrl-C: what was half done is done again from the beginning
+                self._forget()
+                raise
         return True
 
     def forget(self) -> None:
         """Have everything read again at the next `sync`, also from disk."""
         with self._write:
-            self._change({}, set(self._known))
-            self._since = 0
-            if self._file is not None:
-                self._file.forget()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._known, self._centres, self._since = {}, {}, 0
+        if self._file is not None:
+            self._file.forget()
+
+    def _take_in(self, store: Store) -> int:
+        try:
+            return self._sync_file(self._file, store)
+        except StorageError as e:  # a cache: a full or read-only disk must not stop routing
+            log.warning("the adapter index is not kept: %s", e.message)
+            self._file = None
+            return self._follow(store)
 
     def _sync_file(self, file: VectorFile | None, store: Store) -> int:
         if file is None:
@@ -193,7 +201,20 @@ class AdapterIndex:
         made = {n: v for n, k in fresh.items() if n not in found and (v := self._read(store, k)) is not None}
         found |= made if self._file is None else self._written(self._file, made, changes, wanted)
         self._change({n: (fresh[n], v) for n, v in found.items()}, gone | (fresh.keys() - found.keys()))
+        self._let_go(found.keys())
         return changes.now
+
+    def _let_go(self, current: Set[str]) -> None:
+        """Once all was written anew, read all but the `current` from there: what was before takes disk while open."""
+        if self._file is None or self._file.edition == self._edition:
+            return
+        kept = self._file.kept
+        moved = {n: (k, kept[n]) for n, k in self._known.items() if n not in current and _is_of(kept.get(n), k)}
+        self._change(moved, set())
+        if self._edition is not None:
+            with self._handling:
+                self._at_hand.clear()
+        self._edition = self._file.edition
 
     def _written(
         self, file: VectorFile, made: Mapping[str, Vectors], changes: Changes, wanted: Mapping[str, _Known]
@@ -218,7 +239,7 @@ class AdapterIndex:
             out.setdefault(self._known[name].role, set()).add(name)
         by_role: dict[str | None, dict[str, tuple[np.ndarray, _Owner]]] = {}
         for name, (known, vectors) in add.items():
-            by_role.setdefault(known.role, {})[name] = vectors.centre, _Owner(name, vectors)
+            by_role.setdefault(known.role, {})[name] = vectors.centre, _Owner(name, vectors, known.adapter)
         for role in out.keys() | by_role.keys():
             self._change_role(role, by_role.get(role, {}), out.get(role, set()))
         for name in remove:

@@ -203,7 +203,7 @@ class Router:
             index.forget()
             index.sync(self._store)
             hits = index.score(pooled, role)
-        return [(adapter, h.score) for h in hits if (adapter := index.adapter(h.name)) is not None]
+        return [(h.adapter, h.score) for h in hits if h.adapter is not None]
 
     def _fits(self, adapter: Adapter) -> bool:
         mine = (adapter.base_fingerprint, adapter.encoder_fingerprint) == self._fingerprints

@@ -176,6 +176,11 @@ class VectorFile:
         self.kept[name] = Kept(stamp, coherence, start, count, self._rows)
 
     @property
+    def edition(self) -> object:
+        """Another one after each time that all was written anew; None before there is a file."""
+        return self._lines.first.get("id")
+
+    @property
     def _path(self) -> Path:
         return self._folder / Path(str(self._lines.first["vectors"])).name
 
