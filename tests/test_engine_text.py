@@ -111,14 +111,14 @@ def test_only_an_incomplete_last_character_is_cut(tok: PreTrainedTokenizerFast, 
     for n in range(len(tokens) + 1):
         row = RowText(tok, frozenset())
         row.feed([*written, *tokens[:n]])
-        assert row.result(1, cancelled=False).text == "a\ufffd" + (char if n == len(tokens) else ""), n
+        assert row.result(1).text == "a\ufffd" + (char if n == len(tokens) else ""), n
 
 
 def test_a_tokenizer_without_bytes_shows_what_the_model_wrote() -> None:
     raw = Tokenizer(models.WordLevel({"\ufffd": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
     row = RowText(PreTrainedTokenizerFast(tokenizer_object=raw), frozenset())
     row.feed([1, 0])
-    assert row.result(1, cancelled=False).text == "a \ufffd"
+    assert row.result(1).text == "a \ufffd"
 
 
 def test_broken_bytes_before_the_cut_stay() -> None:
