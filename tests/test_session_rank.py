@@ -64,6 +64,19 @@ def test_what_is_generated_is_the_same_adapter_at_any_rank(world: World) -> None
         assert usual.complete("hello", adapter="new", **OPTIONS).adapter == "new"
 
 
+def test_an_import_is_stored_at_its_own_rank_whatever_the_slots_have(world: World, tmp_path: Path) -> None:
+    small, large = large_import(world, tmp_path / "small", r=2), large_import(world, tmp_path / "large", r=6)
+    with session(world, 10) as wide:
+        first = wide.import_adapter(small, name="small")
+        theirs = wide.import_adapter(large, name="large", prompts=prompts_of("upper"))
+        answer = wide.complete("hello", adapter="small", **OPTIONS).text
+    with session(world, 8) as wide:
+        assert wide.import_adapter(large, name="large", prompts=prompts_of("upper")).id == theirs.id
+    with session(world) as usual:
+        assert usual.complete("hello", adapter="small", **OPTIONS).text == answer
+        assert usual.import_adapter(small, name="small") == first and usual.store.verify() == []
+
+
 def test_merges_have_the_slots_rank(world: World) -> None:
     with session(world, 8) as wide:
         for task in ("upper", "digits"):

@@ -54,8 +54,7 @@ class AdapterStore:
     def __init__(self, home: Home) -> None:
         self.root = home.adapters
         self._folders = AdapterFolders(home.adapters)
-        self._layouts: dict[str, LoraLayout] = {}
-        """Stored ones that are not a session's own, by digest."""
+        self._layouts: dict[str, LoraLayout] = {}  # stored ones that are not a session's own, by digest
 
     def put(
         self,
@@ -233,12 +232,14 @@ class AdapterStore:
         exemplars: Tensor | None = None,
         encoder: str | None = None,
         encoder_fingerprint: str | None = None,
+        least_r: int | None = None,
         note: Callable[[str], None] | None = None,
     ) -> Adapter:
         """Copy a PEFT folder into the store after checking all of it; an exported adapter brings its exemplars along.
 
         Folders as XTuner, LLaMA-Factory, trl and Axolotl write them are found and named as the origin (see `foreign`);
         an `adapter_model.bin` becomes safetensors in the store. `base_name` names the base where the folder does not.
+        It is stored at its own rank or at `least_r`, whichever is larger; None: at the layout's.
         What is stored already gets the exemplars added that it lacks. `note` is told, once it is stored, what someone
         who imports it should know (what was left out, what was not understood); None: the log is warned.
         Raises `InputError` when `path` is no folder, otherwise like `load` and `put`; nothing is stored then.
@@ -247,13 +248,13 @@ class AdapterStore:
             check_name(name)
         if note is not None and not callable(note):
             raise ConfigError(f"note must be a function or None, got {shown(note)}")
-        new = read_incoming(path, layout, base_fingerprint, base_name)
+        new = read_incoming(path, layout, base_fingerprint, base_name, least_r)
         if exemplars is None:
             exemplars = None if new.exemplars is None else tensor_of(new.exemplars)
             encoder, encoder_fingerprint = new.encoder, new.encoder_fingerprint
         stored = self.put(
             tensor_of(new.flat),
-            layout,
+            new.layout,
             base_name=new.base_name or base_name or "unknown",
             base_fingerprint=base_fingerprint,
             source="imported",

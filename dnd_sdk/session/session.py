@@ -24,7 +24,7 @@ from dnd_sdk.models import DEFAULT_BASE
 from dnd_sdk.observing import Observer, ObserveResult, PromptStream, StreamSettings
 from dnd_sdk.prompts import PromptSet, Role, as_role, clean_prompts, role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars, log_decision
-from dnd_sdk.session.loading import load_parts
+from dnd_sdk.session.loading import DEFAULT_RANK, load_parts
 from dnd_sdk.session.results import Completion, completion
 from dnd_sdk.session.stream import CompletionStream
 
@@ -247,6 +247,8 @@ class DnD:
         if prompts is not None:
             kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
             exemplars = choose_exemplars(self._pooled(kept.prompts))
+        # not at the slots' rank: a session with smaller ones can use it, too
+        usual = DEFAULT_RANK if self.generator is None else self.generator.layout.r
         return self.store.import_folder(
             folder,
             self.layout,
@@ -256,6 +258,7 @@ class DnD:
             exemplars=exemplars,
             encoder=None if exemplars is None else self.encoder.name,
             encoder_fingerprint=None if exemplars is None else self.encoder.fingerprint,
+            least_r=min(usual, self.layout.r),
             note=note,
         )
 
