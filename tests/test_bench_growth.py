@@ -13,7 +13,7 @@ from dnd_sdk.bench import bench_store, growth, render_store
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import read_report, write_plots
-from dnd_sdk.evaluation.store_plot import LINES
+from dnd_sdk.evaluation.store_plot import LINES, growth_plot
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +90,14 @@ def test_a_timed_command_is_run(tmp_path: Path) -> None:
         stored.add()
     assert growth._command(stored, "rm") > 0
     assert [a.name for a in stored.dnd.store.ls()] == ["bench-1"]
+
+
+def test_what_the_docs_show_is_what_was_measured() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    report = read_report(docs / "store.json")
+    assert growth_plot(report) == (docs / "store.svg").read_text()
+    assert [b["n"] for b in report["sizes"]] == [10, 100, 1000, 5000]
+    for block in report["sizes"]:  # the figures that were promised, as they stand in the file: nothing is timed here
+        assert block["adapt_over_smallest"] <= 1.2
+        assert all(block[f"route_{k}_ms"] <= 2 * block[f"faiss_{k}_ms"] + 0.3 for k in ("set", "one"))
+    assert max(report["sizes"][2]["commands_s"].values()) < 1.5
