@@ -131,16 +131,19 @@ class Adaptation:
         )
 
     def _route(self, request: Request, watch: Stopwatch) -> tuple[RouteDecision, tuple[str, ...]]:
+        # 1. the very same prompts
         if request.mode in ("auto", "reuse"):
             with watch.step("route"):
                 known = self._parts.router.exact(request.digest, request.role_text)
             if known is not None:
                 return self._reuse(known, watch), ()
+        # 2. what they are like
         with watch.step("encode"):
             encoded = self._encode(request)
         notes = (f"{encoded.n_truncated} prompts were longer than the encoder reads",) if encoded.n_truncated else ()
         if request.mode == "merge":
             return self._merge(request, encoded.pooled, watch), notes
+        # 3. an adapter made for such prompts, a new one, or the base
         with watch.step("route"):
             route = self._decide(encoded.pooled, request)
         if route.decision == "generate":

@@ -107,7 +107,7 @@ class Decoder:
             stopping_criteria=StoppingCriteriaList([watch]),
             **({} if prefix is None else {"past_key_values": prefix.cache(len(prompts))}),
         )
-        watch.read(out[:, ids.shape[1] :])
+        watch.read(out[:, ids.shape[1] :])  # (B, T + new) -> (B, new)
 
 
 def left_padded(

@@ -92,11 +92,14 @@ class Engine(Resident):
         Raises `InputError` when a prompt does not fit the base's context together with its `max_new_tokens`, and what
         `SlotBank.lease` raises; before anything is generated for prompts, during the work for leases.
         """
+        # 1. every request is checked, before anything is generated
         prompts = [self._prompt(r) for r in requests]
         adapter_ids = [r.adapter_id for r in requests]
+        # 2. in rounds of the slots, alike in length, what all begin with read once
         rounds = self.rounds(adapter_ids)
         order = sorted(range(len(prompts)), key=lambda i: (rounds[i], len(prompts[i])))
         prefix = shared_prefix(self.base.model, prompts, adapter_ids)
+        # 3. batch by batch, each in its turn
         done: dict[int, Generation] = {}
         for rows in grouped(order, lambda some: self._fits([requests[i] for i in some], [prompts[i] for i in some])):
             with self.running([adapter_ids[i] for i in rows]) as turn:

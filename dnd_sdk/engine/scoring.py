@@ -116,11 +116,11 @@ def _score(model: Any, batch: Sequence[_Pack], scores: OptionScores, prefix: Pre
         )
         .logits[:, -(width + 1) :]
         .float()
-    )  # from the prompt's last token on
-    log_norm = logits.logsumexp(-1)
+    )  # (B, T, V) -> (B, width + 1, V): from the prompt's last token on
+    log_norm = logits.logsumexp(-1)  # (B, width + 1)
     for row, pack in enumerate(batch):
         at, labels, owner = (torch.tensor(x, device=model.device) for x in _targets(pack))
-        each = logits[row, at, labels] - log_norm[row, at]
+        each = logits[row, at, labels] - log_norm[row, at]  # (scored tokens,), then summed: (options,)
         sums = torch.zeros(len(pack.options), device=model.device).index_add_(0, owner, each).tolist()
         for (option, tokens), total in zip(pack.options, sums, strict=True):
             scores.logprobs[pack.chat][option] = total
@@ -139,7 +139,7 @@ def _collate(batch: Sequence[_Pack], width: int, known: int) -> tuple[Tensor, Te
         for segment, (_, tokens) in enumerate(pack.options, 1):
             row += [(t, len(pack.prompt) + j, segment) for j, t in enumerate(tokens[:-1])]
         rows.append(row + [(0, 0, _PAD)] * trail)
-    ids, positions, segments = torch.tensor(rows).unbind(-1)
+    ids, positions, segments = torch.tensor(rows).unbind(-1)  # (B, T, 3) -> three of (B, T)
     return ids, positions, segments
 
 
@@ -161,12 +161,12 @@ def _masks(model: Any, positions: Tensor, segments: Tensor, known: int) -> Tenso
     A dict by layer kind for a base that mixes full and sliding-window layers, for which nothing is known.
     """
     column = torch.arange(segments.shape[1], device=segments.device)
-    query, key = segments[:, :, None], segments[:, None, :]
+    query, key = segments[:, :, None], segments[:, None, :]  # (B, T, 1) and (B, 1, T), compared to (B, T, T)
     allowed = (column[None, :, None] >= column) & (key != _PAD) & ((key == 0) | (key == query))
     allowed |= column[:, None] == column  # padding sees itself: a row that sees nothing is undefined
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    full = _additive(nn.functional.pad(allowed, (known, 0), value=True), model.dtype)
+    full = _additive(nn.functional.pad(allowed, (known, 0), value=True), model.dtype)  # (B, 1, T, known + T)
     if window is None:
         return full
     near = positions[:, :, None] - positions[:, None, :] < window
