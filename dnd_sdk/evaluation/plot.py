@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dnd_sdk.errors import InputError, StorageError
-from dnd_sdk.evaluation.gate import check_gate_report, gate_texts, is_gate_report
+from dnd_sdk.evaluation.drawn import DrawnReport
+from dnd_sdk.evaluation.gate import GATE_REPORT
 from dnd_sdk.evaluation.report import SCHEMA_VERSION, render
 from dnd_sdk.evaluation.scoring import COMPARED, METRICS
-from dnd_sdk.evaluation.store_plot import check_store_report, is_store_report, store_texts
+from dnd_sdk.evaluation.store_plot import STORE_REPORT
 from dnd_sdk.evaluation.svg import FAINT, INK, PALETTE, Canvas
 
 MAX_BYTES = 256 * 2**20
@@ -35,10 +36,8 @@ def read_report(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {e.strerror or e}", fix="make one: dnd eval TASKS --json > FILE") from e
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not JSON: {str(e)[:200]}", fix="make one: dnd eval TASKS --json > FILE") from e
-    if is_gate_report(report):
-        return check_gate_report(report)
-    if is_store_report(report):
-        return check_store_report(report)
+    if (drawn := _drawn(report)) is not None:
+        return drawn.checked(report)
     for block in _blocks(report):
         block.setdefault("vs", {})  # version 0.1.0 wrote none
     if problem := next(_problems(report), None):
@@ -48,8 +47,8 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def write_plots(report: dict[str, Any], out: Path) -> list[Path]:
     """Write `report.md` and its SVGs into `out`, replacing those of the same name; returns what was written."""
-    draw = gate_texts if is_gate_report(report) else store_texts if is_store_report(report) else _texts
-    texts = draw(report)
+    drawn = _drawn(report)
+    texts = _texts(report) if drawn is None else drawn.texts(report)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -57,6 +56,11 @@ def write_plots(report: dict[str, Any], out: Path) -> list[Path]:
     except OSError as e:
         raise StorageError(f"cannot write into {out}: {e.strerror or e}", fix="choose another --out folder") from e
     return [out / name for name in texts]
+
+
+def _drawn(report: Any) -> DrawnReport | None:
+    """The kind of a report that says what it is; None: it is of `dnd eval`, if of anything."""
+    return next((kind for kind in (GATE_REPORT, STORE_REPORT) if kind.is_kind_of(report)), None)
 
 
 def _texts(report: dict[str, Any]) -> dict[str, str]:

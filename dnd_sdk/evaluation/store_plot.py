@@ -6,10 +6,9 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from dnd_sdk.errors import InputError
+from dnd_sdk.evaluation.drawn import DrawnReport
 from dnd_sdk.evaluation.svg import FAINT, INK, PALETTE, Canvas
 
-KIND, SCHEMA_VERSION = "store", 1
 LINES = {
     "route_set_ms": "route 64 prompts",
     "faiss_set_ms": "plain FAISS, 64 prompts",
@@ -22,24 +21,6 @@ LINES = {
     "first_route_ms": "a new process's first route",
 }
 _WIDTH, _HEIGHT, _LEFT, _TOP = 760, 420, 60, 30
-_FIX = "make one: dnd bench store --json > FILE"
-
-
-def is_store_report(report: Any) -> bool:
-    """Whether this is what `dnd bench store` prints."""
-    return isinstance(report, dict) and report.get("kind") == KIND
-
-
-def check_store_report(report: dict[str, Any]) -> dict[str, Any]:
-    """The report itself if it can be drawn, else `InputError`."""
-    if report.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"the store report's schema_version is not {SCHEMA_VERSION}", fix=_FIX)
-    try:
-        store_texts(report)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError) as e:
-        problem = f"{type(e).__name__}: {str(e)[:100]}"
-        raise InputError(f"the store report cannot be drawn: {problem}", fix=_FIX) from e
-    return report
 
 
 def store_texts(report: dict[str, Any]) -> dict[str, str]:
@@ -104,3 +85,6 @@ class _Axis:
 
     def at(self, value: float) -> float:
         return self._start + (self._end - self._start) * (math.log10(value) - self._low) / self._span
+
+
+STORE_REPORT = DrawnReport("store", 1, "dnd bench store", store_texts)

@@ -6,29 +6,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from dnd_sdk.errors import InputError
+from dnd_sdk.evaluation.drawn import DrawnReport
 from dnd_sdk.evaluation.gate.report import KIND, SCHEMA_VERSION, render_gate
 from dnd_sdk.evaluation.svg import FAINT, INK, PALETTE, Canvas
 
 _SIDE, _GAP, _LEFT, _TOP = 240, 50, 50, 70
-
-
-def is_gate_report(report: Any) -> bool:
-    """Whether this is what `dnd bench gate` prints, and not `dnd eval`."""
-    return isinstance(report, dict) and report.get("kind") == KIND
-
-
-def check_gate_report(report: dict[str, Any]) -> dict[str, Any]:
-    """The report itself if it can be drawn, else `InputError`."""
-    fix = "make one: dnd bench gate TASKS --json > FILE"
-    if report.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"the gate report's schema_version is not {SCHEMA_VERSION}", fix=fix)
-    try:
-        gate_texts(report)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-        problem = f"{type(e).__name__}: {str(e)[:100]}"
-        raise InputError(f"the gate report cannot be drawn: {problem}", fix=fix) from e
-    return report
 
 
 def gate_texts(report: dict[str, Any]) -> dict[str, str]:
@@ -105,3 +87,6 @@ def _share(value: Any) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{value} is not between 0 and 1")
     return float(value)
+
+
+GATE_REPORT = DrawnReport(KIND, SCHEMA_VERSION, "dnd bench gate TASKS", gate_texts)
