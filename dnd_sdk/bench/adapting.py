@@ -9,20 +9,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from dnd_sdk.bench.timing import WARM_UPS, in_turn, ratio
+from dnd_sdk.bench.timing import WARM_UPS, host, in_turn, ratio
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import CompletionRequest, local_engine
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
-from dnd_sdk.machine import cpu_name, peak_rss_mb
+from dnd_sdk.machine import peak_rss_mb
 from dnd_sdk.models import resolve
 
 if TYPE_CHECKING:
@@ -125,14 +121,8 @@ def render_adapting(report: dict[str, Any]) -> str:
 def machine(dnd: DnD) -> dict[str, Any]:
     """What was measured on what."""
     model = local_engine(dnd.engine, "a measurement").base.model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": cpu_name(),
-        "cores": cores,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
+        **host(),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "base": dnd.base.name,

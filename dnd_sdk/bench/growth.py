@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,12 +21,10 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.adapters import MAX_EXEMPLARS, Adapter, AdapterStore
-from dnd_sdk.bench.stand_in import WIDTH, stand_in
-from dnd_sdk.bench.timing import in_turn, ratio
+from dnd_sdk.bench.stand_in import WIDTH, router_of, stand_in
+from dnd_sdk.bench.timing import host, in_turn, ratio
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.machine import cpu_name
-from dnd_sdk.routing import Router
 from dnd_sdk.session import DnD
 
 SCHEMA_VERSION = 1
@@ -88,13 +84,7 @@ def bench_store(
         "n_prompts": N_PROMPTS,
         "repeats": repeats,
         "sizes": blocks,
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-            "torch_threads": torch.get_num_threads(),
-        },
+        "machine": host(),
     }
 
 
@@ -184,15 +174,7 @@ class _Stored:
 
     def _first_route(self) -> None:
         """As a new process asks: the store and the index are read from disk."""
-        known = self.dnd.router
-        router = Router(
-            AdapterStore(self.home),
-            self.dnd.encoder.name,
-            self.dnd.encoder.fingerprint,
-            self.dnd.base.fingerprint,
-            known.thresholds,
-            folder=self.home.index,
-        )
+        router = router_of(AdapterStore(self.home), self.dnd.encoder, self.dnd.base.fingerprint, self.home)
         router.route_one(self._query(1))
 
     def _adapt(self) -> None:

@@ -31,10 +31,15 @@ def stand_in(home: Home) -> DnD:
         layout = LoraLayout.from_model(base.model, r=4)
         generator = _generator(base, encoder, layout)
     store = AdapterStore(home)
-    never = Thresholds(reuse=2.0, reuse_single=2.0, support=-1.0)
-    router = Router(store, encoder.name, encoder.fingerprint, base.fingerprint, never, folder=home.index)
+    router = router_of(store, encoder, base.fingerprint, home)
     parts = Parts(base, generator, encoder, store, router, Engine(base, layout), home, DecisionLog(home.logs))
     return DnD(parts)
+
+
+def router_of(store: AdapterStore, encoder: Encoder, base_fingerprint: str, home: Home) -> Router:
+    """A router that compares with what is stored and never reuses it."""
+    never = Thresholds(reuse=2.0, reuse_single=2.0, support=-1.0)
+    return Router(store, encoder.name, encoder.fingerprint, base_fingerprint, never, folder=home.index)
 
 
 def _base() -> Base:

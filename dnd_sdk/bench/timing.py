@@ -1,10 +1,16 @@
-"""Timing rivals in turn, so that load that comes and goes slows all of them."""
+"""Timing rivals in turn, so that load that comes and goes slows all of them, and saying on what."""
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+
+from dnd_sdk.machine import cpu_name
 
 WARM_UPS = 2
 
@@ -29,3 +35,15 @@ def in_turn(*calls: Timed, repeats: int, clock: Callable[[], float], warm_ups: i
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
     """The median of the rounds' own ratios."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def host() -> dict[str, Any]:
+    """What this machine and its torch are."""
+    return {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+    }

@@ -101,7 +101,6 @@ class Reconstruction(Objective):
         names, tokens = self._sample(number), self.generator.weight_tokenizer
         shared, seed = self.generator.shared.detach(), self.curriculum.seed
         picks = [random.Random(f"{seed}/snapshot/{n}/{number}").choice(self.lesson.zoo[n]) for n in names]
-        # (S + 1, P): the last one is the zero residual
         # (S + 1, P), the last one the zero residual
         residuals = torch.stack([*(p.to(shared.device) - shared for p in picks), torch.zeros_like(shared)])
         target = tokens.tokenise(residuals)  # (S + 1, T, H, W)
