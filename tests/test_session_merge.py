@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from cli_runner import dnd_json
 from helpers import random_flat
@@ -60,6 +62,21 @@ def test_nothing_to_merge_and_only_one(dnd: DnD) -> None:
     other = dnd.adapt(prompts_of("lower"), role="# Role: Clerk").adapter
     found = dnd.adapt(MIXED, mode="merge")
     assert (found.decision, found.adapter) == ("reuse", only) and other.role is not None
+
+
+def test_the_same_weights_under_two_names_are_one_parent(
+    dnd: DnD, parents: dict[str, Adapter], tmp_path: Path
+) -> None:
+    expected = dnd.adapt(MIXED, mode="merge", top_k=2, name="mixed").adapter
+    nearest = max(expected.parents, key=expected.parents.get)  # type: ignore[arg-type]
+    twin = dnd.store.export(nearest, tmp_path / "twin")
+    dnd.import_adapter(twin, name="twin", prompts=prompts_of("upper", 3))
+    again = dnd.adapt(MIXED, mode="merge", top_k=2)
+    assert again.decision == "merge" and set(again.adapter.parents) == set(expected.parents)
+    for name in dnd.store.ls():
+        if name.id != nearest:
+            dnd.store.rm(name.name)
+    assert dnd.adapt(MIXED, mode="merge").decision == "reuse", "two names, one adapter to merge"
 
 
 def test_merging_needs_no_generator(world: World, parents: dict[str, Adapter]) -> None:

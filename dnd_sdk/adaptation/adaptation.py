@@ -204,7 +204,11 @@ class Adaptation:
         parts = self._parts
         with watch.step("route"):
             ranked = parts.router.nearest(pooled, request.role_text)
-        near = [(a, score) for a, score in ranked if a.source != "merged" and score > 0.0][: request.top_k]
+        by_id: dict[str, tuple[Adapter, float]] = {}
+        for a, score in ranked:
+            if a.source != "merged" and score > 0.0:
+                by_id.setdefault(a.id, (a, score))  # the same weights under other names are no other parent
+        near = list(by_id.values())[: request.top_k]
         names = [(a.name, s) for a, s in near]
         route = RouteDecision("base", None, None, names, "no stored adapter is near enough", by="asked")
         if not near:
