@@ -122,7 +122,7 @@ class AdapterStore:
             return name_or_id
         if not isinstance(name_or_id, str):
             raise ConfigError(f"an adapter's name must be text, got {shown(name_or_id)}")
-        found = self._folders.catalogue.with_id(name_or_id)
+        found = self.with_id(name_or_id)
         if not found:
             raise self._not_found(name_or_id)
         return found[0].name

@@ -194,15 +194,18 @@ class AdapterIndex:
         changes = store.changes(self._since)  # asked while nobody else writes the file
         wanted = {n: _Known.of(a) for n, a in changes.adapters.items() if a is not None and self._accepts(a)}
         gone = (self._known if changes.everything else changes.adapters).keys() - wanted.keys()
-        kept, in_memory = ({}, True) if self._file is None else (self._file.kept, False)
-        known = {n for n, k in wanted.items() if k == self._known.get(n) and (in_memory or _is_of(kept.get(n), k))}
-        fresh = {n: k for n, k in wanted.items() if n not in known}
+        fresh = {n: known for n, known in wanted.items() if not self._has(n, known)}
+        kept = {} if self._file is None else self._file.kept
         found: dict[str, Vectors | Kept] = {n: kept[n] for n, k in fresh.items() if _is_of(kept.get(n), k)}
         made = {n: v for n, k in fresh.items() if n not in found and (v := self._read(store, k)) is not None}
         found |= made if self._file is None else self._written(self._file, made, changes, wanted)
         self._change({n: (fresh[n], v) for n, v in found.items()}, gone | (fresh.keys() - found.keys()))
         self._let_go(found.keys())
         return changes.now
+
+    def _has(self, name: str, known: _Known) -> bool:
+        """Whether an adapter is here as it is now, and in the file where there is one."""
+        return known == self._known.get(name) and (self._file is None or _is_of(self._file.kept.get(name), known))
 
     def _let_go(self, current: Set[str]) -> None:
         """Once all was written anew, read all but the `current` from there: what was before takes disk while open."""

@@ -65,6 +65,11 @@ class Kept:
     rows: RowFile = field(compare=False)
 
     @property
+    def end(self) -> int:
+        """The row behind its last one."""
+        return self.start + 1 + self.count
+
+    @property
     def centre(self) -> np.ndarray:
         """(C,); raises `ValueError` when it is damaged, and `OSError`."""
         return self.rows.read(self.start, 1)[0]
@@ -119,8 +124,8 @@ class VectorFile:
             self._begin()
         elif not self._lines.is_new and not self._rows.has(self._n_rows):
             raise ValueError("its vectors are gone")
-        for line in lines:
-            self._take(line)
+        if lines:
+            self._take(lines)
 
     def _begin(self) -> None:
         self._rows, self.kept, self._n_rows = RowFile(self._path, self.key.width), {}, 0
@@ -138,8 +143,7 @@ class VectorFile:
             elif added or gone:
                 lines = [*self._append(self._path, added), *({"name": name} for name in gone)]
                 self._lines.append(lines)
-                for line in lines:
-                    self._take(line)
+                self._take(lines)
 
     def _fold(self, vectors: Mapping[str, Vectors | Kept]) -> None:
         name = f"vectors-{uuid.uuid4().hex}.f32"
@@ -150,8 +154,7 @@ class VectorFile:
             (self._folder / name).unlink(missing_ok=True)
             raise
         self._begin()
-        for line in lines:
-            self._take(line)
+        self._take(lines)
         self._sweep()
 
     def _append(self, path: Path, vectors: Mapping[str, Vectors | Kept]) -> list[dict[str, Any]]:
@@ -163,17 +166,20 @@ class VectorFile:
             for (name, v), (start, n_rows) in places
         ]
 
-    def _take(self, line: Mapping[str, Any]) -> None:
-        name = str(line["name"])
-        self.kept.pop(name, None)
-        if "stamp" not in line:
-            return
-        stamp, coherence = str(line["stamp"]), float(line["coherence"])
-        start, count = int(line["start"]), int(line["count"])
-        if not coherence > 0 or start < 0 or count < 1 or start + 1 + count > len(self._rows):
-            raise ValueError(f"its line for {name[:80]!r} says what is not there")
-        self._n_rows = max(self._n_rows, start + 1 + count)
-        self.kept[name] = Kept(stamp, coherence, start, count, self._rows)
+    def _take(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        n_there = len(self._rows)
+        for line in lines:
+            name = str(line["name"])
+            self.kept.pop(name, None)
+            if "stamp" not in line:
+                continue
+            kept = Kept(
+                str(line["stamp"]), float(line["coherence"]), int(line["start"]), int(line["count"]), self._rows
+            )
+            if not kept.coherence > 0 or kept.start < 0 or kept.count < 1 or kept.end > n_there:
+                raise ValueError(f"its line for {name[:80]!r} says what is not there")
+            self._n_rows = max(self._n_rows, kept.end)
+            self.kept[name] = kept
 
     @property
     def edition(self) -> object:
