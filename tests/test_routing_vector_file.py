@@ -105,6 +105,19 @@ def test_an_adapter_that_comes_back_the_same_is_written_again(tmp_path: Path) ->
     assert compare_saved(tmp_path, store) == (3, 0) and one.score(task_vectors(1, seed=1))[0].name == "a1"
 
 
+def test_the_last_adapter_leaves_the_file_too(tmp_path: Path) -> None:
+    """A process removed it and was killed before its index knew; the store is empty for whoever comes next."""
+    store = stored(1)
+    synced(store, tmp_path)
+    store.rm("a0")
+    synced(FakeStore(), tmp_path)
+    assert compare_saved(tmp_path, FakeStore()) == (0, 0)
+
+
+def test_an_empty_store_makes_no_index(tmp_path: Path) -> None:
+    assert not synced(FakeStore(), tmp_path / "index").names and not (tmp_path / "index").exists()
+
+
 def test_a_reader_keeps_what_another_folded_away(tmp_path: Path) -> None:
     store = stored(3)
     slow, busy = synced(store, tmp_path), synced(store, tmp_path)

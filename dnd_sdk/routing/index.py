@@ -145,7 +145,7 @@ class AdapterIndex:
         """
         with self._write:
             changes = store.changes(self._since)
-            if not changes.adapters and not (changes.everything and self._known):
+            if not changes.adapters and not (changes.everything and (self._known or self._is_unread)):
                 return False
             try:
                 self._since = self._take_in(store)
@@ -153,6 +153,11 @@ class AdapterIndex:
                 self._forget()
                 raise
         return True
+
+    @property
+    def _is_unread(self) -> bool:
+        """Whether there is a file that may still have what the store has not."""
+        return self._file is not None and self._file.is_unread
 
     def forget(self) -> None:
         """Have everything read again at the next `sync`, also from disk."""

@@ -108,6 +108,11 @@ class VectorFile:
             file._read()
         return file
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether there is a file that was not taken in."""
+        return self._lines.is_new and self._lines.path.exists()
+
     def read(self) -> None:
         """Take in what others wrote."""
         try:
