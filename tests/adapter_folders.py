@@ -68,3 +68,13 @@ def read_flat(folder: Path, layout: LoraLayout = TINY, *, foreign: bool = False)
 def notes_of(folder: Path, layout: LoraLayout = TINY, base_name: str = "") -> tuple[str, ...]:
     """What an import of `folder` into a base of that name tells."""
     return read_incoming(folder, layout, BASE, base_name).notes
+
+
+def exemplars(k: int = 3, width: int = 5, seed: int = 1) -> torch.Tensor:
+    """Normalised vectors `(k, width)`."""
+    return torch.nn.functional.normalize(torch.randn(k, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}

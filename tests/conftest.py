@@ -17,6 +17,8 @@ from dnd_sdk.config import Home
 if TYPE_CHECKING:
     from tiny_world import World
 
+    from dnd_sdk.adapters import AdapterStore
+
 REAL_HOME = os.environ.get("DND_TEST_HOME") or os.environ.get("DND_HOME")
 
 
@@ -31,6 +33,14 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def home(tmp_path: Path) -> Home:
     """An empty home folder."""
     return Home(tmp_path / "dnd-home")
+
+
+@pytest.fixture
+def store(home: Home) -> AdapterStore:
+    """The store of an empty home."""
+    from dnd_sdk.adapters import AdapterStore
+
+    return AdapterStore(home)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,14 @@ def tiny_engine(family: str = "llama", *, layers: int = 2, **settings: Any) -> E
     return Engine(base, tiny_layout(base), **settings)
 
 
+def adapted_engine(**settings: Any) -> Engine:
+    """A tiny engine with two adapters in its slots, "a" and "b"."""
+    made = tiny_engine(**settings)
+    for i, name in enumerate("ab"):
+        made.bank.load(name, strong(made.layout, i))
+    return made
+
+
 def ask(engine: Engine, chat: Any, adapter: str | None, options: SamplingOptions) -> Generation:
     """The answer to one chat."""
     return engine.complete([CompletionRequest(chat, adapter, options)])[0]

@@ -6,18 +6,15 @@ The worker is forked from here, where everything is imported and a session is lo
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import random
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
 from cli_runner import dnd
-from kill_store import left_behind, one_kill, say
+from kill_store import as_script, left_behind, one_kill, say
 from tiny_world import World, make_world, prompts_of
 
 from dnd_sdk.adapters import AdapterStore
@@ -155,10 +152,4 @@ def main(root: Path, kills: int, seed: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--kills", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print(json.dumps(main(args.root, args.kills, args.seed)))
-    sys.exit(0)
+    as_script(main)

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -154,11 +153,15 @@ def run(root: Path, kills: int, seed: int) -> dict[str, object]:
     return {"kills": kills, "done": done, "cut": dict(cut)}
 
 
-if __name__ == "__main__":
+def as_script(run: Callable[[Path, int, int], dict[str, object]]) -> None:
+    """Run it as the command line says and print its report; the first fault ends the script with exit code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(json.dumps(run(args.root, args.kills, args.seed)))
-    sys.exit(0)
+
+
+if __name__ == "__main__":
+    as_script(run)

@@ -27,11 +27,6 @@ from dnd_sdk.errors import StorageError
 ENCODED = {"encoder": "mini", "encoder_fingerprint": ENCODER}
 
 
-@pytest.fixture
-def store(home: Home) -> AdapterStore:
-    return AdapterStore(home)
-
-
 def truth(root: Path) -> dict[str, Adapter]:
     """Every manifest read anew."""
     folders = [p for p in root.iterdir() if not p.name.startswith(".")] if root.exists() else []

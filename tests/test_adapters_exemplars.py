@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_folders import BASE, TINY, listed, peft_folder, seen, store_one
+from adapter_folders import BASE, TINY, exemplars, listed, peft_folder, seen, store_one
 from helpers import random_flat
 from safetensors.torch import save_file
 
@@ -24,15 +24,6 @@ from dnd_sdk.lora.layout import LoraLayout
 
 WEIGHTS = "adapter_model.safetensors"
 LARGE = LoraLayout(6, 3.0, TINY.target_modules, TINY.modules)
-
-
-@pytest.fixture
-def store(home: Home) -> AdapterStore:
-    return AdapterStore(home)
-
-
-def exemplars(k: int = 3, width: int = 5, seed: int = 1) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(k, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 def flip(folder: Path) -> None:

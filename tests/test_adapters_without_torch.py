@@ -19,7 +19,6 @@ from safetensors.torch import save
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.adapters.adapter import read_adapter
 from dnd_sdk.adapters.exemplars import EXEMPLARS, merged_exemplars
-from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.lora.layout import LoraLayout, LoraModule
 
@@ -31,11 +30,6 @@ STORED = {
 }
 """Of `FLAT`, as versions that stored it through torch had it."""
 ENCODER = {"encoder": "enc", "encoder_fingerprint": "f"}
-
-
-@pytest.fixture
-def store(home: Home) -> AdapterStore:
-    return AdapterStore(home)
 
 
 def sha256(path: Path) -> str:

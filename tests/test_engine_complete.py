@@ -9,6 +9,7 @@ import torch
 from engine_parts import (
     PROMPTS,
     SAME_LOGITS,
+    adapted_engine,
     ask,
     ask_all,
     chat_ids,
@@ -32,10 +33,7 @@ SHORT = SamplingOptions(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    made = tiny_engine(n_slots=3)
-    for i, name in enumerate("ab"):
-        made.bank.load(name, strong(made.layout, i))
-    return made
+    return adapted_engine(n_slots=3)
 
 
 def logits(engine: Engine, prompts: list[str], adapters: list[str | None]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_parts import PROMPTS, strong, tiny_engine
+from engine_parts import PROMPTS, adapted_engine, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,10 +34,7 @@ REQUESTS = st.builds(
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    made = tiny_engine(n_slots=2, max_batch=6)
-    for i, name in enumerate("ab"):
-        made.bank.load(name, strong(made.layout, i))
-    return made
+    return adapted_engine(n_slots=2, max_batch=6)
 
 
 def alone(engine: Engine, request: CompletionRequest) -> Generation:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_parts import PROMPTS, ask, strong, tiny_engine
+from engine_parts import PROMPTS, adapted_engine, ask, strong
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import CompletionRequest, Engine
@@ -21,10 +21,7 @@ LONG = SamplingOptions(max_new_tokens=400)
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    made = tiny_engine(layers=1, n_slots=2)
-    for i, name in enumerate("ab"):
-        made.bank.load(name, strong(made.layout, i))
-    return made
+    return adapted_engine(layers=1, n_slots=2)
 
 
 def soon(condition: Callable[[], Any]) -> bool:

@@ -64,9 +64,7 @@ def test_nothing_to_merge_and_only_one(dnd: DnD) -> None:
     assert (found.decision, found.adapter) == ("reuse", only) and other.role is not None
 
 
-def test_the_same_weights_under_two_names_are_one_parent(
-    dnd: DnD, parents: dict[str, Adapter], tmp_path: Path
-) -> None:
+def test_the_same_weights_under_two_names_are_one_parent(dnd: DnD, parents: dict[str, Adapter], tmp_path: Path) -> None:
     expected = dnd.adapt(MIXED, mode="merge", top_k=2, name="mixed").adapter
     nearest = max(expected.parents, key=expected.parents.get)  # type: ignore[arg-type]
     twin = dnd.store.export(nearest, tmp_path / "twin")
