@@ -175,7 +175,7 @@ class Generator(nn.Module):
 
         Raises `LayoutMismatchError` for another.
         """
-        if layout.r < self.layout.r or self.layout.at_rank(layout.r) != layout:
+        if not self.layout.widens_to(layout):
             raise LayoutMismatchError(f"a generator of rank {self.layout.r} cannot give LoRAs of this layout")
         self._given = layout
 

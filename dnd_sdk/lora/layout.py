@@ -75,6 +75,10 @@ class LoraLayout:
         """The same modules and scaling at another rank."""
         return self if r == self.r else replace(self, r=r, lora_alpha=self.scaling * r)
 
+    def widens_to(self, other: LoraLayout) -> bool:
+        """Whether another layout is this one, at the same rank or a larger one."""
+        return other.r >= self.r and self.at_rank(other.r) == other
+
     def can_hold(self, other: LoraLayout) -> bool:
         """Whether a LoRA of another layout fits into this one: no module or rank that this has not."""
         return other.r <= self.r and set(other.modules) <= set(self.modules)

@@ -29,7 +29,7 @@ def _at_rank(flat: Tensor, old: LoraLayout, new: LoraLayout) -> Tensor:
         old.check_size(flat.shape[-1])
         return flat
     small, large = sorted((old, new), key=lambda layout: layout.r)
-    if small.at_rank(large.r) != large:
+    if not small.widens_to(large):
         raise LayoutMismatchError(
             f"a LoRA of rank {old.r} on {len(old.modules)} modules cannot become one of rank {new.r} on "
             f"{len(new.modules)}: modules and scaling must be the same"
