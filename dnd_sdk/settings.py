@@ -54,7 +54,7 @@ class Settings(BaseSettings, title="dnd.toml"):
     device: Text = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the base; auto is bfloat16 on CUDA, else float32."""
+    """Of the base; auto is bfloat16 on CUDA and, for weights stored so, on a CPU that is fast at it, else float32."""
     n_slots: int = Field(8, ge=1)
     """How many adapters stay swapped in."""
     r: int | None = Field(None, ge=1, le=64, examples=[16])

