@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FIRST, SECOND = "support_tickets", "meeting_deadlines"
 DND = Path(sys.executable).with_name("dnd")
 ANSWER_TOKENS = 16
+SHOWN = 6
+"""Answers that are printed side by side; all are counted."""
 
 
 class DemoError(Exception):
@@ -138,14 +140,16 @@ def side_by_side(dnd: Any, task: str, n_questions: int) -> None:
     )
     seconds = time.perf_counter() - started
     base, adapted = answers[: len(rows)], answers[len(rows) :]
-    for row, plain, ours in zip(rows, base, adapted, strict=True):
+    for row, plain, ours in list(zip(rows, base, adapted, strict=True))[:SHOWN]:
         question = row["prompt"].split("\n\n", 1)[-1].split(": ", 1)[-1]
         print(
             f"  {short(row['response'], 20):20}  {short(plain.text, 34):34}  {short(ours.text, 26):26}  "
             f"{short(question, 60)}"
         )
+    if len(rows) > SHOWN:
+        print(f"  ... and {len(rows) - SHOWN} more")
     right = [sum(same(a.text, row["response"]) for a, row in zip(side, rows, strict=True)) for side in (base, adapted)]
-    print(f"  exact: base {right[0]} of {len(rows)}, with the adapter {right[1]} of {len(rows)}")
+    print(f"  right: base {right[0]} of {len(rows)}, with the adapter {right[1]} of {len(rows)}")
     print(f"  {len(answers)} answers in one batch, {seconds:.1f} s")
 
 
@@ -153,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run every step; 1 if a decision was not the promised one."""
     parser = argparse.ArgumentParser(description="The whole path on the default weights.")
     parser.add_argument("--home", type=Path, default=ROOT / ".dnd", help="folder for weights and adapters")
-    parser.add_argument("--questions", type=int, default=5, help="questions per task, 1 to 20")
+    parser.add_argument("--questions", type=int, default=20, help="questions per task, 1 to 20")
     args = parser.parse_args(argv)
     os.environ["DND_HOME"] = str(args.home.absolute())
     try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers import random_flat, tiny_model, tiny_tokenizer
+from torch import Tensor
 
 from dnd_sdk.adaptation.answer_start import ELSEWHERE, AnswerStart
 from dnd_sdk.chat.template import prompt_ids
@@ -72,6 +75,23 @@ def test_slopes_are_what_a_small_step_changes(base: Base) -> None:
         with torch.no_grad():
             up, down = (start.logits((hidden + s)[None])[0, tokens] for s in (step, -step))
         torch.testing.assert_close(slopes[:, i], (up - down) / 2e-2, atol=1e-3, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_small_differences_of_logits_survive_a_base_in_bfloat16(base: Base) -> None:
+    half = Base(copy.deepcopy(base.model).to(torch.bfloat16), base.tokenizer, "tiny", "f" * 64)
+    start = AnswerStart(Resident(half, LoraLayout.from_model(half.model, r=4)))
+    rng, tokens = torch.Generator().manual_seed(0), torch.arange(3, 200)
+    hidden, step = (torch.randn(6, half.model.config.hidden_size, generator=rng) for _ in range(2))
+    exact = copy.deepcopy(half.model).double()
+
+    def moved(logits: Callable[[Tensor], Tensor]) -> Tensor:
+        return logits(hidden + 1e-2 * step) - logits(hidden)
+
+    truth = moved(lambda h: exact.lm_head(exact.model.norm(h.double()))[:, tokens]).float()
+    ours = moved(lambda h: start.logits_of(tokens, h))
+    assert (ours - truth).norm() < 0.02 * truth.norm()
+    assert (moved(start.logits)[:, tokens] - truth).norm() > 0.3 * truth.norm()  # what it is there for
 
 
 def test_a_base_without_lora_on_its_last_mlp_has_no_module(base: Base) -> None:

@@ -136,7 +136,7 @@ def test_demo_counts_matches_and_cuts_text(capsys: pytest.CaptureFixture[str]) -
 
     demo.side_by_side(Echo(), JOBS[0], 5)
     out = capsys.readouterr().out
-    assert "exact: base 0 of 5, with the adapter 5 of 5" in out
+    assert "right: base 0 of 5, with the adapter 5 of 5" in out
     assert out.count("I am sorry sorry sorry sorry so...") == 5
 
 

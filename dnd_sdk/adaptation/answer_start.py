@@ -124,11 +124,20 @@ class AnswerStart:
                 hook.remove()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, V) of the stream (n, d)."""
+        """(n, V) of the stream (n, d), as exact as the base's own."""
         head: Any = self._model.get_output_embeddings()
         with self._resident.turns.take():
             logits: Tensor = head(self._stack.norm(hidden.to(self._model.device, self._model.dtype)))
         return logits.float().cpu()
+
+    def logits_of(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """(n, n_tokens) of the stream (n, d), in float32: small differences are lost in a base's bfloat16."""
+        head: Any = self._model.get_output_embeddings()
+        tokens = tokens.to(self._model.device)
+        with self._resident.turns.take():
+            states = self._stack.norm(hidden.to(self._model.device)).float()
+            logits: Tensor = states @ head.weight[tokens].float().T  # (n, d) -> (n, n_tokens)
+        return logits.cpu()
 
     def slopes(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(n_tokens, d) how each token's logit changes with the stream at `hidden` (d,)."""

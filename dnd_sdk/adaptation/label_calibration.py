@@ -144,17 +144,17 @@ class LabelCalibration:
 
     def _direction(self, case: _Case) -> Tensor:
         """(d,) what to add to the stream where answers begin to move the labels' logits by their shifts."""
-        hidden, logits = case.seen.hidden, case.logits
+        hidden = case.seen.hidden
         tokens = _candidates(case.mean, case.groups)
         wanted = torch.zeros(len(tokens))
         for begun, shift in zip(case.groups.values(), shifts(case.before, len(hidden)), strict=True):
             wanted[torch.isin(tokens, torch.tensor(begun))] = shift
-        at = hidden.mean(0)
+        at, before = hidden.mean(0), self._start.logits_of(tokens, hidden)
         # the final norm makes the logits bend a little along a straight line: the first step and two corrections
         direction = torch.zeros_like(at)
         for _ in range(3):
-            moved = self._start.logits(hidden + direction) - logits
-            missing = wanted - moved[:, tokens].mean(0)
+            moved = self._start.logits_of(tokens, hidden + direction) - before  # (n, n_tokens)
+            missing = wanted - moved.mean(0)
             direction = direction + _solve(self._start.slopes(at + direction, tokens), missing)
         return direction
 
