@@ -47,7 +47,7 @@ def pull(
 
     pulled = {}
     for name in names or [DEFAULT_BASE, DEFAULT_ENCODER]:
-        with out.step(f"pulling {name}"):
-            pulled[name] = str(fetch(name, out.find_home(), progress=out.note))
+        with out.step(f"pulling {name}") as note:
+            pulled[name] = str(fetch(name, out.find_home(), progress=note))
     rows = [{"name": n, "path": p} for n, p in pulled.items()]
     out.emit({"models": rows}, "\n".join(p if out.quiet else f"{n}  {p}" for n, p in pulled.items()))

@@ -83,11 +83,11 @@ class ModelOptions:
     def load(self, out: Output) -> DnD:
         """The session over these models; says on stderr that it is loading."""
         settings = self.settings(out)  # before the slow part
-        with out.step("loading the base model"), uncollected():
+        with out.step("loading the base model") as note, uncollected():
             from dnd_sdk.session import DnD
 
             quiet_libraries(out)
-            return DnD.load(**settings.load_arguments(), progress=out.note)
+            return DnD.load(**settings.load_arguments(), progress=note)
 
 
 @contextmanager

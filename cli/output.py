@@ -69,18 +69,27 @@ class Output:
         sys.stdout.flush()
 
     @contextmanager
-    def step(self, text: str) -> Iterator[None]:
-        """Say that something slow is going on: a spinner on a terminal, otherwise one line."""
+    def step(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Say that something slow is going on: a spinner on a terminal, otherwise one line.
+
+        Yields what takes notes meanwhile; those of a fetch under way change the spinner's text, or are a line now and
+        then.
+        """
         if self.quiet:
-            yield
+            yield self.note
         elif sys.stderr.isatty():
             from rich.console import Console
 
-            with Console(stderr=True).status(text):
-                yield
+            with Console(stderr=True).status(text) as status:
+                yield (
+                    lambda said: (
+                        status.console.print(said, markup=False) if _over(said) is None else status.update(said)
+                    )
+                )
         else:
             self.note(f"{text} ...")
-            yield
+            lines = _Lines(self)
+            yield lambda said: self.note(said) if (over := _over(said)) is None else lines.say(said, over)
 
     @contextmanager
     def progress(self, text: str) -> Iterator[Report]:
@@ -97,7 +106,17 @@ class Output:
                     task, completed=done, total=total, description=f"{text} {about}{_left(eta_s)}"
                 )
         else:
-            yield _Lines(self, text).report
+            lines = _Lines(self)
+            yield lambda done, total, about, eta_s: lines.say(
+                f"{text} {done}/{total} {about}{_left(eta_s)}", done >= total
+            )
+
+
+def _over(said: str) -> bool | None:
+    """Of a note of a fetch under way whether it is over; None: it is another note."""
+    from dnd_sdk.models import Fetching
+
+    return said.done >= said.total if isinstance(said, Fetching) else None
 
 
 class _Lines:
@@ -105,14 +124,14 @@ class _Lines:
 
     INTERVAL_S = 30.0
 
-    def __init__(self, out: Output, text: str) -> None:
-        self._out, self._text, self._last = out, text, float("-inf")
+    def __init__(self, out: Output) -> None:
+        self._out, self._last = out, float("-inf")
 
-    def report(self, done: int, total: int, about: str, eta_s: float | None) -> None:
+    def say(self, text: str, last: bool) -> None:
         now = time.monotonic()
-        if done >= total or now - self._last >= self.INTERVAL_S:
+        if last or now - self._last >= self.INTERVAL_S:
             self._last = now
-            self._out.note(f"{self._text} {done}/{total} {about}{_left(eta_s)}")
+            self._out.note(text)
 
 
 def _left(eta_s: float | None) -> str:

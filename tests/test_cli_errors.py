@@ -14,6 +14,7 @@ from tiny_world import World, prompts_of, save_base
 
 from dnd_sdk.cli.output import Output, error_exit, sized, table
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError
+from dnd_sdk.models import Fetching
 
 
 @pytest.fixture
@@ -211,3 +212,9 @@ def test_output_pieces(capsys: pytest.CaptureFixture[str]) -> None:
         for done in range(1, 4):
             report(done, 3, "x", 200.0)
     assert capsys.readouterr().err == "work 1/3 x, 3 min left\nwork 3/3 x, 3 min left\n"
+    with Output().step("work") as tell:
+        tell("a note")
+        for done in range(0, 301, 100):
+            tell(Fetching.of("m", done * 10**6, 300 * 10**6))
+    first, last = ("fetching m with pip: 0 of 300 MB", "fetching m with pip: 300 of 300 MB")
+    assert capsys.readouterr().err.splitlines() == ["work ...", "a note", first, last]

@@ -33,9 +33,9 @@ TESTED = {
 }
 """Versions from (included) to (excluded) that the tests cover; the same ranges as the package's dependencies."""
 
-MIN_MEMORY = 3 << 30
-"""Bytes of memory, the device's too, that the default models need with room to work."""
-MIN_DISK = 1 << 30
+MIN_MEMORY = 4 << 30
+"""Bytes of memory, the device's too, that the default models need with room to work and while they are converted."""
+MIN_DISK = 3 << 30
 """Bytes of disk that fetching and converting the default weights take at their peak, rounded up."""
 
 Status = Literal["ok", "warn", "fail"]
@@ -161,11 +161,13 @@ def _device(s: _Subject) -> Iterator[Check]:
 
 
 def _memory(_: _Subject) -> Iterator[Check]:
+    from dnd_sdk.models import SMALL_BASE
+
     free = _available_memory()
     if free is None:
         yield Check("memory", "ok", "free memory is not known on this system")
     else:
-        yield _room("memory", free, MIN_MEMORY, "end other programs, or choose a smaller --base")
+        yield _room("memory", free, MIN_MEMORY, f"end other programs, or take a small base: --base {SMALL_BASE}")
 
 
 def _room(name: str, free: int, needed: int, fix: str) -> Check:
@@ -223,7 +225,8 @@ def _models(s: _Subject) -> Iterator[Check]:
         return
     base = load_base(base_name, s.home, device=s.device)
     size = sum(p.numel() for p in base.model.parameters())
-    yield Check("base", "ok", f"{base_name}, {size / 1e6:.1f} M parameters, fingerprint {base.fingerprint[:16]}")
+    precision = str(base.model.dtype).removeprefix("torch.")
+    yield Check("base", "ok", f"{base_name}, {size / 1e6:.1f} M parameters in {precision}, {base.fingerprint[:16]}")
     generator, folder = None, folder_for(base, folder)
     if folder is None:
         yield Check("generator", "warn", f"none for {base_name}", "train one with: dnd train generator")
