@@ -14,6 +14,7 @@ from dnd_sdk.bench import timing
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 
 ADAPT_S, PLAIN_S, ENCODE_S, REUSE_S, TOKEN_S, ADAPTER_TOKEN_S = 0.3, 0.25, 0.2, 0.004, 0.01, 0.0105
+LOAD_S = 2.5
 
 
 @dataclass
@@ -34,7 +35,7 @@ class FakeSession:
         bank = SimpleNamespace(load=self.resident.__setitem__, evict=lambda i: self.resident.pop(i, None))
         self.engine = SimpleNamespace(bank=bank, complete=self.complete, forget=bank.evict, base=self.base)
         self.engine.local = self.engine
-        self.cold = 2
+        self.home, self.cold = "home", 2
 
     def clock(self) -> float:
         return self.now
@@ -68,6 +69,11 @@ class FakeSession:
 
 
 def run(session: FakeSession, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
+    def load(name: str, home: str, *, device: str, dtype: str) -> None:
+        assert (name, home, device, dtype) == ("tiny", "home", "cpu", "float32")
+        session.now += LOAD_S
+
+    monkeypatch.setattr(bench, "load_base", load)
     monkeypatch.setattr(bench, "_sentence_encoder", lambda dnd: SimpleNamespace(encode=dnd.encode))
     return bench.bench_adapt(session, **{"repeats": 3, "clock": session.clock} | changes)
 
@@ -76,6 +82,7 @@ def test_ratios_are_of_warm_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads(json.dumps(run(FakeSession(), monkeypatch, repeats=1), allow_nan=False))
     assert report["adapt_over_encode"] == pytest.approx(ADAPT_S / ENCODE_S)
     assert report["uncalibrated_over_encode"] == pytest.approx(PLAIN_S / ENCODE_S)
+    assert (report["load_s"], report["uncalibrated_s"]) == pytest.approx((LOAD_S, PLAIN_S))
     assert report["reuse_ms"] == pytest.approx(1e3 * REUSE_S)
     assert report["decode_over_base"] == pytest.approx(ADAPTER_TOKEN_S / TOKEN_S)
     assert report["decode_base_tokens_s"] == pytest.approx(1 / TOKEN_S)
@@ -83,7 +90,7 @@ def test_ratios_are_of_warm_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (report["schema_version"], report["n_prompts"], report["repeats"]) == (1, 64, 1)
     assert {"cpu", "cores", "torch", "torch_threads", "device", "dtype", "base"} <= set(report["machine"])
     text = bench.render_adapting(report)
-    assert "1.50 x  (1.25 x without calibration)" in text and "1.050 x time per token" in text
+    assert "1.50 x  (1.25 x, 250 ms, without calibration)" in text and "1.050 x time per token" in text
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:

@@ -19,7 +19,7 @@ from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import CompletionRequest, local_engine
 from dnd_sdk.errors import ConfigError, GeneratorError, InputError
 from dnd_sdk.machine import peak_rss_mb
-from dnd_sdk.models import resolve
+from dnd_sdk.models import load_base, resolve
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -75,9 +75,9 @@ def bench_adapt(
         repeats: rounds per measurement.
         clock: seconds, rising.
 
-    Returns the JSON-able report that `dnd bench adapt --json` prints: seconds, milliseconds and rates by name,
-    `adapt_over_encode` (as the session adapts), `uncalibrated_over_encode`, `decode_over_base` (time per token with one
-    adapter / without) and `peak_rss_mb`.
+    Returns the JSON-able report that `dnd bench adapt --json` prints: seconds, milliseconds and rates by name, `load_s`
+    (base and tokenizer, once more, with the libraries imported), `adapt_over_encode` (as the session adapts),
+    `uncalibrated_over_encode`, `decode_over_base` (time per token with one adapter / without) and `peak_rss_mb`.
     """
     if dnd.generator is None:
         raise GeneratorError("there is no generator to measure", fix="load a session with a generator for this base")
@@ -90,6 +90,7 @@ def bench_adapt(
         "schema_version": SCHEMA_VERSION,
         "n_prompts": len(chosen),
         "repeats": repeats,
+        "load_s": _time_loading(dnd, clock),
         **adapting,
         **decoding,
         "peak_rss_mb": peak_rss_mb(),
@@ -103,10 +104,11 @@ def render_adapting(report: dict[str, Any]) -> str:
     on = report["machine"]
     return "\n".join(
         (
+            f"load the base        {report['load_s']:8.2f} s  (once more, with the libraries imported)",
             f"adapt by generation  {1e3 * report['adapt_s']:8.1f} ms  ({report['n_prompts']} prompts; ms: {steps})",
             f"encode alone         {1e3 * report['encode_s']:8.1f} ms  (sentence-transformers)",
-            f"adapt / encode       {report['adapt_over_encode']:8.2f} x  ({report['uncalibrated_over_encode']:.2f} x "
-            "without calibration)",
+            f"adapt / encode       {report['adapt_over_encode']:8.2f} x  ({report['uncalibrated_over_encode']:.2f} x, "
+            f"{1e3 * report['uncalibrated_s']:.0f} ms, without calibration)",
             f"reuse, same prompts  {report['reuse_ms']:8.2f} ms",
             f"decode, base         {report['decode_base_tokens_s']:8.1f} tokens/s",
             f"decode, one adapter  {report['decode_adapter_tokens_s']:8.1f} tokens/s",
@@ -127,6 +129,14 @@ def machine(dnd: DnD) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "base": dnd.base.name,
     }
+
+
+def _time_loading(dnd: DnD, clock: Callable[[], float]) -> float:
+    """Seconds to have base and tokenizer once more; both are let go again."""
+    model = local_engine(dnd.engine, "a measurement").base.model
+    started = clock()
+    load_base(dnd.base.name, dnd.home, device=str(model.device), dtype=str(model.dtype).removeprefix("torch."))
+    return clock() - started
 
 
 def _time_adapting(dnd: DnD, prompts: list[str], repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
@@ -151,6 +161,7 @@ def _time_adapting(dnd: DnD, prompts: list[str], repeats: int, clock: Callable[[
     return {
         "encode_s": statistics.median(encode_s),
         "adapt_s": statistics.median(adapt_s),
+        "uncalibrated_s": statistics.median(plain_s),
         "adapt_steps_s": {k: statistics.median(s[k] for s in steps[WARM_UPS:]) for k in steps[0]},
         "adapt_over_encode": ratio(adapt_s, encode_s),
         "uncalibrated_over_encode": ratio(plain_s, encode_s),
