@@ -1,6 +1,6 @@
 """A base of Qwen2.5-0.5B's shape with random weights: what a generator for it costs, without fetching it.
 
-The tokenizer is the default base's, with fewer words than the shape has room for. `python examples/qwen_shaped.py --out
+The tokenizer is the small base's, with fewer words than the shape has room for. `python examples/qwen_shaped.py --out
 runs/qwen_shaped` makes it; `dnd bench train TASKS --config examples/qwen_shaped.toml` times a small generator on it,
 `dnd bench train TASKS --config examples/qwen_shaped_paper.toml` one of the paper's sizes (arXiv 2506.16406).
 """
@@ -15,7 +15,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dnd_sdk import Home
-from dnd_sdk.models import DEFAULT_BASE, load_base
+from dnd_sdk.models import SMALL_BASE, load_base
 
 SHAPE = {
     "hidden_size": 896,
@@ -32,7 +32,7 @@ SHAPE = {
 
 def make(out: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write the base into `out`; `changes` are other settings of its `Qwen2Config`."""
-    tokenizer = load_base(DEFAULT_BASE, Home.find()).tokenizer
+    tokenizer = load_base(SMALL_BASE, Home.find()).tokenizer
     config = Qwen2Config(**SHAPE | changes, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config).bfloat16()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from tiny_world import prompts_of, save_encoder, save_generator
 
 from dnd_sdk.config import Home
 from dnd_sdk.generator import finding
-from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED
+from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, SMALL_BASE
 from dnd_sdk.models.embedded import SOURCE_FILE
 from dnd_sdk.models.encoder import Encoder
 from dnd_sdk.models.loading import load_base
@@ -33,12 +34,12 @@ def install(root: Path, patch: pytest.MonkeyPatch) -> Home:
     save_encoder(home.models / DEFAULT_ENCODER)
     model = tiny_model(layers=1)
     model.config.max_position_embeddings = 16_384  # to its tokenizer an ordinary prompt is long: one token a byte
-    for part in (model, tiny_tokenizer()):
-        part.save_pretrained(home.models / DEFAULT_BASE)
-    for name in (DEFAULT_BASE, DEFAULT_ENCODER):
+    for part, base in itertools.product((model, tiny_tokenizer()), (DEFAULT_BASE, SMALL_BASE)):
+        part.save_pretrained(home.models / base)
+    for name in (DEFAULT_BASE, SMALL_BASE, DEFAULT_ENCODER):
         known, folder = EMBEDDED[name], home.models / name
         files = sorted(folder.iterdir())
-        source: dict[str, Any] = {"format_version": 1, "wheel_sha256": known.wheels[0].sha256}
+        source: dict[str, Any] = {"format_version": 2, "wheels": [{"sha256": w.sha256} for w in known.wheels]}
         source |= {
             "files": {p.name: p.stat().st_size for p in files},
             "sha256": {p.name: sha256_file(p) for p in files},

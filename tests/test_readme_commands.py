@@ -30,7 +30,7 @@ from stand_in import furnish, install
 from test_readme import ROOT, TEXT, blocks
 
 from dnd_sdk.config import Home
-from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER
+from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER, SMALL_BASE
 from dnd_sdk.training import settings as training_settings
 
 EXAMPLES = ROOT / "examples"
@@ -109,15 +109,15 @@ RUNS = {
     "dnd bench gate TASKS": Run("recall"),
     "dnd bench train TASKS --config recipe.toml": Run("^training step "),
     "dnd bench store --sizes 10,100": Run("^ +100 .*"),
-    "dnd models ls": Run(rows(DEFAULT_BASE, DEFAULT_ENCODER)),
+    "dnd models ls": Run(rows(DEFAULT_BASE, SMALL_BASE, DEFAULT_ENCODER)),
     "dnd models pull": Run(rows(DEFAULT_BASE, DEFAULT_ENCODER)),
-    "dnd config show": Run("^ base +smollm2-135m +default"),
+    "dnd config show": Run(f"^ base +{DEFAULT_BASE} +default"),
     "dnd config path": Run("dnd.toml  not there\n"),
     "dnd config schema": Run('"title": "dnd.toml"'),
     "dnd config init": Run("dnd.toml", leaves="dnd.toml"),
     "dnd logs --since 2h": Run("adapt .*generate .*tickets "),
     "dnd logs --replay": Run(r"^0 of \d+ decisions by score would change, \d in the log$"),
-    "dnd doctor": Run("^ok    base: smollm2-135m"),
+    "dnd doctor": Run(f"^ok    base: {DEFAULT_BASE}"),
     "dnd env": Run("^- python: "),
     # the examples
     "dnd adapt": Run(ADAPTED, "PROMPTS"),
@@ -237,7 +237,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
             ran |= {command: run(command) for command in commands}
         # where the recipe for a CPU ended, the one for a GPU goes on from what it made as from the shipped generator
         Path("dnd_sdk/generator/shipped").mkdir(parents=True)
-        Path("dnd_sdk/generator/shipped/smollm2-135m").symlink_to(Path("runs/generator/generator").absolute())
+        Path("dnd_sdk/generator/shipped", DEFAULT_BASE).symlink_to(Path("runs/generator/generator").absolute())
         ran |= {command: run(command) for command in header_commands(EXAMPLES / "train_gpu.toml")}
         run("dnd adapt examples/handbook/prompts.txt --name handbook")
         Path(root / "eval.json").write_text(run("dnd eval TASKS --limit 2 --json").stdout, "utf-8")
