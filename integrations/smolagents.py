@@ -5,9 +5,11 @@ Importing this module needs the extra `smolagents`; nothing else in the SDK impo
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
+from itertools import count
 from typing import Any
 
 from dnd_sdk.chat import ToolCall, read_answer
@@ -21,6 +23,7 @@ try:
         ChatMessageStreamDelta,
         ChatMessageToolCall,
         ChatMessageToolCallFunction,
+        ChatMessageToolCallStreamDelta,
         MessageRole,
         Model,
     )
@@ -67,7 +70,7 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         tools_to_call_from: list[Tool] | None = None,
         **kwargs: Any,
     ) -> ChatMessage:
-        """Answer a chat; the text ends before the first of `stop_sequences`.
+        """Answer a chat; the text ends before the first of `stop_sequences`, calls of the tools come beside it, too.
 
         Raises `ConfigError` for a `response_format` and unknown options, `InputError` for content that is not text.
         """
@@ -76,6 +79,7 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         return ChatMessage(
             role=MessageRole.ASSISTANT,
             content=answer.text,
+            tool_calls=_calls(answer.text, tools_to_call_from),
             raw={"adapter": answer.adapter, "decision": answer.decision},
             token_usage=_usage(answer.usage),
         )
@@ -88,15 +92,19 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         tools_to_call_from: list[Tool] | None = None,
         **kwargs: Any,
     ) -> Generator[ChatMessageStreamDelta, None, None]:
-        """`generate` piece by piece, then the usage; closing it ends the work within a token."""
+        """`generate` piece by piece, then its calls and usage; closing it ends the work within a token."""
         chat, how = self._request(messages, stop_sequences, response_format, tools_to_call_from, kwargs)
         with self.dnd.stream(chat, **how) as stream:
             for piece in stream:
                 yield ChatMessageStreamDelta(content=piece)
-            yield ChatMessageStreamDelta(content="", token_usage=_usage(stream.result.usage))
+            answer = stream.result
+            calls = _calls(answer.text, tools_to_call_from) or []
+            yield ChatMessageStreamDelta(
+                content="", tool_calls=[*map(_delta, count(), calls)] or None, token_usage=_usage(answer.usage)
+            )
 
     def parse_tool_calls(self, message: ChatMessage) -> ChatMessage:
-        """The answer with its calls, in any form `tool_calls` knows; raises as smolagents does when there is none."""
+        """What an answer without calls of known tools comes to; raises as smolagents does when that is nothing."""
         text = message.content or ""
         if not message.tool_calls:
             calls = read_answer(text, None).calls
@@ -178,9 +186,22 @@ def _joined(message: dict[str, Any]) -> dict[str, str]:
     return {"role": MessageRole(message["role"]).value, "content": text}
 
 
+def _calls(text: str, tools: Sequence[Tool] | None) -> list[ChatMessageToolCall] | None:
+    """The calls of these tools in an answer; None without any."""
+    # smolagents' own schemas say "string" of what may be anything, such as a final answer
+    offered = [{"function": {"name": t.name, "parameters": {"properties": t.inputs}}} for t in tools or ()]
+    return [_tool_call(c) for c in read_answer(text, offered).calls] or None
+
+
 def _tool_call(call: ToolCall) -> ChatMessageToolCall:
     function = ChatMessageToolCallFunction(name=call.name, arguments=call.arguments)
     return ChatMessageToolCall(id=str(uuid.uuid4()), type="function", function=function)
+
+
+def _delta(index: int, call: ChatMessageToolCall) -> ChatMessageToolCallStreamDelta:
+    """The whole call as its only piece; pieces have their arguments as JSON, to be put together."""
+    function = replace(call.function, arguments=json.dumps(call.function.arguments))
+    return ChatMessageToolCallStreamDelta(index, call.id, call.type, function)
 
 
 def _usage(usage: dict[str, int]) -> TokenUsage:
