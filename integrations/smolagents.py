@@ -47,7 +47,8 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
     def __init__(
         self, dnd: DnD, adapter: AdapterChoice = AUTO, *, text_is_final: bool = False, **sampling: Any
     ) -> None:
-        """Answer with an adapter, its name, `"auto"` (routed by the agent's task) or None (the base).
+        """Answer with an adapter, its name, `"auto"` (routed by the agent's task; the base where the
+        template shows it tools) or None (the base).
 
         `text_is_final`: an answer of `ToolCallingAgent` without any JSON in it is its final answer. Small bases cannot
         write smolagents' calls; without this they would be asked again until the agent gives up.
@@ -136,20 +137,23 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         # a blank system message says nothing, but would displace the one the base's template has of its own
         chat = [m for m in chat if m["role"] != "system" or m["content"].strip()]
         schemas = asked.pop("tools", None)
+        shown = schemas if self.dnd.engine.shows_tools else None
         how = self._options(asked)
         if how["adapter"] == AUTO:
-            how["adapter"] = self._routed(chat)
-        return chat, how | {"tools": schemas if self.dnd.engine.shows_tools else None}
+            how["adapter"] = self._routed(chat, shown)
+        return chat, how | {"tools": shown}
 
     def _options(self, given: dict[str, Any]) -> dict[str, Any]:
         defaults = asdict(SamplingOptions(max_new_tokens=MAX_NEW_TOKENS)) | {"adapter": self.adapter}
         adapter, sampling = call_options(defaults, given, "DnDModel")
         return {"adapter": adapter, **sampling}
 
-    def _routed(self, chat: list[dict[str, str]]) -> AdapterChoice:
+    def _routed(self, chat: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> AdapterChoice:
         """By the task, the first user message: the later ones are what the agent's tools returned."""
         task = next((m["content"] for m in chat if m["role"] == "user"), "")
-        return self.dnd.route(task).adapter if task.strip() else None
+        if not task.strip():
+            return None
+        return AUTO if tools else self.dnd.route(task).adapter  # with tools the session has a rule of its own
 
 
 def _in_parts(message: ChatMessage | dict[str, Any], row: int) -> ChatMessage:

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from llamaindex_parts import Pace, endless, generating, put_adapter, roomy, wait_until
+from llamaindex_parts import Pace, ScriptedStream, endless, generating, put_adapter, roomy, wait_until
 from smolagents import CodeAgent, LogLevel, Model, ToolCallingAgent, tool
 from smolagents.default_tools import FinalAnswerTool
 from smolagents.models import ChatMessage, MessageRole
@@ -124,6 +124,11 @@ def test_auto_is_routed_by_the_task_and_not_by_what_a_tool_returned(world: World
     assert model([task, says("calling", "tool-call"), result]).raw["adapter"] == "cats"
     assert model([says("0123456789 ** 99 !!")]).raw["adapter"] is None
     assert model([says(" ")]).raw["adapter"] is None
+    assert model([task], tools_to_call_from=[add]).raw["adapter"] == "cats", "its template shows no tools"
+    dnd.base.tokenizer.chat_template = HERMES_TEMPLATE
+    assert model([task], tools_to_call_from=[add]).raw["adapter"] is None
+    assert model([says(" ")], tools_to_call_from=[add]).raw["adapter"] is None
+    assert DnDModel(dnd, "cats", max_new_tokens=3)([task], tools_to_call_from=[add]).raw["adapter"] == "cats"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +155,17 @@ def test_tools_are_rendered_where_the_base_can(dnd: DnD, script: list[str]) -> N
     model([says("a")], tools_to_call_from=[add])
     first, second = (how["tools"] for *_, how in dnd.asked)
     assert first is None and [t["function"]["name"] for t in second] == ["add"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_calls_come_beside_the_answer_typed_as_the_tool_wants(
+    dnd: DnD, script: list[str], monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    fenced = '```json\n{"name": "add", "arguments": {"a": "2", "b": 3}}\n```'
+    script += [fenced, json.dumps({"name": "final_answer", "arguments": {"answer": 5}})]
+    monkeypatch.setattr(dnd, "stream", lambda chat, adapter, **how: ScriptedStream(dnd.complete(chat, adapter, **how).text))
+    agent = ToolCallingAgent([add], DnDModel(dnd, None), verbosity_level=QUIET, stream_outputs=streaming)
+    assert agent.run("What is 2 + 3?") == 5 and "Observation:\n5" in dnd.asked[1][0][-1]["content"]
 
 
 CALLS = {
