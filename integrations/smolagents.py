@@ -34,6 +34,8 @@ except ImportError as e:
 
 MAX_NEW_TOKENS = 1024
 """Unless the constructor or the call says otherwise; what smolagents' own local models take."""
+FINAL_ANSWER = "final_answer"
+"""The tool that every `ToolCallingAgent` has."""
 
 
 class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so its `Model` is Any
@@ -50,8 +52,8 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         """Answer with an adapter, its name, `"auto"` (routed by the agent's task; the base where the
         template shows it tools) or None (the base).
 
-        `text_is_final`: an answer of `ToolCallingAgent` without any JSON in it is its final answer. Small bases cannot
-        write smolagents' calls; without this they would be asked again until the agent gives up.
+        `text_is_final`: an answer of `ToolCallingAgent` without any JSON in it is its final answer, and the base is not
+        shown the tool for final answers: an adapter whose job is a word or two says it in JSON when it sees a tool.
         `sampling`: fields of `SamplingOptions`. Raises `ConfigError` for options that are unknown or out of range.
         """
         super().__init__(model_id=dnd.base.name, **sampling)
@@ -109,8 +111,8 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         text = message.content or ""
         if not message.tool_calls:
             calls = read_answer(text, None).calls
-            if not calls and self.text_is_final and "{" not in text:
-                calls = (ToolCall("final_answer", {"answer": text}),)
+            if not calls and self.text_is_final and text.strip() and "{" not in text:
+                calls = (ToolCall(FINAL_ANSWER, {"answer": text}),)
             message.tool_calls = [_tool_call(c) for c in calls] or None
         return super().parse_tool_calls(message)
 
@@ -129,7 +131,7 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         asked = self._prepare_completion_kwargs(
             [_in_parts(m, i) for i, m in enumerate(messages)],
             stop_sequences,
-            tools_to_call_from=tools,
+            tools_to_call_from=[t for t in tools or () if not (self.text_is_final and t.name == FINAL_ANSWER)],
             tool_choice=None,
             **given,
         )

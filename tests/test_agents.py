@@ -16,6 +16,7 @@ from test_examples import EXAMPLES
 from dnd_sdk.config import Home
 from dnd_sdk.integrations.llamaindex import DnDFunctionCallingLLM
 from dnd_sdk.integrations.smolagents import DnDModel
+from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, pull
 from dnd_sdk.session import DnD
 
 pytestmark = pytest.mark.real
@@ -32,6 +33,8 @@ TEMPLATES = {
 @pytest.fixture(scope="module")
 def dnd(real_home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DnD]:
     """The embedded base with one adapter of a job."""
+    for name in (DEFAULT_BASE, DEFAULT_ENCODER):
+        pull(name, real_home)
     home = Home(tmp_path_factory.mktemp("agents"))
     home.models.symlink_to(real_home.models, target_is_directory=True)
     with (EXAMPLES / "support_tickets" / "prompts.jsonl").open(encoding="utf-8") as lines:

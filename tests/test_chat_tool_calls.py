@@ -104,7 +104,7 @@ def test_a_stream_holds_calls_back_and_nothing_else() -> None:
 
 
 PIECES = st.sampled_from(
-    ["<tool_call>", "</tool_call>", HERMES, LOOK, LLAMA, "{", '"', " ", "\n", "a < b", "<", "<|python_tag|>", "```js", "é"]
+    ["<tool_call>", "</tool_call>", HERMES, LOOK, LLAMA, "{", '"', " ", "\n", "a < b", "<", "<|python_tag|>", "```"]
 )
 
 
