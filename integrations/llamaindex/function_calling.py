@@ -26,7 +26,8 @@ class DnDFunctionCallingLLM(DnDLLM, FunctionCallingLLM):
 
     Tools, calls and results are rendered by the base's own chat template; calls are read from the answer as
     `tool_calls` says. A base whose template does not render tools raises `ConfigError`: at once when it is resident,
-    else when it is loaded. `chat` and its three siblings also take `tools` (JSON schemas) and `parallel_tool_calls`
+    else when it is loaded. With tools on offer `"auto"` is the base, and nothing is observed: adapters call tools that
+    nobody needs. `chat` and its three siblings also take `tools` (JSON schemas) and `parallel_tool_calls`
     (False: only the first call counts). Nothing forces a model to call a tool, so `tool_required` and `tool_choice` of
     "required" only offer them; a tool's name as `tool_choice` offers that one alone, "none" offers none.
     In streams the text of a call is held back; the last item has the calls.
