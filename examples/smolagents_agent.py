@@ -1,7 +1,7 @@
 """A smolagents agent for one job, answering by the base and with an adapter made for the job.
 
-The adapter is made from unlabeled prompts of the job, each put as the agent will put it to its model. The default base
-is too small to write the JSON of a tool call, so an answer in plain text counts as the agent's final one.
+The adapter is made from unlabeled prompts of the job, each put as the agent will put it to its model. The job needs no
+tool, and its answers are a word or two: plain text counts as the agent's final answer.
 Needs smolagents (`pip install "dnd-sdk[smolagents]"`).
 Run `python examples/smolagents_agent.py`, or add `--prompts 40 --questions 2`.
 """
@@ -35,7 +35,7 @@ def as_asked(prompt: str) -> str:
 
 
 def agent(model: DnDModel) -> ToolCallingAgent:
-    """An agent that answers in one step; smolagents' own long prompts would be most of what a small base reads."""
+    """An agent that answers in one step; smolagents' own long prompts would be most of what the base reads."""
     return ToolCallingAgent(
         tools=[], model=model, prompt_templates=EMPTY_PROMPT_TEMPLATES, max_steps=1, verbosity_level=LogLevel.OFF
     )

@@ -5,9 +5,11 @@ Importing this module needs the extra `smolagents`; nothing else in the SDK impo
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
+from itertools import count
 from typing import Any
 
 from dnd_sdk.chat import ToolCall, read_answer
@@ -21,6 +23,7 @@ try:
         ChatMessageStreamDelta,
         ChatMessageToolCall,
         ChatMessageToolCallFunction,
+        ChatMessageToolCallStreamDelta,
         MessageRole,
         Model,
     )
@@ -31,6 +34,8 @@ except ImportError as e:
 
 MAX_NEW_TOKENS = 1024
 """Unless the constructor or the call says otherwise; what smolagents' own local models take."""
+FINAL_ANSWER = "final_answer"
+"""The tool that every `ToolCallingAgent` has."""
 
 
 class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so its `Model` is Any
@@ -44,10 +49,11 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
     def __init__(
         self, dnd: DnD, adapter: AdapterChoice = AUTO, *, text_is_final: bool = False, **sampling: Any
     ) -> None:
-        """Answer with an adapter, its name, `"auto"` (routed by the agent's task) or None (the base).
+        """Answer with an adapter, its name, `"auto"` (routed by the agent's task; the base where the
+        template shows it tools) or None (the base).
 
-        `text_is_final`: an answer of `ToolCallingAgent` without any JSON in it is its final answer. Small bases cannot
-        write smolagents' calls; without this they would be asked again until the agent gives up.
+        `text_is_final`: an answer of `ToolCallingAgent` without any JSON in it is its final answer, and the base is not
+        shown the tool for final answers: an adapter whose job is a word or two says it in JSON when it sees a tool.
         `sampling`: fields of `SamplingOptions`. Raises `ConfigError` for options that are unknown or out of range.
         """
         super().__init__(model_id=dnd.base.name, **sampling)
@@ -67,7 +73,7 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         tools_to_call_from: list[Tool] | None = None,
         **kwargs: Any,
     ) -> ChatMessage:
-        """Answer a chat; the text ends before the first of `stop_sequences`.
+        """Answer a chat; the text ends before the first of `stop_sequences`, calls of the tools come beside it, too.
 
         Raises `ConfigError` for a `response_format` and unknown options, `InputError` for content that is not text.
         """
@@ -76,6 +82,7 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         return ChatMessage(
             role=MessageRole.ASSISTANT,
             content=answer.text,
+            tool_calls=_calls(answer.text, tools_to_call_from),
             raw={"adapter": answer.adapter, "decision": answer.decision},
             token_usage=_usage(answer.usage),
         )
@@ -88,20 +95,24 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         tools_to_call_from: list[Tool] | None = None,
         **kwargs: Any,
     ) -> Generator[ChatMessageStreamDelta, None, None]:
-        """`generate` piece by piece, then the usage; closing it ends the work within a token."""
+        """`generate` piece by piece, then its calls and usage; closing it ends the work within a token."""
         chat, how = self._request(messages, stop_sequences, response_format, tools_to_call_from, kwargs)
         with self.dnd.stream(chat, **how) as stream:
             for piece in stream:
                 yield ChatMessageStreamDelta(content=piece)
-            yield ChatMessageStreamDelta(content="", token_usage=_usage(stream.result.usage))
+            answer = stream.result
+            calls = _calls(answer.text, tools_to_call_from) or []
+            yield ChatMessageStreamDelta(
+                content="", tool_calls=[*map(_delta, count(), calls)] or None, token_usage=_usage(answer.usage)
+            )
 
     def parse_tool_calls(self, message: ChatMessage) -> ChatMessage:
-        """The answer with its calls, in any form `tool_calls` knows; raises as smolagents does when there is none."""
+        """What an answer without calls of known tools comes to; raises as smolagents does when that is nothing."""
         text = message.content or ""
         if not message.tool_calls:
             calls = read_answer(text, None).calls
-            if not calls and self.text_is_final and "{" not in text:
-                calls = (ToolCall("final_answer", {"answer": text}),)
+            if not calls and self.text_is_final and text.strip() and "{" not in text:
+                calls = (ToolCall(FINAL_ANSWER, {"answer": text}),)
             message.tool_calls = [_tool_call(c) for c in calls] or None
         return super().parse_tool_calls(message)
 
@@ -120,7 +131,7 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         asked = self._prepare_completion_kwargs(
             [_in_parts(m, i) for i, m in enumerate(messages)],
             stop_sequences,
-            tools_to_call_from=tools,
+            tools_to_call_from=[t for t in tools or () if not (self.text_is_final and t.name == FINAL_ANSWER)],
             tool_choice=None,
             **given,
         )
@@ -128,20 +139,23 @@ class DnDModel(Model):  # type: ignore[misc]  # smolagents ships no types, so it
         # a blank system message says nothing, but would displace the one the base's template has of its own
         chat = [m for m in chat if m["role"] != "system" or m["content"].strip()]
         schemas = asked.pop("tools", None)
+        shown = schemas if self.dnd.engine.shows_tools else None
         how = self._options(asked)
         if how["adapter"] == AUTO:
-            how["adapter"] = self._routed(chat)
-        return chat, how | {"tools": schemas if self.dnd.engine.shows_tools else None}
+            how["adapter"] = self._routed(chat, shown)
+        return chat, how | {"tools": shown}
 
     def _options(self, given: dict[str, Any]) -> dict[str, Any]:
         defaults = asdict(SamplingOptions(max_new_tokens=MAX_NEW_TOKENS)) | {"adapter": self.adapter}
         adapter, sampling = call_options(defaults, given, "DnDModel")
         return {"adapter": adapter, **sampling}
 
-    def _routed(self, chat: list[dict[str, str]]) -> AdapterChoice:
+    def _routed(self, chat: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> AdapterChoice:
         """By the task, the first user message: the later ones are what the agent's tools returned."""
         task = next((m["content"] for m in chat if m["role"] == "user"), "")
-        return self.dnd.route(task).adapter if task.strip() else None
+        if not task.strip():
+            return None
+        return AUTO if tools else self.dnd.route(task).adapter  # with tools the session has a rule of its own
 
 
 def _in_parts(message: ChatMessage | dict[str, Any], row: int) -> ChatMessage:
@@ -178,9 +192,22 @@ def _joined(message: dict[str, Any]) -> dict[str, str]:
     return {"role": MessageRole(message["role"]).value, "content": text}
 
 
+def _calls(text: str, tools: Sequence[Tool] | None) -> list[ChatMessageToolCall] | None:
+    """The calls of these tools in an answer; None without any."""
+    # smolagents' own schemas say "string" of what may be anything, such as a final answer
+    offered = [{"function": {"name": t.name, "parameters": {"properties": t.inputs}}} for t in tools or ()]
+    return [_tool_call(c) for c in read_answer(text, offered).calls] or None
+
+
 def _tool_call(call: ToolCall) -> ChatMessageToolCall:
     function = ChatMessageToolCallFunction(name=call.name, arguments=call.arguments)
     return ChatMessageToolCall(id=str(uuid.uuid4()), type="function", function=function)
+
+
+def _delta(index: int, call: ChatMessageToolCall) -> ChatMessageToolCallStreamDelta:
+    """The whole call as its only piece; pieces have their arguments as JSON, to be put together."""
+    function = replace(call.function, arguments=json.dumps(call.function.arguments))
+    return ChatMessageToolCallStreamDelta(index, call.id, call.type, function)
 
 
 def _usage(usage: dict[str, int]) -> TokenUsage:

@@ -11,7 +11,7 @@ from helpers import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_world import World
 from tool_parts import ADD, CALLED, FUNCTION, HERMES_TEMPLATE, LLAMA_TEMPLATE, RESULT
 
-from dnd_sdk.chat import check_renders_tools, renders_tools
+from dnd_sdk.chat import renders_tools
 from dnd_sdk.chat.template import prompt_ids
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError
@@ -150,8 +150,9 @@ def test_complete_and_stream_offer_the_tools(world: World) -> None:
 
 
 @pytest.mark.real
-def test_the_embedded_base_renders_no_tools(real_home: Home) -> None:
-    from dnd_sdk.models.loading import DEFAULT_BASE, load_base
+def test_of_the_embedded_bases_the_default_one_renders_tools(real_home: Home) -> None:
+    from dnd_sdk.models import DEFAULT_BASE, load_base
+    from dnd_sdk.models.catalogue import SMALL_BASE
 
-    with pytest.raises(ConfigError, match="does not render tools"):
-        check_renders_tools(load_base(DEFAULT_BASE, real_home).tokenizer)
+    shown = {name: renders_tools(load_base(name, real_home).tokenizer) for name in (SMALL_BASE, DEFAULT_BASE)}
+    assert shown == {SMALL_BASE: False, DEFAULT_BASE: True}

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 
 from dnd_sdk.chat.tool_calls import ToolCall, plain_so_far, read_answer
 
-OFFERED = ("add", "look_up")
+NUMBERS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
+OFFERED = [
+    {"type": "function", "function": {"name": "add", "parameters": NUMBERS}},
+    {"type": "function", "function": {"name": "look_up"}},
+]
 ADD = ToolCall("add", {"a": 2, "b": 3})
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
 LOOK = '<tool_call>{"name": "look_up", "arguments": {"what": "</tool_call> or {"}}</tool_call>'
@@ -33,6 +37,11 @@ LLAMA = '{"name": "add", "parameters": {"a": 2, "b": 3}}'
         (LLAMA, "", [ADD]),
         (f"\n<|python_tag|>{LLAMA}\n", "", [ADD]),
         (LLAMA.replace("parameters", "arguments"), "", [ADD]),
+        (f"```json\n{LLAMA}\n```", "", [ADD]),
+        (f" ```\n{json.dumps(json.loads(LLAMA), indent=2)}", "", [ADD]),
+        (LLAMA[:-1], "", [ADD]),
+        (f"```json\n{LLAMA[:-1]}\n```", "", [ADD]),
+        (LLAMA.replace("2", '"2"').replace("3", '" 3"'), "", [ADD]),
     ],
 )
 def test_calls_are_read(text: str, said: str, calls: list[ToolCall | str]) -> None:
@@ -66,7 +75,13 @@ def test_a_tag_within_a_string_ends_nothing() -> None:
         f"{LLAMA} there you are",
         f"Here: {LLAMA}",
         f"{LLAMA}; {LLAMA}",
-        LLAMA[:-1],
+        LLAMA[:-2],
+        LLAMA[:-3],
+        f"```json\n{LLAMA}\n```\nThere you are.",
+        f"```json\n{LLAMA}\n{LLAMA}\n```",
+        f"```python\nadd({LLAMA})\n```",
+        "```",
+        "```" + "{" * 200_000,
         "{" * 200_000,
     ],
     ids=lambda t: t[:50],
@@ -82,10 +97,14 @@ def test_a_stream_holds_calls_back_and_nothing_else() -> None:
     assert {plain_so_far(LLAMA[:n]) for n in range(len(LLAMA) + 1)} == {""}
     assert {plain_so_far(t) for t in (" <|pyth", "<|python_tag|>{", "\n{")} == {""}
     assert plain_so_far("<|pies|>") == "<|pies|>"
+    fenced = f" ```json\n{LLAMA}\n```"
+    assert {plain_so_far(fenced[:n]) for n in range(len(fenced) + 1)} == {""}
+    code = "```python\nprint(2)\n```"
+    assert [plain_so_far(code[:n]) for n in (2, 9, 11, len(code))] == ["", "", "```python\np", code]
 
 
 PIECES = st.sampled_from(
-    ["<tool_call>", "</tool_call>", HERMES, LOOK, LLAMA, "{", '"', " ", "\n", "a < b", "<", "<|python_tag|>", "é"]
+    ["<tool_call>", "</tool_call>", HERMES, LOOK, LLAMA, "{", '"', " ", "\n", "a < b", "<", "<|python_tag|>", "```"]
 )
 
 

@@ -148,7 +148,7 @@ def test_tool_choice_says_what_is_offered(choice: Any, names: list[str]) -> None
         tools, user_msg="2 + 3?", chat_history=history, tool_choice=choice, tool_required=True, max_tokens=9
     )
     chat, _, how = dnd.chats[0]
-    assert [t["function"]["name"] for t in how.get("tools", [])] == names and how["max_new_tokens"] == 9
+    assert [t["function"]["name"] for t in how["tools"] or ()] == names and how["max_new_tokens"] == 9
     assert [m["content"] for m in chat] == ["Be brief.", "2 + 3?"]
     with pytest.raises(ConfigError, match=r"tool_choice 'ad' is no tool.*\n  fix: use one of auto, .*, tell"):
         DnDFunctionCallingLLM(dnd).chat_with_tools(tools, user_msg="2 + 3?", tool_choice="ad")
@@ -255,14 +255,15 @@ def test_structured_output_by_a_tool_and_predict_and_call() -> None:
     assert str(llm.predict_and_call([TOOL], user_msg="2 + 3?")) == "5"
 
 
-def test_a_tools_result_is_not_observed_as_a_new_request(dnd: DnD, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_a_tools_result_nor_a_request_with_tools_is_observed(dnd: DnD, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(DnDLLM, "_observed", lambda self, text: seen.append(text))
     llm = DnDFunctionCallingLLM(dnd, observe=True, max_new_tokens=2)
     block = ToolCallBlock(tool_call_id="c1", tool_name="add", tool_kwargs={})
     question, called = ChatMessage("2 + 3?"), ChatMessage(role="assistant", blocks=[block])
+    llm.chat([question])
     llm.chat([question], tools=[ADD])
-    llm.chat([question, called, ChatMessage(role="tool", content="5")], tools=[ADD])
+    llm.chat([question, called, ChatMessage(role="tool", content="5")])
     assert seen == ["2 + 3?"]
 
 

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_flat
+from llamaindex_parts import roomy
 from tiny_world import World, prompts_of
+from tool_parts import ADD, HERMES_TEMPLATE
 
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, InputError
+from dnd_sdk.routing import read_decisions
 from dnd_sdk.session import DnD
 
 
@@ -41,6 +44,22 @@ def test_auto_routes_a_single_prompt(world: World) -> None:
     assert dnd.complete(chat, adapter="auto", max_new_tokens=4).adapter == made.name
     with pytest.raises(InputError, match="no user message"):
         dnd.complete([{"role": "system", "content": "x"}], adapter="auto")
+
+
+def test_with_tools_on_offer_auto_is_the_base_and_a_name_is_its_adapter(world: World) -> None:
+    dnd = roomy(world.session(reuse=0.98))
+    dnd.base.tokenizer.chat_template = HERMES_TEMPLATE
+    dnd.adapt(prompts_of("lower"), name="cats")
+    asked, how = "the cat 7 sat on it", {"max_new_tokens": 4}
+    assert dnd.complete(asked, "auto", **how).adapter == "cats" == dnd.complete(asked, "auto", tools=[], **how).adapter
+    streamed = dnd.stream(asked, "auto", tools=[ADD], **how).result
+    for answer in (dnd.complete(asked, "auto", tools=[ADD], **how), streamed):
+        assert (answer.adapter, answer.decision) == (None, "base")
+    assert dnd.complete(asked, "cats", tools=[ADD], **how).adapter == "cats"
+    logged, _ = read_decisions(world.home.logs)
+    told = [(d.decision, d.by, d.score is None) for d in logged if d.kind == "auto"]
+    assert told == [("reuse", "scores", False)] * 2 + [("base", "tools", True)] * 2
+    assert "tools are on offer" in logged[-1].reason
 
 
 def test_a_batch_of_mixed_adapters_equals_one_by_one(dnd: DnD) -> None:

@@ -2,7 +2,7 @@
 
 * Hermes and Qwen2.5: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of them, text around them.
 * Llama 3.x: `{"name": ..., "parameters": {...}}` and nothing else. As such an object may also be an answer, it counts
-  only when it names a tool that was offered.
+  only when it names a tool that was offered. Small models of the others write it, too, or put it into a code fence.
 
 What looks like a call and is none (broken JSON, no name) stays plain text: a model's slip is no error of the program.
 """
@@ -10,12 +10,21 @@ What looks like a call and is none (broken JSON, no name) stays plain text: a mo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dnd_sdk.chat.arguments import parameters_by_tool, typed
+
+if TYPE_CHECKING:
+    from dnd_sdk.chat.template import Tools
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _TAG = "<|python_tag|>"
 """Llama may put it before a call."""
+_FENCE = "```"
+_FENCE_OPENED = re.compile(r"```\w*\s*")
+"""With the language, if one is named."""
 _DECODER = json.JSONDecoder()
 
 
@@ -34,16 +43,17 @@ class Reading(NamedTuple):
     calls: tuple[ToolCall, ...]
 
 
-def read_answer(text: str, offered: Collection[str] | None) -> Reading:
-    """The calls in a whole answer and what is said beside them; `offered` are the names of the tools, None: any."""
-    bare = _bare_call(text, offered)
-    return _tagged_calls(text) if bare is None else Reading("", (bare,))
+def read_answer(text: str, tools: Tools | None) -> Reading:
+    """The calls in a whole answer and what is said beside them; `tools` are the schemas on offer, None: any tool."""
+    parameters = parameters_by_tool(tools or ())
+    bare = _bare_call(text, None if tools is None else parameters)
+    said, calls = _tagged_calls(text) if bare is None else Reading("", (bare,))
+    return Reading(said, tuple(ToolCall(c.name, typed(c.arguments, parameters.get(c.name, {}))) for c in calls))
 
 
 def plain_so_far(text: str) -> str:
     """The part of an answer still being written that `read_answer(...).text` is sure to begin with."""
-    start = text.lstrip()
-    if start.startswith(("{", _TAG)) or (start and _TAG.startswith(start)):
+    if _may_be_bare(text.lstrip()):
         return ""
     at = text.find(_OPEN)
     if at < 0:
@@ -52,9 +62,22 @@ def plain_so_far(text: str) -> str:
     return text[:at].rstrip()
 
 
+def _may_be_bare(start: str) -> bool:
+    """Whether an answer that begins so, without space in front, may turn out to be a call and nothing else."""
+    if start and any(opening.startswith(start) for opening in (_TAG, _FENCE)):
+        return True
+    fence = _FENCE_OPENED.match(start)
+    return start.startswith(("{", _TAG)) if fence is None else start[fence.end() :][:1] in ("", "{")
+
+
 def _bare_call(text: str, offered: Collection[str] | None) -> ToolCall | None:
     body = text.strip().removeprefix(_TAG).strip()
+    fence = _FENCE_OPENED.match(body)
+    if fence is not None:
+        body = body[fence.end() :].removesuffix(_FENCE).rstrip()
     made, end = _json_at(body, 0)
+    if made is None:  # the last brace may be missing, the arguments are then whole all the same
+        made, end = _json_at(body + "}", 0)
     call = _as_call(made, needs_arguments=True)
     if call is None or end < len(body) or (offered is not None and call.name not in offered):
         return None

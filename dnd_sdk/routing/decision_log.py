@@ -64,7 +64,7 @@ class Decision:
     mode: str
     """`"auto"`, `"reuse"`, `"generate"` or `"merge"`."""
     by: str
-    """What settled it: `"scores"`, or what needed none (`"exact"`, `"asked"`, `"cluster"`) or overruled them."""
+    """What settled it: `"scores"`, what needs none (`"exact"`, `"asked"`, `"cluster"`, `"tools"`) or overruled them."""
     reason: str
     cluster: int | None = None
     """Of the observed stream."""

@@ -157,7 +157,7 @@ class DnD:
 
         Args:
             prompt: Text or chat messages.
-            adapter: An adapter or its name, `"auto"`, or None for the base.
+            adapter: An adapter or its name, `"auto"` (with `tools` it is the base), or None for the base.
             role: The system message; None is the adapter's own, if it has one and the messages have no other.
             tools: JSON schemas of what the model may call, which the base's chat template shows it; calls come back as
                 text, the way the base writes them. None: none. `ConfigError` if that template shows no tools.
@@ -186,7 +186,7 @@ class DnD:
         wanted = list(adapters) if adapters is not None else [None] * len(prompts)
         if len(wanted) != len(prompts):
             raise InputError(f"{len(prompts)} prompts but {len(wanted)} adapters", fix="give one adapter per prompt")
-        chosen = [self._choose(p, a, under) for p, a in zip(prompts, wanted, strict=True)]
+        chosen = [self._choose(p, a, under, tools) for p, a in zip(prompts, wanted, strict=True)]
         asked = [with_role(p, under, _own_role(a)) for p, a in zip(prompts, chosen, strict=True)]
         for adapter in {a.id: a for a in chosen if a is not None}.values():
             self.make_resident(adapter)
@@ -213,7 +213,7 @@ class DnD:
         options, under = _options(sampling), as_role(role)
         if cancel is not None and not isinstance(cancel, threading.Event):
             raise ConfigError(f"cancel must be a threading.Event or None, got {type(cancel).__name__}")
-        chosen = self._choose(prompt, adapter, under)
+        chosen = self._choose(prompt, adapter, under, tools)
         asked = with_role(prompt, under, _own_role(chosen))
         if chosen is not None:
             self.make_resident(chosen)
@@ -282,16 +282,22 @@ class DnD:
     ) -> None:
         self.close()
 
-    def _choose(self, prompt: Prompt, adapter: AdapterChoice, role: Role | None) -> Adapter | None:
+    def _choose(
+        self, prompt: Prompt, adapter: AdapterChoice, role: Role | None, tools: Tools | None
+    ) -> Adapter | None:
         if adapter is None or isinstance(adapter, Adapter):
             return adapter
         check_choice(adapter)
-        if adapter == AUTO:
-            text = last_user_text(prompt)
+        return self._routed(last_user_text(prompt), role, tools) if adapter == AUTO else self.store.get(adapter)
+
+    def _routed(self, text: str, role: Role | None, tools: Tools | None) -> Adapter | None:
+        if tools:
+            reason = "tools are on offer, and adapters seldom leave them alone; name one to have it all the same"
+            route = RouteDecision("base", None, None, [], reason, by="tools")
+        else:
             route = self.router.route_one(self._pooled([text], role), role_text(role))
-            log_decision(self.parts.log, self.router.thresholds, "auto", [text], route)
-            return route.adapter
-        return self.store.get(adapter)
+        log_decision(self.parts.log, self.router.thresholds, "auto", [text], route)
+        return route.adapter
 
     def _pooled(self, prompts: Sequence[str], role: Role | None = None) -> Tensor:
         texts = prompts if role is None else [role.condition(p) for p in prompts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LLMMetadata, MessageRole, ToolCallBlock
@@ -11,7 +11,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools import BaseTool
 
-from dnd_sdk.chat import plain_so_far, read_answer, tools_not_shown
+from dnd_sdk.chat import Tools, plain_so_far, read_answer, tools_not_shown
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.integrations.llamaindex.calls import Call, Part
 from dnd_sdk.integrations.llamaindex.llm import DnDLLM
@@ -26,7 +26,8 @@ class DnDFunctionCallingLLM(DnDLLM, FunctionCallingLLM):
 
     Tools, calls and results are rendered by the base's own chat template; calls are read from the answer as
     `tool_calls` says. A base whose template does not render tools raises `ConfigError`: at once when it is resident,
-    else when it is loaded. `chat` and its three siblings also take `tools` (JSON schemas) and `parallel_tool_calls`
+    else when it is loaded. With tools on offer `"auto"` is the base, and nothing is observed: adapters call tools that
+    nobody needs. `chat` and its three siblings also take `tools` (JSON schemas) and `parallel_tool_calls`
     (False: only the first call counts). Nothing forces a model to call a tool, so `tool_required` and `tool_choice` of
     "required" only offer them; a tool's name as `tool_choice` offers that one alone, "none" offers none.
     In streams the text of a call is held back; the last item has the calls.
@@ -91,17 +92,17 @@ class DnDFunctionCallingLLM(DnDLLM, FunctionCallingLLM):
         chat = to_tool_chat(messages)
         if not tools:
             return self._call(chat, options)
-        return _ToolCall(self._start(chat, options, tools=tools), _names(tools), parallel)
+        return _ToolCall(self._start(chat, options, tools=tools), tools, parallel)
 
 
 class _ToolCall(Call):
     """A request with tools on offer: the calls leave the text and go beside it."""
 
     def __init__(
-        self, start: Callable[[threading.Event], CompletionStream], offered: Collection[str], parallel: bool
+        self, start: Callable[[threading.Event], CompletionStream], tools: Tools, parallel: bool
     ) -> None:
         super().__init__(start)
-        self._offered, self._parallel = offered, parallel
+        self._tools, self._parallel = tools, parallel
 
     def answer(self) -> Part:
         """The whole answer."""
@@ -120,14 +121,12 @@ class _ToolCall(Call):
                 yield whole
 
     def _read(self, part: Part) -> Part:
-        text, calls = read_answer(part.text, self._offered)
+        text, calls = read_answer(part.text, self._tools)
         return part._replace(text=text, calls=calls if self._parallel else calls[:1])
 
 
 def _names(tools: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of schemas; what is no schema has none here, the engine refuses it."""
-    functions = [t.get("function") for t in tools if isinstance(t, dict)]
-    return [f["name"] for f in functions if isinstance(f, dict) and "name" in f]
+    return [tool["function"]["name"] for tool in tools]
 
 
 def _chosen(tools: list[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:

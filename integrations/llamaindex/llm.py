@@ -23,6 +23,7 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 
 from dnd_sdk.adapters import Adapter
+from dnd_sdk.chat import Tools
 from dnd_sdk.config import SAMPLING, SamplingOptions
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.integrations.llamaindex.calls import (
@@ -195,20 +196,22 @@ class DnDLLM(CustomLLM):
         return Call(self._start(chat, given))
 
     def _start(
-        self, chat: Chat, given: dict[str, Any], **offered: Any
+        self, chat: Chat, given: dict[str, Any], tools: Tools | None = None
     ) -> Callable[[threading.Event], CompletionStream]:
-        """How a call begins, its options checked already; `offered` goes to `DnD.stream` as it is."""
+        """How a call begins, its options checked already."""
         adapter, sampling = call_options(self._defaults(), given, self.class_name())
-        return lambda end: self.dnd.stream(chat, self._choose(chat, adapter), cancel=end, **offered, **sampling)
+        return lambda end: self.dnd.stream(
+            chat, self._choose(chat, adapter, tools), tools=tools, cancel=end, **sampling
+        )
 
-    def _choose(self, chat: Chat, adapter: AdapterChoice) -> AdapterChoice:
+    def _choose(self, chat: Chat, adapter: AdapterChoice, tools: Tools | None) -> AdapterChoice:
         if isinstance(adapter, Adapter) or adapter != AUTO:
             return adapter
         text = user_text(chat) or ""
         if not text.strip():  # nothing to route by
             return None
-        # with a tool's result it is the request that was observed before
-        return self._observed(text) if self.observe and chat[-1]["role"] != "tool" else AUTO
+        # a tool's result is no request, and with tools on offer no adapter answers
+        return self._observed(text) if self.observe and not tools and chat[-1]["role"] != "tool" else AUTO
 
     def _observed(self, text: str) -> Adapter | None:
         """The adapter of the request's task. It may be made here, in the thread that answers this request alone."""
