@@ -1,6 +1,12 @@
 from .batching import grouped as grouped
 from .card import BaseCard as BaseCard
-from .catalogue import DEFAULT_BASE as DEFAULT_BASE, DEFAULT_ENCODER as DEFAULT_ENCODER, EMBEDDED as EMBEDDED
+from .catalogue import (
+    DEFAULT_BASE as DEFAULT_BASE,
+    DEFAULT_ENCODER as DEFAULT_ENCODER,
+    EMBEDDED as EMBEDDED,
+    SMALL_BASE as SMALL_BASE,
+    embedded_base as embedded_base,
+)
 from .embedded import (
     ModelInfo as ModelInfo,
     damaged_files as damaged_files,
