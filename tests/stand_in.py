@@ -38,7 +38,7 @@ def install(root: Path, patch: pytest.MonkeyPatch) -> Home:
     for name in (DEFAULT_BASE, DEFAULT_ENCODER):
         known, folder = EMBEDDED[name], home.models / name
         files = sorted(folder.iterdir())
-        source: dict[str, Any] = {"format_version": 1, "wheel_sha256": known.wheels[0].sha256}
+        source: dict[str, Any] = {"format_version": 2, "wheels": [{"sha256": w.sha256} for w in known.wheels]}
         source |= {
             "files": {p.name: p.stat().st_size for p in files},
             "sha256": {p.name: sha256_file(p) for p in files},

@@ -150,8 +150,8 @@ def test_complete_and_stream_offer_the_tools(world: World) -> None:
 
 
 @pytest.mark.real
-def test_the_embedded_base_renders_no_tools(real_home: Home) -> None:
-    from dnd_sdk.models.loading import DEFAULT_BASE, load_base
+def test_the_small_base_renders_no_tools(real_home: Home) -> None:
+    from dnd_sdk.models import SMALL_BASE, load_base
 
     with pytest.raises(ConfigError, match="does not render tools"):
-        check_renders_tools(load_base(DEFAULT_BASE, real_home).tokenizer)
+        check_renders_tools(load_base(SMALL_BASE, real_home).tokenizer)

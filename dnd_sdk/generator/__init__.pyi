@@ -4,6 +4,7 @@ from .finding import (
     generator_folder as generator_folder,
     measured_matches as measured_matches,
     shipped_folder as shipped_folder,
+    without_generator as without_generator,
 )
 from .generator import (
     FORMAT_VERSION as FORMAT_VERSION,

@@ -44,6 +44,14 @@ def bases_with_generator() -> list[str]:
     return [name for name in EMBEDDED if shipped_folder(base_name=name) is not None]
 
 
+def without_generator() -> str:
+    """What can be done for a base without a generator, as an error's fix."""
+    return (
+        "train one with `dnd train generator` and give its folder as --generator, import an adapter with "
+        f"`dnd adapters import`, or use a --base that has one: {', '.join(bases_with_generator())}"
+    )
+
+
 def measured_matches(folder: Path) -> dict[str, float] | None:
     """What a shipped generator was measured to be worth, from its `evaluation.json`; None: it has none.
 

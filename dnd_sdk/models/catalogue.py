@@ -131,4 +131,4 @@ EMBEDDED = {
 
 def embedded_base(fingerprint: str) -> str | None:
     """The name of the embedded base with these weights; None: it is no embedded one."""
-    return next((m.name for m in EMBEDDED.values() if m.fingerprint == fingerprint), None)
+    return next((m.name for m in EMBEDDED.values() if m.kind == "base" and m.fingerprint == fingerprint), None)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts
+from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts, check_made_for
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import Prompt, Tools, last_user_text, with_role
 from dnd_sdk.config import Home, SamplingOptions, flag
@@ -77,7 +77,7 @@ class DnD:
         """Load the models once; everything after shares them.
 
         Args:
-            base: `DEFAULT_BASE`, a local folder or a Hugging Face id of a causal LM.
+            base: An embedded name (`dnd models ls` lists them), a local folder or a Hugging Face id of a causal LM.
             generator: A generator's folder; None is the one shipped for this base (by name, else by weights), if any.
             encoder: None is the one the generator was made with.
             home: Folder for adapters and weights; None is `DND_HOME`, else the user data folder.
@@ -162,6 +162,8 @@ class DnD:
             tools: JSON schemas of what the model may call, which the base's chat template shows it; calls come back as
                 text, the way the base writes them. None: none. `ConfigError` if that template shows no tools.
             sampling: Fields of `SamplingOptions`.
+
+        Raises `AdapterNotFoundError` for an unknown name, `LayoutMismatchError` for an adapter of another base.
         """
         return self.complete_batch([prompt], [adapter], role=role, tools=tools, **sampling)[0]
 
@@ -283,15 +285,17 @@ class DnD:
         self.close()
 
     def _choose(self, prompt: Prompt, adapter: AdapterChoice, role: Role | None) -> Adapter | None:
-        if adapter is None or isinstance(adapter, Adapter):
-            return adapter
+        if adapter is None:
+            return None
         check_choice(adapter)
         if adapter == AUTO:
             text = last_user_text(prompt)
             route = self.router.route_one(self._pooled([text], role), role_text(role))
             log_decision(self.parts.log, self.router.thresholds, "auto", [text], route)
             return route.adapter
-        return self.store.get(adapter)
+        found = adapter if isinstance(adapter, Adapter) else self.store.get(adapter)
+        check_made_for(found, self.base)
+        return found
 
     def _pooled(self, prompts: Sequence[str], role: Role | None = None) -> Tensor:
         texts = prompts if role is None else [role.condition(p) for p in prompts]
