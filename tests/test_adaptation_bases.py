@@ -142,6 +142,7 @@ def test_an_exported_adapter_of_the_other_base_is_not_imported(old: Home, tmp_pa
 # ---- a home of the release before ------------------------------------------------------------------------------------
 
 NOTE = "this home has 2 adapters for smollm2-135m: --base smollm2-135m uses them"
+ONE = "this home has 1 adapter for smollm2-135m: --base smollm2-135m uses it"
 
 
 def test_an_old_home_keeps_its_adapters_and_says_how_to_use_them(old: Home, prompts: Path) -> None:
@@ -170,9 +171,7 @@ def test_what_reuses_says_it_too(old: Home, mode: Any) -> None:
 def test_one_is_told_of_as_one_and_a_base_that_is_not_embedded_not_at_all(old: Home) -> None:
     with DnD.load(home=old) as session:
         session.store.rm("cats")
-        assert session.adapt(UPPER, mode="reuse").notes == (
-            "this home has 1 adapter for smollm2-135m: --base smollm2-135m uses it",
-        )
+        assert session.adapt(UPPER, mode="reuse").notes == (ONE,)
         flat = session.generator.mean()
         session.store.rm("tickets")
         session.store.put(flat, session.layout, base_name="mine", base_fingerprint="f", source="trained", name="cats")
@@ -224,6 +223,19 @@ def test_ls_knows_a_base_by_its_weights_whatever_it_was_called(old: Home, models
         assert dnd("adapters", "ls", "-q", "--base", base).stdout == "a\nb\n"
     (old.adapters / "a" / "adapter_config.json").write_text("[]")
     assert {a["name"]: a["base"] for a in dnd_json("adapters", "ls")["adapters"]}["a"] is None
+
+
+@pytest.mark.real
+def test_the_embedded_bases_share_a_home(warm_home: Home) -> None:
+    with DnD.load(SMALL_BASE, home=warm_home) as session:
+        small = session.adapt(UPPER, name="tickets", calibrate=False).adapter
+    with DnD.load(DEFAULT_BASE, home=warm_home) as session:
+        refused(lambda: session.complete("hi", adapter="tickets"))
+        result = session.adapt(UPPER, calibrate=False)
+        assert result.decision in ("generate", "base") and result.notes == (ONE,)
+        assert small.name not in dict(session.route(UPPER).neighbours)
+    with DnD.load(SMALL_BASE, home=warm_home) as session:
+        assert session.adapt(UPPER).adapter == small
 
 
 # ---- how a base is named ---------------------------------------------------------------------------------------------
