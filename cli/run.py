@@ -48,8 +48,6 @@ def run(
     under = read_role_option(role) or (None if chosen in (None, "auto") else store.get(chosen).role)
     options = settings.sampling()
     with models.load(out) as dnd:
-        if chosen == "auto":
-            _note_elsewhere(out, dnd)
         if out.json or compare:
             answer = dnd.complete(prompt, adapter=chosen, role=under, **options)
             other = dnd.complete(prompt, adapter=None, role=under, **options) if compare else None
@@ -68,7 +66,6 @@ def chat(
     settings, under = models.settings(out, sampling), read_role_option(role)
     chosen = _known(AdapterStore(Home.find(settings.home)), adapter, settings.base)
     with models.load(out) as dnd:
-        _note_elsewhere(out, dnd)
         talk = Conversation(dnd, out, chosen, settings.sampling(), under)
         out.note("/adapter NAME, /base, /exit; Ctrl-C stops an answer")
         while talk.turn():
@@ -88,7 +85,6 @@ def route(
     under = read_role_option(role)
     with models.load(out) as dnd:
         decision = dnd.route(prompts, role=under)
-        _note_elsewhere(out, dnd)
     payload: dict[str, Any] = {
         "decision": decision.decision,
         "score": decision.score,
@@ -181,13 +177,6 @@ def _known(store: AdapterStore, adapter: str, base: str) -> str | None:
     found = store.get(adapter)
     check_known_base(found, base)
     return found.name
-
-
-def _note_elsewhere(out: Output, dnd: DnD) -> None:
-    from dnd_sdk.adaptation import made_elsewhere
-
-    if told := made_elsewhere(dnd.store, dnd.base):
-        out.note(f"note: {told}")
 
 
 def _payload(answer: Completion, other: Completion | None) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from session_parts import state
 from tiny_world import prompts_of
 from two_bases import install_bases
 
+from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
-from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError
+from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError, StorageError
 from dnd_sdk.generator import Generator
 from dnd_sdk.models import DEFAULT_BASE, SMALL_BASE
 from dnd_sdk.session import DnD
@@ -148,12 +149,11 @@ ONE = "this home has 1 adapter for smollm2-135m: --base smollm2-135m uses it"
 def test_an_old_home_keeps_its_adapters_and_says_how_to_use_them(old: Home, prompts: Path) -> None:
     assert dnd("adapters", "ls", "-q").stdout == "cats\ntickets\n"
     routed = dnd("route", UPPER[0])
-    assert routed.stdout == "base\n" and routed.stderr.count(f"note: {NOTE}\n") == 1
-    assert f"note: {NOTE}\n" in dnd("run", UPPER[0], "--max-new-tokens", 2).stderr
-    assert NOTE not in dnd("run", UPPER[0], "-a", "base", "--max-new-tokens", 2).stderr
+    assert routed.stdout == "base\n" and routed.stderr.count(f"{NOTE}\n") == 1
+    assert f"{NOTE}\n" in dnd("run", UPPER[0], "--max-new-tokens", 2).stderr
     assert NOTE not in dnd("route", UPPER[0], "-q").stderr
     made = dnd("adapt", prompts, "--name", "own")
-    assert made.stderr.count(f"note: {NOTE}\n") == 1 and "decision: generate" in made.stdout
+    assert made.stderr.count(f"{NOTE}\n") == 1 and "decision: generate" in made.stdout
     for command in (["route", UPPER[0]], ["adapt", prompts]):  # it has its own now
         assert NOTE not in dnd(*command).stderr
     small = dnd("adapt", prompts, "--base", SMALL_BASE)
@@ -161,21 +161,39 @@ def test_an_old_home_keeps_its_adapters_and_says_how_to_use_them(old: Home, prom
     assert dnd("adapters", "verify").stdout == "3 adapters are whole\n"
 
 
-@pytest.mark.parametrize("mode", ["reuse", "merge"])
-def test_what_reuses_says_it_too(old: Home, mode: Any) -> None:
-    with DnD.load(home=old) as session:
-        result = session.adapt(UPPER, mode=mode)
-        assert (result.decision, result.notes) == ("base", (NOTE,))
+def told_on_loading(home: Home) -> list[str]:
+    told: list[str] = []
+    DnD.load(home=home, progress=told.append).close()
+    return told
+
+
+def test_a_program_is_told_on_loading(old: Home, caplog: pytest.LogCaptureFixture) -> None:
+    assert told_on_loading(old) == [NOTE] and NOTE not in caplog.messages
+    DnD.load(home=old).close()
+    assert caplog.messages.count(NOTE) == 1
+    caplog.clear()
+    DnD.load(SMALL_BASE, home=old).close()
+    assert NOTE not in caplog.messages
 
 
 def test_one_is_told_of_as_one_and_a_base_that_is_not_embedded_not_at_all(old: Home) -> None:
     with DnD.load(home=old) as session:
         session.store.rm("cats")
-        assert session.adapt(UPPER, mode="reuse").notes == (ONE,)
+        assert told_on_loading(old) == [ONE]
         flat = session.generator.mean()
         session.store.rm("tickets")
         session.store.put(flat, session.layout, base_name="mine", base_fingerprint="f", source="trained", name="cats")
-        assert session.adapt(UPPER, mode="reuse").notes == ()
+        assert told_on_loading(old) == []
+
+
+def test_a_store_that_cannot_be_listed_does_not_keep_a_session_from_loading(
+    old: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise StorageError("the disk is gone")
+
+    monkeypatch.setattr(AdapterStore, "changes", failing)
+    assert told_on_loading(old) == []
 
 
 def test_run_says_whose_a_named_adapter_is_before_it_loads_anything(old: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +206,7 @@ def test_run_says_whose_a_named_adapter_is_before_it_loads_anything(old: Home, m
 
 def test_chat_does_not_switch_to_it(old: Home) -> None:
     said = dnd("chat", "--max-new-tokens", 2, stdin="/adapter tickets\nhi\n")
-    assert said.stderr.count("another base model, smollm2-135m") == 1 and f"note: {NOTE}" in said.stderr
+    assert said.stderr.count("another base model, smollm2-135m") == 1 and f"{NOTE}\n" in said.stderr
     assert dnd_json("chat", "--max-new-tokens", 2, stdin="/adapter tickets\nhi\n")["adapter"] is None
     switched = dnd_json("chat", "--base", SMALL_BASE, "--max-new-tokens", 2, stdin="/adapter tickets\nhi\n")
     assert switched["adapter"] == "tickets"
@@ -229,10 +247,10 @@ def test_ls_knows_a_base_by_its_weights_whatever_it_was_called(old: Home, models
 def test_the_embedded_bases_share_a_home(warm_home: Home) -> None:
     with DnD.load(SMALL_BASE, home=warm_home) as session:
         small = session.adapt(UPPER, name="tickets", calibrate=False).adapter
-    with DnD.load(DEFAULT_BASE, home=warm_home) as session:
+    told: list[str] = []
+    with DnD.load(DEFAULT_BASE, home=warm_home, progress=told.append) as session:
         refused(lambda: session.complete("hi", adapter="tickets"))
-        result = session.adapt(UPPER, calibrate=False)
-        assert result.decision in ("generate", "base") and result.notes == (ONE,)
+        assert told == [ONE] and session.adapt(UPPER, calibrate=False).decision in ("generate", "base")
         assert small.name not in dict(session.route(UPPER).neighbours)
     with DnD.load(SMALL_BASE, home=warm_home) as session:
         assert session.adapt(UPPER).adapter == small

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
-from dnd_sdk.adaptation.bases import check_name_free, made_elsewhere
+from dnd_sdk.adaptation.bases import check_name_free
 from dnd_sdk.adaptation.label_calibration import LabelCalibration
 from dnd_sdk.adaptation.parts import Parts
 from dnd_sdk.adaptation.results import AdaptResult, Mode, Stopwatch
@@ -145,12 +145,12 @@ class Adaptation:
             encoded = self._encode(request)
         notes = (f"{encoded.n_truncated} prompts were longer than the encoder reads",) if encoded.n_truncated else ()
         if request.mode == "merge":
-            route = self._merge(request, encoded.pooled, watch)
-            return route, (*notes, *self._elsewhere(route))
+            return self._merge(request, encoded.pooled, watch), notes
         # 3. an adapter made for such prompts, a new one, or the base
         with watch.step("route"):
             route = self._decide(encoded.pooled, request)
-        notes = (*notes, *self._elsewhere(route), *self._ways_out(route))
+        if route.by == _NO_GENERATOR:
+            notes = (*notes, f"to have an adapter: {without_generator()}")
         if route.decision == "generate":
             route, more = self._generate(request, encoded, route, watch)
             return route, (*notes, *more)
@@ -172,14 +172,6 @@ class Adaptation:
         if mode == "generate":
             raise GeneratorError(reason, fix=without_generator())
         return replace(route, decision="base", reason=reason, by=_NO_GENERATOR)
-
-    def _elsewhere(self, route: RouteDecision) -> tuple[str, ...]:
-        """What the home has for other bases, where nothing of this one was near."""
-        told = None if route.neighbours else made_elsewhere(self._parts.store, self._parts.base)
-        return () if told is None else (told,)
-
-    def _ways_out(self, route: RouteDecision) -> tuple[str, ...]:
-        return (f"to have an adapter: {without_generator()}",) if route.by == _NO_GENERATOR else ()
 
     def _reuse(self, route: RouteDecision, watch: Stopwatch) -> RouteDecision:
         assert route.adapter is not None

@@ -86,7 +86,8 @@ class DnD:
             n_slots: How many adapters stay swapped in.
             r: Rank of the slots, for imported adapters of a larger rank than the generator's; None is the generator's.
             calibrate: What `adapt` and `observe` do unless told otherwise.
-            progress: Told in words about fetching and converting.
+            progress: Told in words about fetching and converting, and of adapters that the home has for other embedded
+                bases while it has none for this one; None: of these the log is warned.
 
         Raises:
             WeightsUnavailableError: A model that can be neither found nor fetched.
