@@ -111,8 +111,9 @@ def test_the_same_weights_of_another_base_are_not_taken_for_ones_own(home: Home)
         ]
         assert made[0].id == made[1].id and made[1].name.startswith(f"{made[0].name}-")
         session.make_resident(made[0])
-        with pytest.raises(LayoutMismatchError, match="another base model, smollm2-135m"):
-            session.complete("hi", adapter=made[1].name)
+        for call in (session.make_resident, lambda adapter: session.complete("hi", adapter=adapter.name)):
+            with pytest.raises(LayoutMismatchError, match="another base model, smollm2-135m"):
+                call(made[1])
 
 
 def test_a_name_of_the_other_base_is_said_to_be_taken_before_anything_is_made(
