@@ -25,6 +25,8 @@ def _store(out: Output) -> AdapterStore:
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
+    from dnd_sdk.adaptation import base_name_of
+
     size = sum(f.stat().st_size for f in adapter.path.glob("*") if f.is_file())
     return {
         "name": adapter.name,
@@ -35,6 +37,7 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
         "created": adapter.created,
         "n_prompts": adapter.n_prompts,
         "bytes": size,
+        "base": base_name_of(adapter),
         "base_fingerprint": adapter.base_fingerprint,
         "layout_digest": adapter.layout_digest,
         "prompt_hash": adapter.prompt_hash,
@@ -46,21 +49,40 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def ls(out: Output) -> None:
-    """List the stored adapters."""
-    stored = [_describe(a) for a in _store(out).ls()]
-    columns = ("name", "source", "created", "prompts", "size", "id")
+def ls(
+    out: Output,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Only adapters of this base: embedded name, folder or hub id.")
+    ] = None,
+) -> None:
+    """List the stored adapters, of every base unless one is named."""
+    from dnd_sdk.adaptation import of_base
+
+    found = _store(out).ls()
+    stored = [_describe(a) for a in (found if base is None else of_base(found, base))]
+    columns = ("name", "base", "source", "created", "prompts", "size", "id")
 
     def text() -> str:
         if out.quiet:
             return "\n".join(str(a["name"]) for a in stored)
         if not stored:
-            return "no adapters yet; make one with: dnd adapt PROMPTS"
-        rows = [(a["name"], a["source"], a["created"], a["n_prompts"], sized(a["bytes"]), a["id"][:12]) for a in stored]
+            return _none(found, base)
+        values = ("name", "base", "source", "created", "n_prompts")
+        rows = [(*(a[v] for v in values), sized(a["bytes"]), a["id"][:12]) for a in stored]
         drawn: str = table(columns, rows)
         return drawn
 
     out.emit({"adapters": stored}, text)
+
+
+def _none(found: list[Adapter], base: str | None) -> str:
+    from dnd_sdk.adaptation import base_name_of
+
+    if base is None:
+        return "no adapters yet; make one with: dnd adapt PROMPTS"
+    others = sorted({name for a in found if (name := base_name_of(a))})
+    there = f"; there are adapters for {', '.join(others)}" if others else ""
+    return f"no adapters for {base}{there}; make one with: dnd adapt PROMPTS --base {base}"
 
 
 def show(out: Output, name: Name) -> None:

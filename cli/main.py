@@ -112,7 +112,9 @@ app.command("route", epilog=_examples(
 app.command("logs", epilog=_examples("dnd logs --since 2h", "dnd logs --replay --json"))(command(logs.logs))
 
 adapters_app = _group("List, inspect, move and check stored adapters.")
-adapters_app.command("ls", epilog=_examples("dnd adapters ls", "dnd adapters ls -q"))(command(adapters.ls))
+adapters_app.command("ls", epilog=_examples("dnd adapters ls", "dnd adapters ls --base smollm2-135m"))(
+    command(adapters.ls)
+)
 adapters_app.command("show", epilog=_examples("dnd adapters show tickets --json"))(command(adapters.show))
 adapters_app.command("rm", epilog=_examples("dnd adapters rm tickets"))(command(adapters.rm))
 adapters_app.command("import", epilog=_examples(

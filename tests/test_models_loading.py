@@ -168,6 +168,36 @@ def test_dtypes() -> None:
         models.pick_dtype("int8", torch.device("cpu"))
 
 
+MISSPELT = {
+    "qwen2.5-coder-0.5": "qwen2.5-coder-0.5b",
+    "Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b",
+    "smollm2": "smollm2-135m",
+    "all-MiniLM-L6": "all-minilm-l6-v2",
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_misspelt_embedded_name_is_answered_with_the_nearest(
+    name: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    for call in (models.load_base, models.pull, models.resolve):
+        with pytest.raises(WeightsUnavailableError, match="neither a folder nor an embedded model") as error:
+            call(name, home)
+        assert error.value.fix.startswith(f"did you mean {MISSPELT[name]!r}?") and "owner/model" in error.value.fix
+    assert not home.root.exists()
+
+
+def test_names_of_the_hub_and_folders_are_not_taken_for_misspelt_ones(
+    tiny_folder: Path, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gpt2", "someone/qwen2.5-coder-0.5", "a" * 90):
+        assert models.resolve(name, home) == name
+    monkeypatch.chdir(tmp_path)
+    Path("qwen2.5-coder-0.5").symlink_to(tiny_folder, target_is_directory=True)
+    assert models.resolve("qwen2.5-coder-0.5", home) == "qwen2.5-coder-0.5"
+
+
 def test_importing_models_loads_no_torch() -> None:
     code = "import dnd_sdk.models.loading, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -177,9 +207,10 @@ def test_importing_models_loads_no_torch() -> None:
 
 
 @pytest.mark.real
-def test_the_default_base_answers(real_home: Home) -> None:
-    base = models.load_base(models.DEFAULT_BASE, real_home)
-    assert base.fingerprint == "7fdff6b88d2407b7901f63268b8dc43ad154026ad0628dd493b0085eb096a2b1"
+@pytest.mark.parametrize("name", [name for name, model in models.EMBEDDED.items() if model.kind == "base"])
+def test_the_embedded_bases_answer(real_home: Home, name: str) -> None:
+    base = models.load_base(name, real_home)
+    assert base.fingerprint == models.EMBEDDED[name].fingerprint
     prompt = base.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import dnd_sdk
+from dnd_sdk.models import EMBEDDED
 
 ROOT = Path(dnd_sdk.__file__).parents[1]
 TREES = {"dnd_sdk": "dnd_sdk", "cli": "dnd_sdk/cli", "integrations": "dnd_sdk/integrations"}
@@ -74,12 +75,12 @@ def test_the_wheel_holds_every_source_and_data_file(members: set[str]) -> None:
     assert {"dnd_sdk/cli/main.py", "dnd_sdk/integrations/__init__.py", "dnd_sdk/py.typed"} <= ours
 
 
-def test_the_wheel_holds_the_shipped_generator(members: set[str]) -> None:
-    [card] = [name for name in members if name.endswith("/router.json")]
-    folder = card.removesuffix("router.json")
-    inside = {name.removeprefix(folder) for name in members if name.startswith(folder)}
-    assert "README.md" in inside
-    assert any(name.endswith(".safetensors") for name in inside)
+def test_the_wheel_holds_a_generator_for_every_embedded_base(members: set[str]) -> None:
+    folders = {name.removesuffix("router.json") for name in members if name.endswith("/router.json")}
+    assert {folder.split("/")[-2] for folder in folders} == {n for n, m in EMBEDDED.items() if m.kind == "base"}
+    for folder in folders:
+        inside = {name.removeprefix(folder) for name in members if name.startswith(folder)}
+        assert {"README.md", "config.json", "model.safetensors", "support.safetensors"} <= inside
 
 
 def test_the_wheel_holds_licence_and_script(wheel: Path) -> None:

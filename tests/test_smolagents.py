@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from dnd_sdk.chat.template import prompt_ids
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError, MissingExtraError
 from dnd_sdk.integrations.smolagents import DnDModel
+from dnd_sdk.models import SMALL_BASE
 from dnd_sdk.session import Completion, DnD
 
 QUIET = LogLevel.OFF
@@ -243,7 +245,10 @@ def test_the_example_prints_both_answers(
 
 
 @pytest.mark.real
-def test_the_example_runs_on_the_embedded_base(warm_home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs_on_the_small_base(
+    warm_home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(DnD, "load", partial(DnD.load, SMALL_BASE))
     arguments = ["--home", str(warm_home.root), "--prompts", "40", "--questions", "2"]
     assert load("smolagents_agent.py").main(arguments) == 0
     out = capsys.readouterr().out

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, get_args
 
+from dnd_sdk.adaptation.bases import check_name_free
 from dnd_sdk.adaptation.label_calibration import LabelCalibration
 from dnd_sdk.adaptation.parts import Parts
 from dnd_sdk.adaptation.results import AdaptResult, Mode, Stopwatch
@@ -24,6 +25,7 @@ from dnd_sdk.chat import with_role
 from dnd_sdk.config import flag, one_of, whole_number
 from dnd_sdk.errors import BankFullError, GeneratorError
 from dnd_sdk.files import locked, storage_errors
+from dnd_sdk.generator import without_generator
 from dnd_sdk.lora import merge_flats, narrowed
 from dnd_sdk.prompts import PromptSet, clean_prompts, prompt_set_hash, role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars, log_decision
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 MAX_MERGED = 16
 """Adapters in one merge."""
 _ELSEWHERE = "the base does not run in this process"
+_NO_GENERATOR = "no generator"
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ class Adaptation:
         # 3. an adapter made for such prompts, a new one, or the base
         with watch.step("route"):
             route = self._decide(encoded.pooled, request)
+        if route.by == _NO_GENERATOR:
+            notes = (*notes, f"to have an adapter: {without_generator()}")
         if route.decision == "generate":
             route, more = self._generate(request, encoded, route, watch)
             return route, (*notes, *more)
@@ -165,8 +170,8 @@ class Adaptation:
             return route
         reason = f"there is no generator for {self._parts.base.name}; {route.reason}"
         if mode == "generate":
-            raise GeneratorError(reason, fix="pass a generator made for this base")
-        return replace(route, decision="base", reason=reason, by="no generator")
+            raise GeneratorError(reason, fix=without_generator())
+        return replace(route, decision="base", reason=reason, by=_NO_GENERATOR)
 
     def _reuse(self, route: RouteDecision, watch: Stopwatch) -> RouteDecision:
         assert route.adapter is not None
@@ -179,12 +184,17 @@ class Adaptation:
     ) -> tuple[RouteDecision, tuple[str, ...]]:
         generator = self._parts.generator
         assert generator is not None and encoded.states is not None
+        self._check_name(request)
         notes: tuple[str, ...] = ()
         with watch.step("generate"):
             made = _Made(generator.generate(encoded.states), self._mean, "generated", generator.id)
             if self._calibrating if request.calibrate is None else request.calibrate:
                 made, notes = self._calibrate(made, request)
         return self._finish(made, request, encoded.pooled, route, watch), notes
+
+    def _check_name(self, request: Request) -> None:
+        if request.name is not None:
+            check_name_free(self._parts.store, request.name, self._parts.base)
 
     def _calibrate(self, made: _Made, request: Request) -> tuple[_Made, tuple[str, ...]]:
         if self._label_calibration is None:
@@ -219,6 +229,7 @@ class Adaptation:
             only = near[0][0]
             reason = f"{only.name} is the only adapter to merge"
             return self._reuse(replace(route, decision="reuse", adapter=only, reason=reason), watch)
+        self._check_name(request)
         with watch.step("generate"):
             total = sum(score for _, score in near)
             weights = {a.id: score / total for a, score in near}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dnd_sdk.adaptation.bases import check_made_for
+
 if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter, AdapterStore
     from dnd_sdk.config import Home
@@ -36,5 +38,6 @@ class Parts:
         return self.engine.layout
 
     def make_resident(self, adapter: Adapter) -> None:
-        """Have the engine hold an adapter; its weights are checked when read."""
+        """Have the engine hold an adapter made for this base; its weights are checked when read."""
+        check_made_for(adapter, self.base)  # the same weights may be held as another's of this base
         self.engine.hold(adapter, lambda: self.store.load(adapter, self.layout, base_fingerprint=self.base.fingerprint))

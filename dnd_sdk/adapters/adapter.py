@@ -112,9 +112,10 @@ def check_name(name: str) -> str:
     return name
 
 
-def default_name(adapter_id: str, role: str | None = None) -> str:
-    """The name of an adapter nobody named."""
-    return f"dnd-{adapter_id[:16]}" + ("" if role is None else f"-{hashlib.sha256(role.encode()).hexdigest()[:8]}")
+def default_name(adapter_id: str, role: str | None = None, base_fingerprint: str | None = None) -> str:
+    """The name of an adapter nobody named; with the base where the same weights are another base's, too."""
+    more = (text for text in (role, base_fingerprint) if text is not None)
+    return "-".join([f"dnd-{adapter_id[:16]}", *(hashlib.sha256(text.encode()).hexdigest()[:8] for text in more)])
 
 
 def manifest_text(adapter: Adapter, layout: LoraLayout) -> str:

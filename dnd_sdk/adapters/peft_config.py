@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 from dnd_sdk.adapters.patterns import Budget
 from dnd_sdk.adapters.targets import ByModule, Targets
-from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError, brief
+from dnd_sdk.errors import AdapterCorruptError, LayoutMismatchError, StorageError, brief
 from dnd_sdk.files import is_finite_number, read_json
 from dnd_sdk.lora import MAX_RANK, LoraLayout
 
@@ -156,6 +156,14 @@ def read_config(folder: Path) -> PeftSettings:
         alphas=ByModule("alpha_pattern", data, path, budget, is_finite_number),
         notes=tuple(notes),
     )
+
+
+def base_name_in(folder: Path) -> str | None:
+    """What the base is called in a folder's `adapter_config.json`; None: it does not say, or cannot be read."""
+    try:
+        return _base_name(read_json(folder, CONFIG, MAX_CONFIG_BYTES))[0]
+    except (AdapterCorruptError, StorageError):
+        return None
 
 
 def some(names: Iterable[str], n: int = 4) -> str:

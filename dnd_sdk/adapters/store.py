@@ -26,7 +26,7 @@ from dnd_sdk.adapters.adapter import (
     read_manifest,
 )
 from dnd_sdk.adapters.catalogue import Changes
-from dnd_sdk.adapters.checks import check_base, check_folder, check_read_hash
+from dnd_sdk.adapters.checks import check_base, check_folder, check_read_hash, check_same
 from dnd_sdk.adapters.edge import array_of, tensor_of
 from dnd_sdk.adapters.exemplars import check_exemplars, exemplars_hash, read_exemplars
 from dnd_sdk.adapters.exporting import copy_out
@@ -94,7 +94,7 @@ class AdapterStore:
         weights = check_flat(flat, layout).numpy()
         kept = None if exemplars is None else exemplars_file(array_of(exemplars), about)
         weights_id, role = adapter_id(weights, layout), about.get("role")
-        chosen = name or self._name_of(weights_id, role, base_fingerprint) or default_name(weights_id, role)
+        chosen = name or self._automatic_name(weights_id, role, base_fingerprint)
         about["scores"], about["parents"] = dict(about.get("scores") or {}), dict(about.get("parents") or {})
         adapter = Adapter(
             name=chosen,
@@ -315,18 +315,17 @@ class AdapterStore:
             stored = self._folders.read(adapter.name, read_manifest)
         except AdapterCorruptError as e:
             raise AdapterCorruptError(e.message, fix=f"remove it with `dnd adapters rm {adapter.name}`") from e
-        own = {"id": "other weights", "role": "another role", "base_fingerprint": "another base"}
-        differ = [] if stored is None else [own[k] for k in own if getattr(stored, k) != getattr(adapter, k)]
-        if differ:
-            raise ConfigError(
-                f"an adapter named {adapter.name!r} with {differ[0]} exists",
-                fix=f"choose another --name or `dnd adapters rm {adapter.name}`",
-            )
+        if stored is not None:
+            check_same(stored, adapter)
         return stored
 
-    def _name_of(self, weights_id: str, role: str | None, base_fingerprint: str) -> str | None:
-        same = (a for a in self.with_id(weights_id) if (a.role, a.base_fingerprint) == (role, base_fingerprint))
-        return next((a.name for a in same), None)
+    def _automatic_name(self, weights_id: str, role: str | None, base_fingerprint: str) -> str:
+        """That of the same adapter if it is stored, else one after its content."""
+        alike = self.with_id(weights_id)
+        same = next((a.name for a in alike if (a.role, a.base_fingerprint) == (role, base_fingerprint)), None)
+        name = default_name(weights_id, role)
+        taken = any(a.name == name for a in alike)
+        return same or (default_name(weights_id, role, base_fingerprint) if taken else name)
 
     def _problem(self, name: str) -> Problem | None:
         try:

@@ -215,7 +215,7 @@ def _weights(s: _Subject) -> Iterator[Check]:
 
 def _models(s: _Subject) -> Iterator[Check]:
     """Base, encoder and generator: there, whole, and made for each other."""
-    from dnd_sdk.generator import check_encoder, folder_for, generator_folder, load_generator
+    from dnd_sdk.generator import check_encoder, folder_for, generator_folder, load_generator, without_generator
     from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, Encoder, is_pulled, load_base
 
     base_name = s.base or DEFAULT_BASE
@@ -229,7 +229,7 @@ def _models(s: _Subject) -> Iterator[Check]:
     yield Check("base", "ok", f"{base_name}, {size / 1e6:.1f} M parameters in {precision}, {base.fingerprint[:16]}")
     generator, folder = None, folder_for(base, folder)
     if folder is None:
-        yield Check("generator", "warn", f"none for {base_name}", "train one with: dnd train generator")
+        yield Check("generator", "warn", f"none for {base_name}", without_generator())
     else:
         generator = load_generator(folder, base)
         yield Check("generator", "ok", f"{generator.id} fits the base, r={generator.layout.r}")

@@ -1,4 +1,7 @@
-"""Which generator belongs to a base: the folders that ship with the package, each named by its own `config.json`."""
+"""Which generator belongs to a base: the folders that ship with the package, each named by its own `config.json`.
+
+Finding one loads no torch; `loading` makes a generator of what is found.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,8 @@ from os import PathLike
 from pathlib import Path
 
 from dnd_sdk.config import path_of
-from dnd_sdk.errors import ConfigError, GeneratorError, LayoutMismatchError
-from dnd_sdk.generator.generator import Generator
-from dnd_sdk.lora import LoraLayout
-from dnd_sdk.models import Base, Encoder
+from dnd_sdk.errors import GeneratorError
+from dnd_sdk.models import EMBEDDED
 
 SHIPPED = Path(__file__).parent / "shipped"
 """One folder a generator."""
@@ -38,34 +39,26 @@ def generator_folder(base: str, generator: str | PathLike[str] | None) -> Path |
     return folder
 
 
-def folder_for(base: Base, folder: Path | None) -> Path | None:
-    """`folder`, else the generator shipped for these very weights: a shipped one's base may have another name here."""
-    return folder or shipped_folder(base_fingerprint=base.fingerprint)
+def bases_with_generator() -> list[str]:
+    """The embedded bases that a generator ships for, by name."""
+    return [name for name in EMBEDDED if shipped_folder(base_name=name) is not None]
 
 
-def load_generator(folder: Path, base: Base) -> Generator:
-    """The generator, on the base's device. Raises `LayoutMismatchError` when it was made for another base."""
-    made = Generator.from_pretrained(folder)
-    wanted = made.layout
-    layout = LoraLayout.from_model(
-        base.model, r=wanted.r, lora_alpha=wanted.lora_alpha, target_modules=wanted.target_modules
+def without_generator() -> str:
+    """What can be done for a base without a generator, as an error's fix."""
+    return (
+        "train one with `dnd train generator` and give its folder as --generator, import an adapter with "
+        f"`dnd adapters import`, or use a --base that has one: {', '.join(bases_with_generator())}"
     )
-    if layout.digest != wanted.digest or made.base_fingerprint != base.fingerprint:
-        shapes = "shapes differ" if layout.digest != wanted.digest else "same shapes, other weights"
-        raise LayoutMismatchError(
-            f"the generator in {folder} was made for another base than {base.name!r} ({shapes}): fingerprint "
-            f"{made.base_fingerprint[:16]}, this base's is {base.fingerprint[:16]}",
-            fix="load the base it was trained on, or train one for this base with `dnd train generator`",
-        )
-    return made.to(base.model.device).eval()
 
 
-def check_encoder(encoder: Encoder, generator: Generator | None) -> None:
-    """Raise `ConfigError` unless the generator, if any, was trained with this encoder."""
-    wanted = "" if generator is None else generator.config.encoder_fingerprint
-    if generator is not None and wanted and wanted != encoder.fingerprint:
-        raise ConfigError(
-            f"encoder {encoder.name!r} is not the one the generator was trained with, {generator.encoder_name!r}: "
-            f"fingerprint {encoder.fingerprint[:16]}, wanted {wanted[:16]}",
-            fix="leave --encoder out",
-        )
+def measured_matches(folder: Path) -> dict[str, float] | None:
+    """What a shipped generator was measured to be worth, from its `evaluation.json`; None: it has none.
+
+    The share of answers that match exactly, 0 to 1, as a mean over its tasks: of the `base` alone and `generated`.
+    """
+    try:
+        methods = json.loads((folder / "evaluation.json").read_text("utf-8"))["methods"]
+    except FileNotFoundError:
+        return None
+    return {name: methods[name]["mean"]["exact_match"] for name in ("base", "generated")}

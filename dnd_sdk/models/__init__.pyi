@@ -5,6 +5,7 @@ from .catalogue import (
     DEFAULT_ENCODER as DEFAULT_ENCODER,
     EMBEDDED as EMBEDDED,
     SMALL_BASE as SMALL_BASE,
+    embedded_base as embedded_base,
 )
 from .embedded import (
     ModelInfo as ModelInfo,

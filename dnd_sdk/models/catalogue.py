@@ -36,6 +36,8 @@ class EmbeddedModel:
     matrix of a tied model twice, and the embedding the coarser of the two."""
     hub_id: str = ""
     """Where the hub has the same model, not quantised."""
+    fingerprint: str = ""
+    """Of a base: what `fingerprint` gives for it once it is loaded; adapters know their base by it alone."""
 
     @property
     def requirements(self) -> str:
@@ -84,6 +86,7 @@ EMBEDDED = {
             dtype="bfloat16",
             tied=True,
             hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+            fingerprint="40bab8fcb205fa2e508489aafb499b00bd392433389fbbf4d96132c288c5e841",
         ),
         EmbeddedModel(
             name=SMALL_BASE,
@@ -103,6 +106,7 @@ EMBEDDED = {
             },
             n_bytes=800 << 20,
             hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+            fingerprint="7fdff6b88d2407b7901f63268b8dc43ad154026ad0628dd493b0085eb096a2b1",
         ),
         EmbeddedModel(
             name=DEFAULT_ENCODER,
@@ -123,3 +127,8 @@ EMBEDDED = {
         ),
     )
 }
+
+
+def embedded_base(fingerprint: str) -> str | None:
+    """The name of the embedded base with these weights; None: it is no embedded one."""
+    return next((m.name for m in EMBEDDED.values() if m.kind == "base" and m.fingerprint == fingerprint), None)

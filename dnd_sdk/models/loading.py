@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import re
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LIKE_A_NAME, _MAX_NAME = 0.7, 64
+"""Names without an owner this similar to an embedded one are taken for misspelt ones; longer ones are not compared."""
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -62,7 +65,7 @@ def resolve(name: str, home: Home, *, fetch: bool = True, progress: Note | None 
     """The folder of an embedded name (fetched if missing) or of an existing local model; a hub id comes back unchanged.
 
     Raises `WeightsUnavailableError` for a missing path, a folder without `config.json` or safetensors, a name that is
-    neither, or an embedded name that is not here while `fetch` is False.
+    neither or much like an embedded one, or an embedded name that is not here while `fetch` is False.
     """
     if name in EMBEDDED:
         if not fetch and not is_pulled(name, home):
@@ -72,6 +75,12 @@ def resolve(name: str, home: Home, *, fetch: bool = True, progress: Note | None 
     if folder is not None and folder.is_dir():
         _check_folder(folder)
         return str(folder)
+    near = _nearest_embedded(name)
+    if near is not None:
+        raise WeightsUnavailableError(
+            f"{name!r} is neither a folder nor an embedded model",
+            fix=f"did you mean {near!r}? A model of the Hugging Face hub is named owner/model",
+        )
     if not _HUB_ID.fullmatch(name):
         raise WeightsUnavailableError(
             f"{name!r} is neither a folder, nor an embedded model, nor a Hugging Face id",
@@ -177,6 +186,13 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     picked: torch.dtype = getattr(torch, dtype)
     return picked
+
+
+def _nearest_embedded(name: str) -> str | None:
+    """The embedded name that a name without an owner is a slip of the keyboard for; None: of none."""
+    if "/" in name or len(name) > _MAX_NAME:
+        return None
+    return next(iter(difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=_LIKE_A_NAME)), None)
 
 
 def _check_folder(folder: Path) -> None:

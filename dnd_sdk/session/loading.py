@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
-from dnd_sdk.adaptation import Parts
+from dnd_sdk.adaptation import Parts, made_elsewhere
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home, text_of, whole_number
 from dnd_sdk.engine import Engine
-from dnd_sdk.errors import ConfigError, shown
+from dnd_sdk.errors import ConfigError, StorageError, shown
 from dnd_sdk.generator import Generator, check_encoder, folder_for, generator_folder, load_generator
 from dnd_sdk.lora import MAX_RANK, LoraLayout
 from dnd_sdk.models import DEFAULT_ENCODER, Base, Encoder, load_base, resolve
 from dnd_sdk.routing import DecisionLog, Router, measured
+
+log = logging.getLogger(__name__)
 
 DEFAULT_RANK = 8
 """Of the slots where no generator says otherwise."""
@@ -55,6 +59,9 @@ def load_parts(
     router = _router(folder, encoder, base, layout, store, home)
     fetch = partial(store.load_by_id, layout=layout, base_fingerprint=base.fingerprint)
     engine = Engine(base, layout, n_slots=n_slots, fetch=fetch)
+    with suppress(StorageError):  # whoever needs the store will say so
+        if told := made_elsewhere(store, base):
+            (progress or log.warning)(told)
     return Parts(base, generator, encoder, store, router, engine, home, DecisionLog(home.logs))
 
 

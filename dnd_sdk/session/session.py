@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts
+from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts, check_made_for
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import Prompt, Tools, last_user_text, with_role
 from dnd_sdk.config import Home, SamplingOptions, flag
@@ -77,7 +77,7 @@ class DnD:
         """Load the models once; everything after shares them.
 
         Args:
-            base: `DEFAULT_BASE`, a local folder or a Hugging Face id of a causal LM.
+            base: An embedded name (`dnd models ls` lists them), a local folder or a Hugging Face id of a causal LM.
             generator: A generator's folder; None is the one shipped for this base (by name, else by weights), if any.
             encoder: None is the one the generator was made with.
             home: Folder for adapters and weights; None is `DND_HOME`, else the user data folder.
@@ -86,7 +86,8 @@ class DnD:
             n_slots: How many adapters stay swapped in.
             r: Rank of the slots, for imported adapters of a larger rank than the generator's; None is the generator's.
             calibrate: What `adapt` and `observe` do unless told otherwise.
-            progress: Told in words about fetching and converting.
+            progress: Told in words about fetching and converting, and of adapters that the home has for other embedded
+                bases while it has none for this one; None: of these the log is warned.
 
         Raises:
             WeightsUnavailableError: A model that can be neither found nor fetched.
@@ -162,6 +163,8 @@ class DnD:
             tools: JSON schemas of what the model may call, which the base's chat template shows it; calls come back as
                 text, the way the base writes them. None: none. `ConfigError` if that template shows no tools.
             sampling: Fields of `SamplingOptions`.
+
+        Raises `AdapterNotFoundError` for an unknown name, `LayoutMismatchError` for an adapter of another base.
         """
         return self.complete_batch([prompt], [adapter], role=role, tools=tools, **sampling)[0]
 
@@ -282,13 +285,15 @@ class DnD:
     ) -> None:
         self.close()
 
-    def _choose(
-        self, prompt: Prompt, adapter: AdapterChoice, role: Role | None, tools: Tools | None
-    ) -> Adapter | None:
-        if adapter is None or isinstance(adapter, Adapter):
-            return adapter
+    def _choose(self, prompt: Prompt, adapter: AdapterChoice, role: Role | None, tools: Tools | None) -> Adapter | None:
+        if adapter is None:
+            return None
         check_choice(adapter)
-        return self._routed(last_user_text(prompt), role, tools) if adapter == AUTO else self.store.get(adapter)
+        if adapter == AUTO:
+            return self._routed(last_user_text(prompt), role, tools)
+        found = adapter if isinstance(adapter, Adapter) else self.store.get(adapter)
+        check_made_for(found, self.base)
+        return found
 
     def _routed(self, text: str, role: Role | None, tools: Tools | None) -> Adapter | None:
         if tools:

@@ -98,9 +98,7 @@ class DnDFunctionCallingLLM(DnDLLM, FunctionCallingLLM):
 class _ToolCall(Call):
     """A request with tools on offer: the calls leave the text and go beside it."""
 
-    def __init__(
-        self, start: Callable[[threading.Event], CompletionStream], tools: Tools, parallel: bool
-    ) -> None:
+    def __init__(self, start: Callable[[threading.Event], CompletionStream], tools: Tools, parallel: bool) -> None:
         super().__init__(start)
         self._tools, self._parallel = tools, parallel
 
