@@ -234,8 +234,9 @@ def _multiply_head_once(model: Any) -> None:
     # torch multiplies states cut out of longer ones, (B, T, C)[:, -n:], by as many copies of the head as there are
     # rows: for 16 rows and 150,000 words 4 GB, three times what the rest of a forward takes
     head = model.get_output_embeddings()
-    plain = head.forward
-    head.forward = lambda states: plain(states.contiguous())
+    if head is not None:
+        plain = head.forward
+        head.forward = lambda states: plain(states.contiguous())
 
 
 def _pull_from_hub(hub_id: str, progress: Note | None) -> Path:
