@@ -56,7 +56,7 @@ def rows(*names: str) -> str:
     return "".join(rf"^\W*{re.escape(name)}\b.*\n" for name in names)
 
 
-MEASURED = ("base", "zero", "generated", "shuffled")
+MEASURED = ("base", "zero", "generated")
 ADAPTED = r"^decision: generate\nadapter:  [\w-]+\n"
 ANSWERS = r"[\s\S]*base: [\s\S]*adapted: "
 RUNS = {
