@@ -53,8 +53,8 @@ def test_what_is_said_of_single_tasks_is_in_the_file() -> None:
     any_loss, much, options = lost("exact_match", 0), lost("exact_match", 0.05), lost("option_accuracy", 0.01)
     labels, text = sum(t["option_accuracy"] is not None for t in tasks.values()), " ".join(TEXT.split())
     assert (
-        f"exact match falls on {len(any_loss)} of the {len(tasks)} tasks, on {len(much)} of them by more than 5 points, "
-        f"and option accuracy by more than a point on {len(options)} of {labels}"
+        f"exact match falls on {len(any_loss)} of the {len(tasks)} tasks, on {len(much)} of them by more than 5 "
+        f"points, and option accuracy by more than a point on {len(options)} of {labels}"
     ) in text
     (first, worst), *others = sorted(any_loss.items(), key=lambda item: item[1]["mean"])[:3]
     mean, low, high = (100 * x for x in (worst["mean"], *worst["ci95"]))
