@@ -26,7 +26,7 @@ COMMANDS = (
     "dnd adapt examples/support_tickets/prompts.jsonl --name tickets",
     "dnd adapt examples/support_tickets/prompts.jsonl",
     'dnd route "My card was charged twice" --explain',
-    'dnd run "Which queue, billing or login? My card was charged twice." -a tickets --compare base',
+    'dnd run "Which queue: billing, login or shipping? I cannot sign in since the update." -a tickets --compare base',
     "dnd adapters ls",
 )
 PROMPT = "$ "
