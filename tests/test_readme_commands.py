@@ -77,9 +77,8 @@ RUNS = {
     "dnd adapt PROMPTS --role role.md": Run(ADAPTED),
     "dnd adapt PROMPTS --no-calibrate": Run(ADAPTED),
     "dnd adapt PROMPTS --mode merge --top-k 3": Run("^decision: merge\n"),
-    'dnd run "Which queue: billing, login or shipping? I cannot sign in since the update." -a tickets --compare base': Run(
-        r"^--- tickets\n[\s\S]*^--- base\n"
-    ),
+    'dnd run "Which queue: billing, login or shipping? I cannot sign in since the update." '
+    "-a tickets --compare base": Run(r"^--- tickets\n[\s\S]*^--- base\n"),
     "dnd chat -a tickets": Run(".+\n.+", typed="Hello\n/base\nHello\n/adapter handbook\n/exit\n"),
     'dnd route "My card was charged twice" --explain': Run(r"^base\nreason: .*\nnear:   \w+  \d"),
     "dnd adapters ls": Run(rows("handbook", "tickets")),
