@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +82,10 @@ class Output:
             from rich.console import Console
 
             with Console(stderr=True).status(text) as status:
-                yield (
-                    lambda said: (
-                        status.console.print(said, markup=False) if _over(said) is None else status.update(said)
-                    )
-                )
+                yield _teller(partial(status.console.print, markup=False), lambda said, _: status.update(said))
         else:
             self.note(f"{text} ...")
-            lines = _Lines(self)
-            yield lambda said: self.note(said) if (over := _over(said)) is None else lines.say(said, over)
+            yield _teller(self.note, _Lines(self).say)
 
     @contextmanager
     def progress(self, text: str) -> Iterator[Report]:
@@ -112,11 +108,17 @@ class Output:
             )
 
 
-def _over(said: str) -> bool | None:
-    """Of a note of a fetch under way whether it is over; None: it is another note."""
+def _teller(note: Callable[[str], None], under_way: Callable[[str, bool], None]) -> Callable[[str], None]:
+    """What takes notes: those of a fetch go to `under_way`, with whether it is over, the others to `note`."""
     from dnd_sdk.models import Fetching
 
-    return said.done >= said.total if isinstance(said, Fetching) else None
+    def tell(said: str) -> None:
+        if isinstance(said, Fetching):
+            under_way(said, said.done >= said.total)
+        else:
+            note(said)
+
+    return tell
 
 
 class _Lines:

