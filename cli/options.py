@@ -44,6 +44,8 @@ class SamplingFlags:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     stop: list[str] | None = None
 
@@ -160,6 +162,15 @@ GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
         _option("top_p", float | None, None, "--top-p", panel=SAMPLING, text="Nucleus mass, when temperature > 0."),
         _option(
             "top_k", int | None, None, "--top-k", panel=SAMPLING, text="Most likely tokens to choose from; 0: all."
+        ),
+        _option("min_p", float | None, None, "--min-p", panel=SAMPLING, text="Least share of the likeliest's chance."),
+        _option(
+            "repetition_penalty",
+            float | None,
+            None,
+            "--repetition-penalty",
+            panel=SAMPLING,
+            text="Above 1: says less again.",
         ),
         _option("seed", int | None, None, "--seed", panel=SAMPLING, text="Makes sampling repeatable."),
         _option(

@@ -11,6 +11,9 @@ from typing import SupportsFloat, SupportsIndex
 
 from dnd_sdk.errors import ConfigError, shown
 
+MAX_LOGPROBS = 20
+"""The most likely tokens that can be asked for at each place."""
+
 _MAX_PART, _MAX_PATH = 255, 4_095
 """Bytes of a file's name and characters of a path that usual systems take."""
 
@@ -69,10 +72,16 @@ class SamplingOptions:
     """Nucleus mass, used when temperature > 0."""
     top_k: int = 0
     """0 keeps every token."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are left out, used when temperature > 0."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and the answer become less likely."""
     seed: int | None = None
     """None draws fresh randomness."""
     stop: tuple[str, ...] = ()
     """Text is cut before the first of these."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told beside each token's own log-probability; None tells nothing."""
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` naming the field; what a whole number or a single stop string stands for is taken so."""
@@ -81,6 +90,11 @@ class SamplingOptions:
             "temperature": _number("temperature", self.temperature, "within 0..10", lambda x: 0.0 <= x <= 10.0),
             "top_p": _number("top_p", self.top_p, "within (0, 1]", lambda x: 0.0 < x <= 1.0),
             "top_k": whole_number("top_k", self.top_k, 0),
+            "min_p": _number("min_p", self.min_p, "within 0..1", lambda x: 0.0 <= x <= 1.0),
+            "repetition_penalty": _number(
+                "repetition_penalty", self.repetition_penalty, "within (0, 10]", lambda x: 0.0 < x <= 10.0
+            ),
+            "logprobs": None if self.logprobs is None else whole_number("logprobs", self.logprobs, 0, MAX_LOGPROBS),
             "seed": None if self.seed is None else whole_number("seed", self.seed, None),
             "stop": _strings("stop", self.stop),
         }
@@ -163,5 +177,8 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     return tuple(found)
 
 
-SAMPLING = tuple(f.name for f in fields(SamplingOptions))
-"""The names of the sampling options."""
+PER_CALL = ("logprobs",)
+"""Sampling options that one call asks for; no setting."""
+
+SAMPLING = tuple(f.name for f in fields(SamplingOptions) if f.name not in PER_CALL)
+"""The names of the sampling options that can be set for all calls."""

@@ -10,6 +10,7 @@ DndError
 ├── WeightsUnavailableError(OSError)   a base or encoder that can be neither found nor fetched
 ├── StorageError(OSError)              the home folder cannot be read or written
 ├── BankFullError(RuntimeError)        every adapter slot is pinned or in use
+├── BusyError(RuntimeError)            too many requests wait
 └── MissingExtraError(ImportError)     an optional package is not installed
 
 Catch `DndError` for all of them; each also is the built-in named in brackets.
@@ -108,6 +109,10 @@ class StorageError(DndError, OSError):
 
 class BankFullError(DndError, RuntimeError):
     """Every adapter slot is pinned or leased by a running request."""
+
+
+class BusyError(DndError, RuntimeError):
+    """More requests wait already than may."""
 
 
 class MissingExtraError(DndError, ImportError):

@@ -69,6 +69,10 @@ class Settings(BaseSettings, title="dnd.toml"):
     """Nucleus mass, used when temperature > 0."""
     top_k: int = SamplingOptions.top_k
     """Most likely tokens to choose from when temperature > 0; 0 keeps every one."""
+    min_p: float = SamplingOptions.min_p
+    """Least share of the likeliest token's probability, used when temperature > 0."""
+    repetition_penalty: float = SamplingOptions.repetition_penalty
+    """Above 1, tokens that were said or asked become less likely."""
     seed: int | None = Field(SamplingOptions.seed, examples=[0])
     """Makes sampling repeatable; fresh randomness unless set."""
     stop: Annotated[tuple[str, ...], NoDecode] = Field(SamplingOptions.stop, examples=[["\n\n"]])

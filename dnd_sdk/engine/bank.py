@@ -1,7 +1,6 @@
 """The slot bank: every resident adapter is one row of one contiguous arena, and a swap is one copy into a row.
 
-* Arena `(S+1, P)`; each Linear's A `(S+1, r, in)` and B `(S+1, out, r)` are views of it. Row 0 is zeros: the base.
-  B lies transposed in memory (fast for one-token decoding) and carries the layout's scaling.
+* Arena `(S+1, P)` of packed vectors (`lora/packing.py`); every matrix is a view of it. Row 0 is zeros: the base.
 * Weights are validated, then written into a row nobody reads, then published: a reader never sees a torn adapter and a
   refused one changes nothing.
 * One writer at a time, so an id is loaded once however many threads ask for it; running requests never wait for it.
@@ -10,16 +9,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from dnd_sdk.engine.slot_table import SlotTable
-from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, LayoutMismatchError
-from dnd_sdk.lora import LoraLayout, Segment
+from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, BankFullError, ConfigError, LayoutMismatchError
+from dnd_sdk.lora import GroupViews, LoraLayout, Packing, Segment, SegmentedLora, TokenSegment
 
 Loader = Callable[[], Tensor]
 """Brings an adapter's flat vector, e.g. from the store."""
@@ -46,16 +46,18 @@ class SlotBank:
     ) -> None:
         """`fetch` brings back what lost its slot when it is leased; None: an adapter must be resident by then."""
         self.layout, self._fetch = layout, fetch
-        self._table = SlotTable(n_slots, wait_s)
+        self.packing = Packing(layout)
+        self._table, self.wait_s = SlotTable(n_slots, wait_s), wait_s
         try:
             with torch.inference_mode(False):  # an inference tensor could not be written to later
                 self._arena = torch.zeros(self.n_slots + 1, layout.n_parameters, device=device, dtype=dtype)
         except (RuntimeError, MemoryError) as e:  # torch has no error of its own for a CPU without memory
             raise ConfigError(f"{self.n_slots} slots do not fit the memory of {device}", fix="lower n_slots") from e
-        self.tables = _tables(layout, self._arena)
+        self.tables = self.packing.tables(self._arena)
         """Module name -> (A `(S+1, r, in)`, B `(S+1, out, r)`), for `use_lora`."""
         self._writing = threading.RLock()
-        self._staging: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+        self._views: dict[int, tuple[GroupViews, ...]] = {}
+        self._pinned: Tensor | None = None
 
     @property
     def n_slots(self) -> int:
@@ -82,10 +84,10 @@ class SlotBank:
         return self._table.room(adapter_ids)
 
     @contextmanager
-    def lease(self, adapter_ids: Sequence[str | None]) -> Iterator[Tensor | int]:
-        """Keep these adapters in place inside the block; yields the row index per batch row for `use_lora`.
+    def lease(self, adapter_ids: Sequence[str | None]) -> Iterator[tuple[int, ...] | int]:
+        """Keep these adapters in place inside the block; yields the row index per batch row for `adapted` or `use_lora`.
 
-        None is the base. Yields an int when all rows use one adapter (0: all base), else a long tensor `(B,)`.
+        None is the base. Yields an int when all rows use one adapter (0: all base), else one int per batch row.
         Raises `AdapterNotFoundError` for an id that is neither resident nor can be fetched, `BankFullError` when the
         adapters do not fit beside the pinned ones.
         """
@@ -95,9 +97,51 @@ class SlotBank:
             rows = self._lease_missing(distinct)
         try:
             picked = [0 if i is None else rows[i] for i in adapter_ids]
-            yield picked[0] if len(set(picked)) == 1 else torch.tensor(picked, device=self._arena.device)
+            yield picked[0] if len(set(picked)) == 1 else tuple(picked)
         finally:
             self._table.release(distinct)
+
+    def try_lease(self, adapter_id: str, spare: Collection[str] = ()) -> tuple[int, int] | None:
+        """The adapter's row, kept in place until `release`, and which loading of the bank it is; None: not now.
+
+        It takes the slot of none in `spare`, and nobody waits here: not for a running request to end, and not for a
+        load that does. Raises what fetching the adapter raises.
+        """
+        leased = self._table.lease_one(adapter_id)
+        if leased is None and self._writing.acquire(blocking=False):
+            try:
+                self._bring_in(adapter_id, self._fetch and partial(self._fetch, adapter_id), spare, wait=False)
+                leased = self._table.lease_one(adapter_id)
+            except BankFullError:
+                return None
+            finally:
+                self._writing.release()
+        return leased
+
+    def full(self) -> BankFullError:
+        """What is raised when no slot has become free in time."""
+        return self._table.full()
+
+    def release(self, adapter_id: str) -> None:
+        """Give back a lease of `try_lease`."""
+        self._table.release([adapter_id])
+
+    def adapted(self, rows: tuple[int, ...] | int) -> SegmentedLora | None:
+        """What a padded batch's forward is changed by, its rows as `lease` yields them; None: nothing, all are base."""
+        if rows == 0:
+            return None
+        runs = [(rows, 1)] if isinstance(rows, int) else [(row, len(list(run))) for row, run in groupby(rows)]
+        return SegmentedLora(self.packing, [TokenSegment(n, self.views(row)) for row, n in runs], per_row=True)
+
+    def views(self, row: int) -> tuple[GroupViews, ...] | None:
+        """The matrices of the adapter in a leased row; None for row 0, the base."""
+        if row not in self._views:  # the arena stays where it is, so a row's views are made once
+            self._views[row] = self.packing.views(self._arena[row])
+        return self._views[row] if row else None
+
+    def packed(self, row: int) -> Tensor:
+        """The leased row itself, `(P,)` in packed order."""
+        return self._arena[row]
 
     def pin(self, adapter_id: str) -> None:
         """Never evict this resident adapter; at most `n_slots - 1` can be pinned."""
@@ -130,7 +174,9 @@ class SlotBank:
                 raise
         return held
 
-    def _bring_in(self, adapter_id: str, loader: Loader | None) -> None:
+    def _bring_in(
+        self, adapter_id: str, loader: Loader | None, spare: Collection[str] = (), *, wait: bool = True
+    ) -> None:
         # the caller holds `_writing`
         if self._table.touch(adapter_id):
             return
@@ -138,60 +184,42 @@ class SlotBank:
             raise AdapterNotFoundError(
                 f"adapter {adapter_id!r} is not in a slot", fix="load it (again), or pin it so that it stays"
             )
-        staged = self._stage(adapter_id, loader())
-        row = self._table.take_row()
+        flat = self._checked(adapter_id, loader())
+        row = self._table.take_row(spare, wait=wait)
         try:
-            self._arena[row].copy_(staged, non_blocking=True)
-            if self._arena.is_cuda:  # the staging buffer is used again by the next load
-                torch.cuda.current_stream(self._arena.device).synchronize()
+            self._write(flat, self._arena[row])
         except BaseException:
             self._table.give_back(row)
             raise
         self._table.publish(adapter_id, row)
 
-    def _stage(self, adapter_id: str, flat: Tensor) -> Tensor:
-        """The checked vector in the arena's memory order, on its own device (pinned host memory beside CUDA)."""
+    def _write(self, flat: Tensor, row: Tensor) -> None:
+        if flat.device == row.device:
+            self.packing.pack(flat, row)
+            return
+        if self._pinned is None:  # packed here, so that what crosses to the device is one copy
+            with torch.inference_mode(False):
+                self._pinned = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda)
+        self.packing.pack(flat.cpu(), self._pinned)
+        row.copy_(self._pinned, non_blocking=True)
+        if row.is_cuda:  # the buffer is used again by the next load
+            torch.cuda.current_stream(row.device).synchronize()
+
+    def _checked(self, adapter_id: str, flat: Tensor) -> Tensor:
+        """The vector, if all of it is finite in the arena's dtype, scaled too."""
         if flat.dim() != 1:
             raise LayoutMismatchError(f"adapter {adapter_id!r}: expected a flat vector, got shape {tuple(flat.shape)}")
         self.layout.check_size(flat.numel())
         flat = flat.detach()
-        staged, staged_B = self._buffer(flat.device)
-        staged.copy_(flat)
-        pieces = [piece for segment, piece in self.layout.views(flat) if segment.part == "lora_B"]
-        for piece, B in zip(pieces, staged_B, strict=True):
-            torch.mul(piece, self.layout.scaling, out=B)
-        self._check_finite(adapter_id, staged)
-        return staged
-
-    def _buffer(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """A float32 vector in the arena's memory order, and its B matrices."""
-        if device not in self._staging:
-            pinned = device.type == "cpu" and self._arena.is_cuda
-            with torch.inference_mode(False):
-                staged = torch.empty(self.layout.n_parameters, device=device, pin_memory=pinned)
-            self._staging[device] = staged, [B for _, B in _tables(self.layout, staged).values()]
-        return self._staging[device]
-
-    def _check_finite(self, adapter_id: str, staged: Tensor) -> None:
-        limit = torch.finfo(self._arena.dtype).max
-        low, high = (v.item() for v in torch.aminmax(staged))
+        limit = torch.finfo(self._arena.dtype).max / max(1.0, abs(self.layout.scaling))
+        low, high = torch.stack(torch.aminmax(flat)).tolist()
         if -limit <= low and high <= limit:  # False for NaN too
-            return
-        broken = next(s for s in self.layout.segments if not _within(staged[s.start : s.stop], limit))
+            return flat
+        broken = next(s for s in self.layout.segments if not _within(flat[s.start : s.stop], limit))
         raise AdapterCorruptError(
             f"adapter {adapter_id!r}: {_describe(broken)} has values that are not finite in {self._arena.dtype}",
             fix="make or fetch the adapter again",
         )
-
-
-def _tables(layout: LoraLayout, stacked: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name -> (A `(..., r, in)`, B `(..., out, r)`) as views of `(..., P)` that holds each B transposed."""
-    out = {}
-    for a, b in zip(layout.segments[::2], layout.segments[1::2], strict=True):
-        lead = stacked.shape[:-1]
-        A = stacked[..., a.start : a.stop].view(*lead, *a.shape)
-        out[a.module] = (A, stacked[..., b.start : b.stop].view(*lead, *b.shape[::-1]).transpose(-1, -2))
-    return out
 
 
 def _within(values: Tensor, limit: float) -> bool:

@@ -1,34 +1,41 @@
 """The resident base answers: complete, stream, score.
 
-* Requests take turns on the model, token by token; long lists are cut into batches of similar length, and what all
-  prompts of a list begin with is read once.
+* All requests, from whatever thread, share one running batch (`scheduler.py`); each comes out as it would alone.
+* What prompts of one adapter begin with is read once.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dnd_sdk.chat import Messages, renders_tools
+from dnd_sdk.config import whole_number
 from dnd_sdk.engine.bank import Fetch, Loader
-from dnd_sdk.engine.decoding import Decoder
-from dnd_sdk.engine.prefix import shared_prefix
+from dnd_sdk.engine.choosing import forward_for
 from dnd_sdk.engine.request import CompletionRequest
 from dnd_sdk.engine.resident import Resident
+from dnd_sdk.engine.row import Ended, Row
+from dnd_sdk.engine.scheduler import Scheduler
 from dnd_sdk.engine.scoring import option_logprobs
-from dnd_sdk.engine.stream import Emit, TextStream
+from dnd_sdk.engine.stream import TextFeed, TextStream
 from dnd_sdk.engine.text import Generation
-from dnd_sdk.errors import BankFullError, ConfigError
+from dnd_sdk.errors import BankFullError
 from dnd_sdk.lora import LoraLayout
-from dnd_sdk.models import Base, grouped
+from dnd_sdk.machine import available_bytes
+from dnd_sdk.models import Base
 
 if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter
+
+_PIECES = {"cpu": (128, 512)}
+_LARGE_PIECES = (2048, 8192)
+"""Prompt tokens of a step beside rows that write, and alone: as few as a step of the device is worth."""
 
 
 class Engine(Resident):
@@ -42,17 +49,31 @@ class Engine(Resident):
         n_slots: int = 8,
         fetch: Fetch | None = None,
         max_batch: int = 16,
-        max_batch_tokens: int = 4096,
+        max_waiting: int = 4096,
     ) -> None:
-        """`max_batch` and `max_batch_tokens` bound the rows and the padded prompt tokens that run together.
+        """`max_batch` bounds the requests that run together, `max_waiting` those that wait to.
 
         `fetch` brings an adapter's flat vector by its id when a request finds that others took its slot.
+        Raises `ConfigError` for sizes that are out of range.
         """
-        if max_batch < 1 or max_batch_tokens < 1:
-            raise ConfigError(f"max_batch and max_batch_tokens must be at least 1, got {max_batch}, {max_batch_tokens}")
+        self.max_batch = whole_number("max_batch", max_batch, 1, 4096)
+        max_waiting = whole_number("max_waiting", max_waiting, 1)
         super().__init__(base, layout, n_slots=n_slots, fetch=fetch)
-        self.max_batch, self.max_batch_tokens = max_batch, max_batch_tokens
-        self._decoder = Decoder(base)
+        memory = _available(base.model.device)
+        forward, self.slow_because = forward_for(base.model, self.bank, store_bytes=memory // 16)
+        """Why requests run one after the other on this base; None: they run together."""
+        piece, large = _PIECES.get(base.model.device.type, _LARGE_PIECES)
+        self._scheduler = Scheduler(
+            forward,
+            self.bank,
+            self.turns,
+            max_rows=self.max_batch,
+            piece=piece,
+            large_piece=large,
+            kv_bytes=memory // 4,
+            max_waiting=max_waiting,
+        )
+        self._ends = _end_tokens(base)
 
     @property
     def local(self) -> Engine:
@@ -81,7 +102,11 @@ class Engine(Resident):
         self.bank.evict(adapter_id)
 
     def close(self) -> None:
-        """Free every slot but those that running requests use; whatever is held again is brought in again."""
+        """Free every slot but those that running requests use, and what is kept of past prompts.
+
+        Whatever is held again is brought in again.
+        """
+        self._scheduler.forget()
         for adapter_id in self.bank.resident():
             with suppress(BankFullError):  # a running request, or one that is just ending, still has it
                 self.bank.evict(adapter_id)
@@ -89,44 +114,49 @@ class Engine(Resident):
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Generation]:
         """Answer requests together; each comes out as it would alone, in the given order.
 
-        Raises `InputError` when a prompt does not fit the base's context together with its `max_new_tokens`, and what
-        `SlotBank.lease` raises; before anything is generated for prompts, during the work for leases.
+        Raises `InputError` when a prompt does not fit the base's context together with its `max_new_tokens`, before
+        anything is generated; `BusyError` when too many requests wait; what `SlotBank.lease` raises, when it is found.
         """
-        # 1. every request is checked, before anything is generated
-        prompts = [self._prompt(r) for r in requests]
-        adapter_ids = [r.adapter_id for r in requests]
-        # 2. in rounds of the slots, alike in length, what all begin with read once
-        rounds = self.rounds(adapter_ids)
-        order = sorted(range(len(prompts)), key=lambda i: (rounds[i], len(prompts[i])))
-        prefix = shared_prefix(self.base.model, prompts, adapter_ids)
-        # 3. batch by batch, each in its turn
-        done: dict[int, Generation] = {}
-        for rows in grouped(order, lambda some: self._fits([requests[i] for i in some], [prompts[i] for i in some])):
-            with self.running([adapter_ids[i] for i in rows]) as turn:
-                some = self._decoder.decode([requests[i] for i in rows], [prompts[i] for i in rows], turn, prefix)
-            done |= zip(rows, some, strict=True)
-        return [done[i] for i in range(len(prompts))]
+        futures = [Future[Generation]() for _ in requests]
+        rows = [self._row(r, _resolving(f)) for r, f in zip(requests, futures, strict=True)]
+        rounds = self.rounds([r.adapter_id for r in requests])
+        order = sorted(range(len(rows)), key=lambda i: rounds[i])
+        ahead = 2 * self.max_batch  # a long list must not fill the queue that others wait in
+        try:
+            for done, i in enumerate(order):
+                for j in order[done and done + ahead - 1 : done + ahead]:
+                    self._scheduler.submit(rows[j], may_wait=done > 0)
+                futures[i].result()
+        except BaseException:
+            for row in rows:
+                row.drop()
+            raise
+        return [future.result() for future in futures]
+
+    def submit(self, request: CompletionRequest) -> Future[Generation]:
+        """Hand one request in and return at once, for `asyncio.wrap_future` or a callback.
+
+        Bad requests raise here, as in `complete`. Cancelling the future lets the request end within a token.
+        """
+        future = Future[Generation]()
+        row = self._row(request, _resolving(future))
+        future.add_done_callback(lambda done: row.drop() if done.cancelled() else None)
+        self._scheduler.submit(row)
+        return future
 
     def stream(self, request: CompletionRequest) -> TextStream:
         """Answer one request piece by piece.
 
         Bad input and missing adapters raise here, errors of the model while iterating. Setting the request's `cancel`,
-        closing or dropping the stream ends the work within a token; the adapter stays leased until then.
+        closing or dropping the stream ends the work within a token.
         """
-        prompt = self._prompt(request)
-        with ExitStack() as stack:
-            rows = stack.enter_context(self.bank.lease([request.adapter_id]))
-            held = stack.pop_all()
-
-        def work(emit: Emit, closed: threading.Event) -> Generation:
-            with held, self.forwarding(rows) as turn:
-                return self._decoder.stream(request, prompt, turn, emit, closed)
-
-        try:
-            return TextStream(work)
-        except BaseException:
-            held.close()
-            raise
+        feed = TextFeed()
+        row = self._row(request, feed.end, feed)
+        if request.adapter_id is not None:
+            with self.bank.lease([request.adapter_id]):
+                pass  # one that cannot be had is the caller's error, not the reader's
+        self._scheduler.submit(row)
+        return TextStream(feed)
 
     def option_logprobs(
         self, messages_list: Sequence[Messages], adapter_ids: Sequence[str | None], options: Sequence[str]
@@ -138,13 +168,36 @@ class Engine(Resident):
         scores = option_logprobs(self, messages_list, [options] * len(messages_list), adapter_ids)
         return torch.tensor(scores.logprobs)
 
-    def _prompt(self, request: CompletionRequest) -> list[int]:
-        return self.prompt_ids(request.chat, request.options.max_new_tokens, request.tools)
+    def _row(self, request: CompletionRequest, ended: Ended, feed: TextFeed | None = None) -> Row:
+        return Row(
+            request,
+            self.prompt_ids(request.chat, request.options.max_new_tokens, request.tools),
+            self.base.tokenizer,
+            self._ends,
+            self.base.model.device,
+            ended,
+            emit=None if feed is None else feed.emit,
+            closed=None if feed is None else feed.closed,
+        )
 
-    def _fits(self, requests: Sequence[CompletionRequest], prompts: Sequence[list[int]]) -> bool:
-        longest = max(map(len, prompts))
-        padded = len(prompts) * longest  # activations and cache grow with it
-        small = len(prompts) <= self.max_batch and padded <= self.max_batch_tokens
-        # rows that are over go on, unseen, until the last one is: none may leave the context
-        bounded = longest + max(r.options.max_new_tokens for r in requests) <= self.context_tokens
-        return small and bounded and self.fits_slots([r.adapter_id for r in requests])
+
+def _resolving(future: Future[Generation]) -> Ended:
+    def ended(outcome: Generation | BaseException) -> None:
+        if future.set_running_or_notify_cancel():
+            if isinstance(outcome, Generation):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+
+    return ended
+
+
+def _end_tokens(base: Base) -> frozenset[int]:
+    configured = getattr(base.model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list | tuple) else [configured]
+    return frozenset(int(t) for t in [*several, base.tokenizer.eos_token_id] if t is not None)
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that the engine may plan with."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dnd_sdk.chat import checked_chat, checked_tools, tools_not_shown
 from dnd_sdk.engine.backend import Backend
-from dnd_sdk.engine.stream import Emit, TextStream
+from dnd_sdk.engine.stream import TextFeed, TextStream
 from dnd_sdk.engine.text import Generation, RowText
 from dnd_sdk.errors import AdapterNotFoundError, InputError
 
@@ -96,7 +96,15 @@ class FakeBackend(Backend):
         """See `Backend.stream`."""
         n_prompt = self._checked(request)
         self.requests.append(request)
-        return TextStream(lambda emit, closed: self._say(request, n_prompt, emit, closed))
+        feed = TextFeed()
+        threading.Thread(target=self._feed, args=(request, n_prompt, feed), name="dnd-fake").start()
+        return TextStream(feed)
+
+    def _feed(self, request: CompletionRequest, n_prompt: int, feed: TextFeed) -> None:
+        try:
+            feed.end(self._say(request, n_prompt, feed.emit, feed.closed))
+        except BaseException as error:  # the consumer must hear of everything, it waits
+            feed.end(error)
 
     def _checked(self, request: CompletionRequest) -> int:
         """How many words the prompt has."""
@@ -117,7 +125,7 @@ class FakeBackend(Backend):
         self,
         request: CompletionRequest,
         n_prompt: int,
-        emit: Emit | None = None,
+        emit: Callable[[str], None] | None = None,
         closed: threading.Event | None = None,
     ) -> Generation:
         words, options = _Words(), request.options

@@ -26,6 +26,9 @@ class CompletionRequest:
     cancel: threading.Event | None = None
     """Ends this request within a token once it is set; None: nothing does."""
 
+    deadline_s: float | None = None
+    """Seconds, from when it is handed in, after which it ends as if cancelled; None: never."""
+
     @property
     def cancelled(self) -> bool:
         """Whether somebody asked for its end."""

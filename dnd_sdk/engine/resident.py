@@ -10,7 +10,7 @@ all rows use the base, the plain model runs: bit-identical, no overhead.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dnd_sdk.chat import Messages, Tools, prompt_ids
 from dnd_sdk.engine.bank import Fetch, SlotBank
 from dnd_sdk.engine.turns import Turn, Turns
 from dnd_sdk.errors import InputError, shown
-from dnd_sdk.lora import LoraLayout, attach_lora, tables_from_flat, use_lora
+from dnd_sdk.lora import LoraLayout, SegmentedLora, TokenSegment, attach_lora, using
 from dnd_sdk.models import Base
 
 
@@ -29,7 +29,10 @@ class Resident:
     def __init__(self, base: Base, layout: LoraLayout, *, n_slots: int = 8, fetch: Fetch | None = None) -> None:
         """`n_slots` adapters of `layout` can be in the bank at once; `fetch` as for `SlotBank`."""
         self.base, self.layout = base, layout
-        self.bank = SlotBank(layout, n_slots, base.model.device, base.model.dtype, fetch=fetch)
+        device = base.model.device
+        # beside a bfloat16 base on a CPU: small products are several times faster there in float32
+        dtype = torch.float32 if device.type == "cpu" else base.model.dtype
+        self.bank = SlotBank(layout, n_slots, device, dtype, fetch=fetch)
         self.turns = Turns()
         attach_lora(base.model, layout)
 
@@ -61,19 +64,21 @@ class Resident:
             yield turn
 
     @contextmanager
-    def forwarding(self, rows: Tensor | int) -> Iterator[Turn]:
+    def forwarding(self, rows: tuple[int, ...] | int) -> Iterator[Turn]:
         """The same for bank rows that are leased already, as `SlotBank.lease` yields them."""
-        plain = isinstance(rows, int) and rows == 0
-        adapted = nullcontext() if plain else use_lora(self.bank.tables, rows)
-        with self.turns.take() as turn, torch.inference_mode(), adapted:
+        with self.turns.take() as turn, torch.inference_mode(), using(self.bank.adapted(rows)):
             yield turn
 
     @contextmanager
     def trying(self, flat: Tensor) -> Iterator[Turn]:
         """The same for weights `(P,)` that are in no slot: every row of this thread's forwards uses them."""
-        tables = tables_from_flat(self.layout, flat[None].to(self.base.model.device, self.base.model.dtype))
-        with self.turns.take() as turn, torch.inference_mode(), use_lora(tables, 0):
-            yield turn
+        packing = self.bank.packing
+        self.layout.check_size(flat.numel())
+        with self.turns.take() as turn, torch.inference_mode():
+            packed = torch.empty_like(self.bank.packed(0))
+            packing.pack(flat.to(packed.device), packed)
+            with using(SegmentedLora(packing, [TokenSegment(1, packing.views(packed))], per_row=True)):
+                yield turn
 
     def rounds(self, adapter_ids: Sequence[str | None]) -> list[int]:
         """Which round of the slots each row is best run in, so that every adapter is brought in once.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from dnd_sdk.config import whole_number
@@ -22,6 +22,8 @@ class Slot:
     """One resident adapter."""
 
     row: int
+    loading: int
+    """The how-manieth of the bank: an adapter that is brought in anew gets another."""
     leases: int = 0
     pinned: bool = False
 
@@ -36,9 +38,10 @@ class SlotTable:
 
     def __init__(self, n_slots: int, wait_s: float) -> None:
         self.n_slots = n_slots = whole_number("n_slots", n_slots, 1, MAX_SLOTS)
-        self._wait_s = wait_s
+        self.wait_s = wait_s
         self._slots: OrderedDict[str, Slot] = OrderedDict()
         self._free = list(range(n_slots, 0, -1))
+        self._loadings = 0
         self._changed = threading.Condition()
 
     def ids(self) -> list[str]:
@@ -64,6 +67,11 @@ class SlotTable:
                 self._slots[i].leases += 1
             return {i: self._slots[i].row for i in wanted}
 
+    def lease_one(self, adapter_id: str) -> tuple[int, int] | None:
+        """Row and loading of this adapter with one more lease, or None when it is not resident."""
+        rows = self.lease([adapter_id])
+        return None if rows is None else (rows[adapter_id], self._slots[adapter_id].loading)
+
     def release(self, adapter_ids: Iterable[str]) -> None:
         """Give back one lease of each."""
         with self._changed:
@@ -71,24 +79,28 @@ class SlotTable:
                 self._slots[i].leases -= 1
             self._changed.notify_all()
 
-    def take_row(self) -> int:
-        """A row nobody reads: a free one, else the least recently used idle adapter's.
+    def take_row(self, spare: Collection[str] = (), *, wait: bool = True) -> int:
+        """A row nobody reads: a free one, else the least recently used idle adapter's that is not in `spare`.
 
-        Waits for a running request to end. Raises `BankFullError` when none does in time.
+        Waits for a running request to end, if it may. Raises `BankFullError` when none does in time.
         """
         with self._changed:
-            if not self._changed.wait_for(self._reclaimable, self._wait_s):
-                raise BankFullError(
-                    f"all {self.n_slots} adapter slots are pinned or in use after waiting {self._wait_s:g} s",
-                    fix="unpin an adapter, close open streams, or make the engine with more n_slots",
-                )
+            if not self._changed.wait_for(lambda: self._reclaimable(spare), self.wait_s if wait else 0.0):
+                raise self.full()
             if not self._free:
-                victim = next(i for i, slot in self._slots.items() if slot.idle)
+                victim = next(i for i, slot in self._slots.items() if slot.idle and i not in spare)
                 self._free.append(self._slots.pop(victim).row)
             return self._free.pop()
 
-    def _reclaimable(self) -> bool:
-        return bool(self._free) or any(slot.idle for slot in self._slots.values())
+    def full(self) -> BankFullError:
+        """What is raised when no slot has become free in time."""
+        return BankFullError(
+            f"all {self.n_slots} adapter slots are pinned or in use after waiting {self.wait_s:g} s",
+            fix="unpin an adapter, close open streams, or make the engine with more n_slots",
+        )
+
+    def _reclaimable(self, spare: Collection[str]) -> bool:
+        return bool(self._free) or any(slot.idle and i not in spare for i, slot in self._slots.items())
 
     def give_back(self, row: int) -> None:
         """Return a taken row that was not published."""
@@ -99,7 +111,8 @@ class SlotTable:
     def publish(self, adapter_id: str, row: int) -> None:
         """Make a fully written row visible under this id."""
         with self._changed:
-            self._slots[adapter_id] = Slot(row)
+            self._loadings += 1
+            self._slots[adapter_id] = Slot(row, self._loadings)
             self._changed.notify_all()
 
     def evict(self, adapter_id: str) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -14,6 +14,16 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 _BYTE_TOKENS = (("<0x8F>", "<0xA0>", "<0x80>"), ("ı", "ł", "Ģ"))
 """Tokens of the bytes 8F, A0 and 80, as vocabularies with a byte fallback and byte-level ones spell them."""
+
+
+class TokenLogprob(NamedTuple):
+    """How likely the model found a token that it wrote."""
+
+    text: str
+    logprob: float
+    """Natural logarithm, before temperature and other options of sampling."""
+    likeliest: tuple[tuple[str, float], ...] = ()
+    """The likeliest tokens at its place, as many as asked for, in falling order."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,11 @@ class Generation:
     completion_tokens: int
     """Tokens generated, the end-of-turn token or stop string included."""
     finish_reason: FinishReason
-    """`"stop"`: end of turn or stop string; `"length"`: `max_new_tokens` reached."""
+    """`"stop"`: end of turn or stop string; `"length"`: `max_new_tokens` reached; `"cancelled"`, also by a deadline."""
+    reused_tokens: int = field(default=0, compare=False)
+    """Of the prompt's, those that had been read for another request."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of all generated tokens, if `SamplingOptions.logprobs` asks for them."""
 
 
 class Detokenizer(Protocol):

@@ -1,18 +1,16 @@
-"""Per-row LoRA on a resident model, chosen by the caller's context and never by global state.
+"""LoRA on a resident model, chosen by the caller's context and never by global state.
 
 * `attach_lora` wraps the forward of the layout's Linears; the model's modules, names and weights stay untouched.
-* `use_lora(tables, rows)` sets, for this thread (or task) only, which adapter each batch row uses: no "active adapter"
-  that two requests could race for.
-* One adapter for all rows: two GEMMs. Several: gather + bmm, whose cost does not depend on how many adapters there are.
-* Differentiable in the tables, so serving (slot bank) and training (parameters, generator output) share it.
+* `using(adapted)` sets, for this thread (or task) only, what is added to them: no "active adapter" that two requests
+  could race for. `use_lora(tables, rows)` is the differentiable way, for training and by hand; `SegmentedLora` serves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,30 +21,63 @@ Tables = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A `(S, r, in)`, B `(S, out, r)` with the scaling folded in)."""
 
 
-@dataclass(frozen=True)
-class LoraRows:
-    """Which of the S adapters in `tables` each batch row uses."""
+class Adapted(Protocol):
+    """What changes the outputs of a model's Linears."""
 
-    tables: Tables
-    rows: Tensor | int
-    """An int: all rows use that adapter. A long tensor `(B,)`: one adapter per row."""
-    uniform: Tables | None
-    """For an int: module name -> (A `(in, r)`, B `(r, out)`), cut out once per block instead of once per forward."""
+    def add(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        """The output of module `name`, whose own is `out` `(..., out)` for the input `x` `(..., in)`."""
 
 
-_active: ContextVar[LoraRows | None] = ContextVar("dnd_lora_rows", default=None)
+_active: ContextVar[Adapted | None] = ContextVar("dnd_adapted", default=None)
 
 
 @contextmanager
-def use_lora(tables: Tables, rows: Tensor | int) -> Iterator[None]:
-    """Apply adapters to every forward of an attached model inside this block, in this context only."""
-    # A (S, r, in) -> (in, r) and B (S, out, r) -> (r, out) of the one adapter
-    uniform = {n: (A[rows].T, B[rows].T) for n, (A, B) in tables.items()} if isinstance(rows, int) else None
-    token = _active.set(LoraRows(tables, rows, uniform))
+def using(adapted: Adapted | None) -> Iterator[None]:
+    """Apply `adapted` (None: nothing) to every forward of an attached model inside this block, in this context only."""
+    token = _active.set(adapted)
     try:
         yield
     finally:
         _active.reset(token)
+
+
+@contextmanager
+def use_lora(tables: Tables, rows: Tensor | Sequence[int] | int) -> Iterator[None]:
+    """Apply the adapters `rows` of `tables`, differentiable in the tables.
+
+    `rows`: an int is one adapter for all batch rows, several ints or a long tensor `(B,)` one per batch row.
+    """
+    with using(_Uniform(tables, rows) if isinstance(rows, int) else _Gathered(tables, torch.as_tensor(rows))):
+        yield
+
+
+class _Uniform:
+    """One adapter for all rows."""
+
+    def __init__(self, tables: Tables, row: int) -> None:
+        # A (S, r, in) -> (in, r) and B (S, out, r) -> (r, out) of the one adapter
+        self._tables = {n: (A[row].T, B[row].T) for n, (A, B) in tables.items()}
+
+    def add(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        if name not in self._tables:
+            return out
+        A, B = self._tables[name]
+        low = torch.mm(x.reshape(-1, x.shape[-1]), A)  # (B, T, in) -> (B T, r)
+        return torch.addmm(out.flatten(0, -2), low, B).view_as(out)  # (B T, out) -> (B, T, out)
+
+
+class _Gathered:
+    """One adapter per row."""
+
+    def __init__(self, tables: Tables, rows: Tensor) -> None:
+        self._tables, self._rows = tables, rows
+
+    def add(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        if name not in self._tables:
+            return out
+        A, B = (table[self._rows] for table in self._tables[name])  # (S, ...) -> (B, ...): each row's own
+        # x (B, T, in), A (B, r, in), B (B, out, r): (B, T, in) -> (B, T, r) -> (B, T, out)
+        return torch.baddbmm(out, torch.bmm(x, A.transpose(1, 2)), B.transpose(1, 2))
 
 
 def tables_from_flat(layout: LoraLayout, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -70,29 +101,8 @@ def attach_lora(model: nn.Module, layout: LoraLayout) -> None:
 
 def _with_lora(plain: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        out = plain(x)
-        active = _active.get()
-        if active is None or name not in active.tables:
-            return out
-        if active.uniform is not None:
-            return _uniform(out, x, *active.uniform[name])
-        A, B = active.tables[name]
-        return _gathered(out, x, A[active.rows], B[active.rows])  # (S, ...) -> (B, ...): each row's own adapter
+        out, adapted = plain(x), _active.get()
+        return out if adapted is None else adapted.add(name, x, out)
 
     forward.dnd_lora = True  # type: ignore[attr-defined]
     return forward
-
-
-def _uniform(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    # A (in, r), B (r, out); a Linear's result is its own, so inference adds in place: no copy of `out` per token.
-    # mm, since the linear of torch transposes and reshapes anew on every call
-    low = torch.mm(x.reshape(-1, x.shape[-1]), A)  # (B, T, in) -> (B T, r)
-    if torch.is_grad_enabled() or not out.is_contiguous():
-        return torch.addmm(out.flatten(0, -2), low, B).view_as(out)  # (B T, out) -> (B, T, out)
-    out.view(-1, out.shape[-1]).addmm_(low, B)
-    return out
-
-
-def _gathered(out: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    # x (B, T, in), A (B, r, in), B (B, out, r): (B, T, in) -> (B, T, r) -> (B, T, out)
-    return torch.baddbmm(out, torch.bmm(x, A.transpose(1, 2)), B.transpose(1, 2))

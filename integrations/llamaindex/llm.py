@@ -70,6 +70,8 @@ class DnDLLM(CustomLLM):
     temperature: float = Field(0.0, description="0 is greedy.")
     top_p: float = Field(1.0, description="Nucleus mass, used when temperature > 0.")
     top_k: int = Field(0, description="0 keeps every token.")
+    min_p: float = Field(0.0, description="Least share of the likeliest token's probability, when temperature > 0.")
+    repetition_penalty: float = Field(1.0, description="Above 1, tokens of prompt and answer become less likely.")
     stop: list[str] = Field(default_factory=list, description="Text is cut before the first of these.")
     seed: int | None = Field(None, description="None draws fresh randomness.")
 

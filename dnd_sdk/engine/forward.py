@@ -1,0 +1,225 @@
+"""One forward for many requests: a flat list of their tokens, each request at its own place.
+
+Every step reads one token of each row that writes its answer and the next pieces of prompts; rows may use different
+adapters. The model is transformers' own; only its attention (`attention.py`) and the LoRA on its Linears know of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnd_sdk.engine.attention import LanePart, Part, PromptPart, Step, stepping
+from dnd_sdk.engine.bank import SlotBank
+from dnd_sdk.engine.kv_cache import KeyValueShape, Lane, Lanes
+from dnd_sdk.engine.prompt_store import PromptStore, alike, MIN_SHARED
+from dnd_sdk.lora import GroupViews, SegmentedLora, TokenSegment, using
+
+
+@dataclass(eq=False)
+class ModelRow:
+    """What the model knows of one request."""
+
+    prompt: list[int]
+    adapter_row: int
+    """Of the bank, leased as long as this lives; 0: the base."""
+    adapter_key: Any
+    """Equal for rows whose adapters are the same weights."""
+    n_read: int = 0
+    """Tokens whose keys and values are there."""
+    n_reused: int = 0
+    """Of them, taken from another request."""
+    n_worth: int = 0
+    """How many tokens of the prompt others will want."""
+    token: int = 0
+    """To be read next, once the prompt is."""
+    kv: Tensor | None = None
+    """Of the prompt, while it is read."""
+    lane: Lane[ModelRow] | None = None
+    place: int = 0
+    has_copy: bool = False
+    """Whether its place of the lane holds its adapter."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the prompt is."""
+        return self.n_read >= len(self.prompt)
+
+
+class FlatForward:
+    """For bases whose layers all attend, to everything or to a window; owned by one thread at a time."""
+
+    def __init__(self, model: Any, bank: SlotBank, shape: KeyValueShape, *, store_bytes: int) -> None:
+        self._model, self._bank, self._shape = model, bank, shape
+        self._lanes: Lanes[ModelRow] = Lanes(shape)
+        self._store = PromptStore(store_bytes)
+        self._reading: list[ModelRow] = []
+        self._views: dict[tuple[int, int, int], tuple[GroupViews, ...]] = {}
+        self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
+        """Any mask of four dimensions: models then make none, and attention here needs none."""
+        self.windows: dict[int, int | None] = {}
+        """By layer, how many tokens it saw in the last step; None: all."""
+
+    @property
+    def token_bytes(self) -> int:
+        """What one token of a row takes."""
+        return self._shape.token_bytes
+
+    def must_wait(self, adapter_key: Any, prompt: Sequence[int]) -> bool:
+        """Whether a row that is being read will soon leave a head that this prompt should begin with."""
+        soon = [row for row in self._reading if row.n_worth and row.adapter_key == adapter_key]
+        gains = [min(alike(row.prompt[: row.n_worth], prompt), len(prompt) - 1) for row in soon]
+        if max(gains, default=0) < MIN_SHARED:
+            return False
+        known = self._store.known(adapter_key, prompt)
+        return max(gains) >= (0 if known is None else known.shape[2]) + MIN_SHARED
+
+    def start(self, row: ModelRow, others: Iterable[Sequence[int]] = ()) -> None:
+        """Take a row in; `others` are prompts of the same adapter that wait."""
+        known = self._store.known(row.adapter_key, row.prompt)
+        row.kv = self._shape.empty(len(row.prompt))
+        if known is not None:
+            row.n_read = row.n_reused = known.shape[2]
+            row.kv[:, :, : row.n_read].copy_(known)
+        row.n_worth = self._store.worth(row.adapter_key, row.prompt, others, row.n_read)
+        self._reading.append(row)
+
+    def end(self, row: ModelRow) -> None:
+        """Let a row go."""
+        if row in self._reading:
+            self._reading.remove(row)
+        if row.lane is not None:
+            moved = row.lane.remove(row.place)
+            if moved is not None:
+                moved.place = row.place
+        row.lane = row.kv = None
+
+    def rest(self) -> None:
+        """Nothing runs: give back what only running rows need."""
+        self._views.clear()
+        self._lanes.free()
+
+    def forget(self) -> None:
+        """Keep nothing of past prompts."""
+        self._store.clear()
+
+    def run(self, writing: Sequence[ModelRow], reading: Sequence[tuple[ModelRow, int]]) -> Tensor:
+        """Read `token` of each row in `writing` and that many more tokens of each prompt in `reading`.
+
+        Returns logits `(n, V)`: of the rows in `writing`, in the order of `ordered`, then of the prompts that end here.
+        """
+        for row in writing:
+            self._make_room(row)
+        parts: list[Part] = []
+        segments: list[TokenSegment] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        for rows in _neighbours(self.ordered(writing)):
+            lane, first = rows[0].lane, rows[0].place
+            assert lane is not None
+            parts.append(LanePart(lane, first, [row.n_read for row in rows]))
+            segments.append(TokenSegment(len(rows), self._adapters(lane, rows)))
+            ids += [row.token for row in rows]
+            positions += [row.n_read for row in rows]
+        wanted = list(range(len(ids)))
+        for row, n in reading:
+            assert row.kv is not None
+            end = row.n_read + n
+            parts.append(PromptPart(row.kv, row.n_read, n))
+            segments.append(TokenSegment(n, self._bank.views(row.adapter_row)))
+            ids += row.prompt[row.n_read : end]
+            positions += range(row.n_read, end)
+            if end == len(row.prompt):
+                wanted.append(len(ids) - 1)
+        logits = self._logits(ids, positions, wanted, parts, segments)
+        for row in writing:
+            row.n_read += 1
+        for row, n in reading:
+            self._was_read(row, n)
+        return logits
+
+    def ordered(self, writing: Sequence[ModelRow]) -> list[ModelRow]:
+        """The rows as `run` orders them."""
+        return sorted(writing, key=lambda row: (row.lane.length if row.lane else 0, row.place))
+
+    def _logits(
+        self,
+        ids: list[int],
+        positions: list[int],
+        wanted: list[int],
+        parts: Sequence[Part],
+        segments: Sequence[TokenSegment],
+    ) -> Tensor:
+        device, model = self._model.device, self._model
+        plain = all(segment.views is None for segment in segments)
+        lora = None if plain else SegmentedLora(self._bank.packing, segments)
+        where = torch.tensor(wanted, device=device, dtype=torch.long)
+        keeps = model._supports_logits_to_keep()
+        step = Step(parts)
+        with using(lora), stepping(step):
+            out = model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                attention_mask=self._mask,
+                use_cache=False,
+                **({"logits_to_keep": where} if keeps else {}),
+            )
+        self.windows = step.windows
+        logits: Tensor = out.logits[0]  # (1, n or T, V) -> (n or T, V)
+        return logits if keeps else logits[where]
+
+    def _was_read(self, row: ModelRow, n: int) -> None:
+        row.n_read += n
+        kv = row.kv
+        assert kv is not None
+        if row.n_worth and row.n_read >= row.n_worth:
+            self._store.keep(row.adapter_key, row.prompt, kv[:, :, : row.n_worth])
+            row.n_worth = 0
+        if row.is_read:
+            self._reading.remove(row)
+            self._settle(row, kv)
+
+    def _settle(self, row: ModelRow, kv: Tensor) -> None:
+        """Move a row into a lane with room for its next tokens."""
+        lane = self._lanes.lane_for(kv.shape[2] + 1)
+        place = lane.add(row, kv)
+        row.lane, row.place, row.kv, row.has_copy = lane, place, None, False
+
+    def _make_room(self, row: ModelRow) -> None:
+        lane, place = row.lane, row.place
+        assert lane is not None
+        if row.n_read < lane.length:
+            return
+        kv = lane.kv[:, :, place].clone()  # its place is given away
+        self.end(row)
+        self._settle(row, kv)
+
+    def _adapters(self, lane: Lane[ModelRow], rows: Sequence[ModelRow]) -> tuple[GroupViews, ...] | None:
+        if len({row.adapter_row for row in rows}) == 1:
+            return self._bank.views(rows[0].adapter_row)
+        adapters = lane.adapters_like(self._bank.packed(0))
+        for row in rows:
+            if not row.has_copy:
+                adapters[row.place].copy_(self._bank.packed(row.adapter_row))
+                row.has_copy = True
+        key = adapters.data_ptr(), rows[0].place, len(rows)
+        if key not in self._views:
+            self._views[key] = self._bank.packing.views(adapters[rows[0].place : rows[0].place + len(rows)])
+        return self._views[key]
+
+
+def _neighbours(rows: Sequence[ModelRow]) -> Iterable[list[ModelRow]]:
+    """Runs of rows that lie side by side in a lane."""
+    run: list[ModelRow] = []
+    for row in rows:
+        if run and (row.lane is not run[-1].lane or row.place != run[-1].place + 1):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run

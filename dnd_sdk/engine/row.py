@@ -1,0 +1,114 @@
+"""One request on its way: from its prompt's tokens to its text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dnd_sdk.engine.forward import ModelRow
+from dnd_sdk.engine.request import CompletionRequest
+from dnd_sdk.engine.sampling import Sampler, Scored
+from dnd_sdk.engine.text import Detokenizer, Generation, RowText, TokenLogprob
+
+Ended = Callable[[Generation | BaseException], None]
+"""Told once what came of a request; called by the thread that runs the model, so it must not take long."""
+
+
+class Row:
+    """A request, waiting or running; after it was handed in, only the scheduler's thread touches it."""
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        prompt: list[int],
+        tokenizer: Detokenizer,
+        ends: frozenset[int],
+        device: torch.device,
+        ended: Ended,
+        *,
+        emit: Callable[[str], None] | None = None,
+        closed: threading.Event | None = None,
+    ) -> None:
+        """`emit` gets the text as it comes; `closed` ends the request as its own `cancel` does."""
+        options = request.options
+        self.request, self.prompt = request, prompt
+        self.model: ModelRow | None = None
+        """None while it waits."""
+        self.n_pieces = 0
+        """In how many steps its prompt was read so far."""
+        self.n_passed = 0
+        """How many were let in while it waited."""
+        self._text = RowText(tokenizer, ends, options.stop, emit, max_new_tokens=options.max_new_tokens)
+        self._tokenizer, self._ends, self._ended = tokenizer, ends, ended
+        self._sampler = Sampler(options, device)
+        self._closed = closed
+        self._until = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        self._tokens: list[int] = []
+        self._scores: list[Scored] | None = None if options.logprobs is None else []
+        self._dropped = False
+
+    def drop(self) -> None:
+        """Nobody wants the answer any more; from any thread."""
+        self._dropped = True
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether its next token is the one with the largest logit."""
+        return self._sampler.takes_the_likeliest
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it needs no more tokens, also because of a cancel, which this notes."""
+        closed = self._closed is not None and self._closed.is_set()
+        late = self._until is not None and time.monotonic() >= self._until
+        if self._dropped or closed or late or self.request.cancelled:
+            self._text.cancel(len(self._tokens))
+        return self._text.is_over(len(self._tokens))
+
+    def draw(self, logits: Tensor) -> int:
+        """The next token from logits `(V,)`."""
+        scored = self._sampler.draw(logits, [*self.prompt, *self._tokens])
+        if self._scores is not None:
+            self._scores.append(scored)
+        return scored.token
+
+    def take(self, token: int) -> None:
+        """Add a token to the answer."""
+        self._tokens.append(token)
+        # text that nobody needs yet is made at the end, at once
+        if self._text.is_read or token in self._ends:
+            self._text.feed(self._tokens[self._text.n_tokens :])
+
+    def finish(self) -> None:
+        """Say what came of it."""
+        self._text.feed(self._tokens[self._text.n_tokens :])
+        generation = self._text.result(len(self.prompt))
+        reused = 0 if self.model is None else self.model.n_reused
+        told = None if self._scores is None else self._told(self._scores[: generation.completion_tokens])
+        self._ended(
+            Generation(
+                generation.text,
+                generation.prompt_tokens,
+                generation.completion_tokens,
+                generation.finish_reason,
+                reused,
+                told,
+            )
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """Say what went wrong."""
+        self._ended(error)
+
+    def _told(self, scores: Sequence[Scored]) -> tuple[TokenLogprob, ...]:
+        return tuple(
+            TokenLogprob(self._shown(s.token), s.logprob, tuple((self._shown(t), p) for t, p in s.likeliest))
+            for s in scores
+        )
+
+    def _shown(self, token: int) -> str:
+        return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
