@@ -79,7 +79,7 @@ def test_while_another_thread_streams_both_come_out_as_alone(
     stream = engine.stream(CompletionRequest("hi", "a", LONG))
     pieces = [next(stream)]
     rounds = 0
-    while stream._thread.is_alive():
+    while not engine._scheduler.is_idle:
         for got, expected in zip(work(engine), want, strict=True):
             assert torch.equal(got, expected)
         rounds += 1

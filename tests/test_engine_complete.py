@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ from helpers import FAMILIES
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import CompletionRequest, Engine
-from dnd_sdk.engine.decoding import _sampling, left_padded
+from dnd_sdk.engine.forward import FlatForward
+from dnd_sdk.engine.sampling import Sampler
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, InputError, LayoutMismatchError
 from dnd_sdk.lora.linear import use_lora
 
 SHORT = SamplingOptions(max_new_tokens=8)
+LONG = SamplingOptions(max_new_tokens=400)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +40,10 @@ def engine() -> Engine:
 
 
 def logits(engine: Engine, prompts: list[str], adapters: list[str | None]) -> torch.Tensor:
-    """Logits of every position `(B, T, V)`, left padded."""
-    ids = [chat_ids(engine.base, p)[0].tolist() for p in prompts]
-    ids, mask = left_padded(ids, 0, engine.base.model.device)
+    """Logits of every position `(B, T, V)`; the prompts are equally long."""
+    ids = torch.cat([chat_ids(engine.base, p) for p in prompts])
     with engine.running(adapters):
-        return engine.base.model(input_ids=ids, attention_mask=mask).logits
+        return engine.base.model(input_ids=ids).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,18 +109,34 @@ def test_mixed_batches_keep_order_and_equal_single_calls(engine: Engine) -> None
     assert ask_all(small, prompts, adapters, SHORT) == single
 
 
-def test_long_prompts_run_in_smaller_batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = ["hi", "so long " * 20, "hi", "very long " * 30]
-    lengths = [len(engine.prompt_ids(p, 8)) for p in prompts]
-    small = Engine(engine.base, engine.layout, max_batch_tokens=2 * max(lengths) - 1)
-    ran: list[list[int]] = []
-    decode = small._decoder.decode
-    monkeypatch.setattr(
-        small._decoder, "decode", lambda asked, ids, *a: ran.append([len(i) for i in ids]) or decode(asked, ids, *a)
-    )
-    assert ask_all(small, prompts, [None] * 4, SHORT) == ask_all(engine, prompts, [None] * 4, SHORT)
-    assert len(ran) > 1 and sorted(n for batch in ran for n in batch) == sorted(lengths)
-    assert all(len(batch) * max(batch) <= small.max_batch_tokens for batch in ran)
+def steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
+    """Grows by (rows that write, prompt tokens read by row) of every step."""
+    seen: list[tuple[int, list[int]]] = []
+    run = FlatForward.run
+
+    def watched(self: FlatForward, writing: Any, reading: Any) -> torch.Tensor:
+        seen.append((len(writing), [n for _, n in reading]))
+        return run(self, writing, reading)
+
+    monkeypatch.setattr(FlatForward, "run", watched)
+    return seen
+
+
+def test_a_long_prompt_is_read_in_pieces_while_others_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = adapted_engine()
+    whole = engine.prompt_ids("so long " * 50, 8)
+    alone = [ask(engine, p, a, SHORT) for p, a in (("hi", "a"), ("so long " * 50, "b"))]
+    engine.close()
+    engine.bank.load("a", strong(engine.layout, 0))
+    engine.bank.load("b", strong(engine.layout, 1))
+    seen = steps(engine, monkeypatch)
+    writer = engine.stream(CompletionRequest("hi", "a", LONG))
+    next(writer)
+    got = ask(engine, "so long " * 50, "b", SHORT)
+    assert writer.generation is None
+    assert (got, "".join(writer)[:4]) == (alone[1], alone[0].text[1:5])
+    pieces = [n for n_writing, reading in seen if n_writing for n in reading]
+    assert sum(pieces) == len(whole) and max(pieces) == 128 and len(pieces) == -(-len(whole) // 128)
 
 
 def test_no_prompts_no_completions(engine: Engine) -> None:
@@ -183,9 +201,8 @@ def test_seeded_sampling_repeats_alone_and_in_a_batch(engine: Engine) -> None:
 
 def test_sampling_follows_the_distribution() -> None:
     n, logit = 4000, torch.tensor([2.0, 1.0, 0.0, 0.5, -1.0, -2.0])
-    options = [SamplingOptions(temperature=0.7, top_k=4, seed=i) for i in range(n)]
-    processors = _sampling(options, torch.device("cpu"))
-    drawn = processors(torch.zeros(n, 1), logit.repeat(n, 1)).argmax(-1).bincount(minlength=6)
+    samplers = [Sampler(SamplingOptions(temperature=0.7, top_k=4, seed=i), torch.device("cpu")) for i in range(n)]
+    drawn = torch.tensor([sampler.draw(logit, []).token for sampler in samplers]).bincount(minlength=6)
     want = n * (logit / 0.7)[:4].softmax(0)
     assert drawn[4:].tolist() == [0, 0]
     chi2 = ((drawn[:4] - want) ** 2 / want).sum().item()
@@ -231,7 +248,7 @@ def test_wrong_calls(engine: Engine) -> None:
 
 def test_an_error_in_the_model_frees_lease_and_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(engine.base.model, "generate", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(engine.base.model, "forward", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             ask(engine, "hi", "a", SHORT)
     assert ask(engine, "hi", "a", SHORT).completion_tokens == 8

@@ -33,9 +33,7 @@ def soon(condition: Callable[[], Any]) -> bool:
 
 
 def idle(engine: Engine) -> bool:
-    return not any(t.name == "dnd-stream" for t in threading.enumerate()) and not any(
-        slot.leases for slot in engine.bank._table._slots.values()
-    )
+    return engine._scheduler.is_idle and not any(slot.leases for slot in engine.bank._table._slots.values())
 
 
 @pytest.mark.parametrize("adapter", [None, "a", "b"])
@@ -80,7 +78,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tokens
 
 
-def test_close_stops_the_thread_and_frees_the_lease(engine: Engine, fed: list[int]) -> None:
+def test_close_stops_the_work_and_frees_the_lease(engine: Engine, fed: list[int]) -> None:
     with engine.stream(CompletionRequest("hi", "a", LONG)) as stream:
         next(stream)
     assert list(stream) == [] and soon(lambda: idle(engine)) and len(fed) < 300
@@ -106,7 +104,7 @@ def test_others_get_answers_while_a_stream_runs(engine: Engine) -> None:
     stream = engine.stream(CompletionRequest("hi", "a", LONG))
     next(stream)
     ask(engine, "x", "b", SamplingOptions(max_new_tokens=2))
-    assert stream._thread.is_alive()
+    assert not engine._scheduler.is_idle
     stream.close()
     assert soon(lambda: idle(engine))
 
@@ -116,7 +114,7 @@ def test_errors_of_the_model_reach_the_consumer(engine: Engine, monkeypatch: pyt
         raise RuntimeError("the model broke")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.base.model, "generate", fail)
+        patch.setattr(engine.base.model, "forward", fail)
         stream = engine.stream(CompletionRequest("hi", "a", LONG))
         with pytest.raises(RuntimeError, match="the model broke"):
             next(stream)

@@ -110,8 +110,9 @@ class SlotBank:
         leased = self._table.lease_one(adapter_id)
         if leased is None and self._writing.acquire(blocking=False):
             try:
-                self._bring_in(adapter_id, self._fetch and partial(self._fetch, adapter_id), spare, wait=False)
-                leased = self._table.lease_one(adapter_id)
+                if self._table.has_room(spare):  # else nothing is fetched in vain
+                    self._bring_in(adapter_id, self._fetch and partial(self._fetch, adapter_id), spare, wait=False)
+                    leased = self._table.lease_one(adapter_id)
             except BankFullError:
                 return None
             finally:

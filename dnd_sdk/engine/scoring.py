@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dnd_sdk.chat import Messages, option_ids
+from dnd_sdk.engine.attention import NAME
 from dnd_sdk.engine.prefix import Prefix, shared_prefix
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.models import grouped
@@ -185,7 +186,7 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 def _check_packable(model: Any) -> None:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or config._attn_implementation not in ("sdpa", "eager"):
+    if kinds or config._attn_implementation not in ("sdpa", "eager", NAME):
         raise ConfigError(
             f"option scoring needs layers of plain attention (sdpa or eager), {type(model).__name__} has "
             f"{sorted(kinds) or config._attn_implementation}",

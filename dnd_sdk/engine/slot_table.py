@@ -99,6 +99,11 @@ class SlotTable:
             fix="unpin an adapter, close open streams, or make the engine with more n_slots",
         )
 
+    def has_room(self, spare: Collection[str] = ()) -> bool:
+        """Whether `take_row` would not wait."""
+        with self._changed:
+            return self._reclaimable(spare)
+
     def _reclaimable(self, spare: Collection[str]) -> bool:
         return bool(self._free) or any(slot.idle and i not in spare for i, slot in self._slots.items())
 

@@ -10,13 +10,17 @@ are several times faster there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dnd_sdk.lora.packing import GroupViews, Packing
+
+
+_ALONE = 32_768
+"""Values that one thread of a CPU adds by itself."""
 
 
 class TokenSegment(NamedTuple):
@@ -37,7 +41,7 @@ class SegmentedLora:
         self._segments, self._per_row = segments, per_row
         self._read: tuple[Tensor, int] | None = None
         """The states that were projected last, and for which group."""
-        self._projected: list[tuple[slice, GroupViews, Tensor]] = []
+        self._projected: list[tuple[slice | None, GroupViews, Tensor]] = []
 
     def add(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         """`out` `(..., out)` of module `name` with the adapters' changes for its input `x` `(..., in)`, in place."""
@@ -48,17 +52,11 @@ class SegmentedLora:
             self._project(x, place.group)
         flat, r, i = out.view(-1, out.shape[-1]), self._r, place.member  # (..., out) -> (T, out)
         for where, group, low in self._projected:
-            own, B, target = low[..., i * r : (i + 1) * r], group.B[i], flat[where]
+            own, B, target = low[..., i * r : (i + 1) * r], group.B[i], flat if where is None else flat[where]
             if B.dim() == 3:  # (n, 1, r) x (n, r, out) -> (n, 1, out)
-                own, target = own, target[:, None]
-                if B.dtype == out.dtype:
-                    target.baddbmm_(own, B)
-                else:
-                    target.add_(torch.bmm(own, B))
-            elif B.dtype == out.dtype:  # (n, r) x (r, out) -> (n, out)
-                target.addmm_(own, B)
-            else:
-                target.add_(torch.mm(own, B))
+                _add_product(target[:, None], own, B, torch.bmm, torch.Tensor.baddbmm_)
+            else:  # (n, r) x (r, out) -> (n, out)
+                _add_product(target, own, B, torch.mm, torch.Tensor.addmm_)
         return out
 
     def _project(self, x: Tensor, group: int) -> None:
@@ -69,14 +67,30 @@ class SegmentedLora:
         unit = flat.shape[0] // n_rows if self._per_row else 1
         at = 0
         for segment in self._segments:
-            where = slice(at * unit, (at + segment.n) * unit)
+            where = None if segment.n == n_rows else slice(at * unit, (at + segment.n) * unit)
             at += segment.n
             if segment.views is None:
                 continue
             views = segment.views[group]
-            states = flat[where].to(views.A.dtype)
+            states = (flat if where is None else flat[where]).to(views.A.dtype)
             if views.A.dim() == 3:  # (n, 1, in) x (n, in, n r) -> (n, 1, n r)
                 low = torch.bmm(states[:, None], views.A.transpose(1, 2))
             else:  # (n, in) x (in, n r) -> (n, n r)
                 low = torch.mm(states, views.A.T)
             self._projected.append((where, views, low))
+
+
+def _add_product(
+    target: Tensor, x: Tensor, y: Tensor, product: Callable[..., Tensor], add_product: Callable[..., Tensor]
+) -> None:
+    if y.dtype == target.dtype:
+        add_product(target, x, y)
+        return
+    added = product(x, y)
+    # torch shares work out among threads from this size on, and waits for them longer than the work takes
+    few = max(1, _ALONE // added[0].numel())
+    if few < len(added) <= 4 * few:
+        for some, theirs in zip(target.split(few), added.split(few), strict=True):
+            some.add_(theirs)
+    else:
+        target.add_(added)
