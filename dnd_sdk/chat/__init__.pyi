@@ -1,4 +1,5 @@
 from .messages import Prompt as Prompt, last_user_text as last_user_text, with_role as with_role
+from .schema import checked_schema as checked_schema, schema_places as schema_places
 from .template import (
     Messages as Messages,
     Tools as Tools,
