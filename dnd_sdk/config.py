@@ -80,6 +80,8 @@ class SamplingOptions:
     """None draws fresh randomness."""
     stop: tuple[str, ...] = ()
     """Text is cut before the first of these."""
+    schema: str | None = None
+    """JSON text of a schema that the answer is held to; `chat.checked_schema` makes it of a dict or a class."""
     logprobs: int | None = None
     """How many of the likeliest tokens are told beside each token's own log-probability; None tells nothing."""
 
@@ -97,6 +99,7 @@ class SamplingOptions:
             "logprobs": None if self.logprobs is None else whole_number("logprobs", self.logprobs, 0, MAX_LOGPROBS),
             "seed": None if self.seed is None else whole_number("seed", self.seed, None),
             "stop": _strings("stop", self.stop),
+            "schema": None if self.schema is None else _json_text("schema", self.schema),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -168,6 +171,12 @@ def _number(name: str, value: object, bounds: str, within: Callable[[float], boo
     return number
 
 
+def _json_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be JSON text, got {shown(value)}", fix="use chat.checked_schema to make it")
+    return value
+
+
 def _strings(name: str, value: object) -> tuple[str, ...]:
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not all(isinstance(s, str) for s in found):
@@ -177,7 +186,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     return tuple(found)
 
 
-PER_CALL = ("logprobs",)
+PER_CALL = ("schema", "logprobs")
 """Sampling options that one call asks for; no setting."""
 
 SAMPLING = tuple(f.name for f in fields(SamplingOptions) if f.name not in PER_CALL)

@@ -26,7 +26,7 @@ def peak_rss_mb() -> float:
 
 
 def available_bytes() -> int:
-    """Memory that programs can still have; half of all where the platform does not tell, 4 GiB where it tells nothing."""
+    """Memory that programs can still have; half of all where the platform does not tell, else 4 GiB."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

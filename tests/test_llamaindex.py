@@ -57,13 +57,13 @@ def llm(dnd: DnD) -> DnDLLM:
 def prompts_seen(dnd: DnD, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Token ids of every prompt the model is given."""
     seen: list[list[int]] = []
-    real = dnd.base.model.generate
+    real = dnd.engine.prompt_ids
 
-    def generate(**kwargs: Any) -> Any:
-        seen.extend(kwargs["input_ids"].tolist())
-        return real(**kwargs)
+    def prompt_ids(*args: Any) -> list[int]:
+        seen.append(real(*args))
+        return seen[-1]
 
-    monkeypatch.setattr(dnd.base.model, "generate", generate)
+    monkeypatch.setattr(dnd.engine, "prompt_ids", prompt_ids)
     return seen
 
 

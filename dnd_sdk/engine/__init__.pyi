@@ -7,4 +7,4 @@ from .request import CompletionRequest as CompletionRequest
 from .resident import Resident as Resident
 from .scoring import OptionScores as OptionScores, option_logprobs as option_logprobs
 from .stream import TextStream as TextStream
-from .text import FinishReason as FinishReason, Generation as Generation
+from .text import FinishReason as FinishReason, Generation as Generation, TokenLogprob as TokenLogprob

@@ -1,10 +1,10 @@
-"""Attention of a flat forward: the tokens of many requests in one row, each seeing its own request's tokens only.
+"""Attention of a flat forward: tokens of many requests in one row, each seeing those of its own request only.
 
-transformers' models look their attention up by name and hand it the new tokens' queries, keys and values. Under the name
-here that is, while a `Step` is set, attention over what `kv_cache.py` keeps; otherwise it is their own `sdpa`, to the
-last bit.
+transformers' models look their attention up by name and hand it the new tokens' queries, keys and values. Under the
+name here that is, while a `Step` is set, attention over what `kv_cache.py` keeps; otherwise it is their own `sdpa`, to
+the last bit.
 
-* Rows that write an answer have one token each; those of a lane are one batched product over the lane's memory, the query
+* Rows that write an answer have one token each; those of a lane are one batched product over the lane's memory, query
   heads that share a key head side by side, so nothing is copied.
 * A prompt's piece sees itself, causally, and what was read of its prompt before.
 * Layers that see a window of tokens only pass its width along, and it is kept to.
@@ -36,17 +36,20 @@ _WIDTH = 64
 class LanePart:
     """Neighbouring rows of one lane, one token each."""
 
-    def __init__(self, lane: Lane[Any], first: int, positions: Sequence[int], width: int | None = None) -> None:
-        """`positions` of the new tokens, from row `first` on; `width`: how much of the lane is read, None: no more than
-        the longest row needs.
-        """
-        self.n = len(positions)
-        self._lane, self._rows = lane, slice(first, first + self.n)
-        self._positions = torch.tensor(positions, device=lane.kv.device)
+    def __init__(self, lane: Lane[Any], first: int, positions: Tensor, width: int) -> None:
+        """`positions` `(n,)` of the new tokens, from row `first` on; `width`: how many tokens of each row are read."""
+        self.n = positions.shape[0]
+        self._lane, self._rows, self._width = lane, slice(first, first + self.n), width
+        self._positions = positions
         # (rows, length) -> (rows * length,): where the new tokens are written
-        self._at = self._positions + torch.arange(first, first + self.n, device=lane.kv.device) * lane.length
-        self._width = width or min(lane.length, -(-(max(positions) + 1) // _WIDTH) * _WIDTH)
+        self._at = positions + torch.arange(first, first + self.n, device=positions.device) * lane.length
         self._masks: dict[int | None, Tensor] = {}
+
+    @classmethod
+    def of(cls, lane: Lane[Any], first: int, positions: Sequence[int]) -> LanePart:
+        """With no more of the lane read than the longest row needs."""
+        width = min(lane.length, -(-(max(positions) + 1) // _WIDTH) * _WIDTH)
+        return cls(lane, first, torch.tensor(positions, device=lane.kv.device), width)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """`q` `(n, H, D)`, `k` and `v` `(n, H', D)` of the new tokens, which are kept; returns `(n, H, D)`."""
@@ -120,7 +123,7 @@ class Step:
         self.windows[layer] = window
         sizes = [part.n for part in self.parts]
         cut = zip(self.parts, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        out = [part.attend(layer, *own, scale, window) for part, *own in cut]
+        out = [part.attend(layer, own_q, own_k, own_v, scale, window) for part, own_q, own_k, own_v in cut]
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -166,6 +169,4 @@ def _repeated(states: Tensor, n: int) -> Tensor:
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-        ~allowed, torch.finfo(dtype).min
-    )
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)

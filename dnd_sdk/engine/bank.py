@@ -85,7 +85,7 @@ class SlotBank:
 
     @contextmanager
     def lease(self, adapter_ids: Sequence[str | None]) -> Iterator[tuple[int, ...] | int]:
-        """Keep these adapters in place inside the block; yields the row index per batch row for `adapted` or `use_lora`.
+        """Keep these adapters in place inside the block; yields the bank row per batch row for `adapted` or `use_lora`.
 
         None is the base. Yields an int when all rows use one adapter (0: all base), else one int per batch row.
         Raises `AdapterNotFoundError` for an id that is neither resident nor can be fetched, `BankFullError` when the

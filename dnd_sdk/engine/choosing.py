@@ -91,4 +91,3 @@ def _misseen(model: Any, windows: dict[int, int | None]) -> str | None:
         if windows.get(layer, -1) != expected:
             return f"layer {layer} attends to {windows.get(layer, 'nothing')}, its configuration says {expected}"
     return None
-

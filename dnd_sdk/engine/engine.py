@@ -18,6 +18,7 @@ from dnd_sdk.chat import Messages, renders_tools
 from dnd_sdk.config import whole_number
 from dnd_sdk.engine.bank import Fetch, Loader
 from dnd_sdk.engine.choosing import forward_for
+from dnd_sdk.engine.constraint import Constraints
 from dnd_sdk.engine.request import CompletionRequest
 from dnd_sdk.engine.resident import Resident
 from dnd_sdk.engine.row import Ended, Row
@@ -74,6 +75,8 @@ class Engine(Resident):
             max_waiting=max_waiting,
         )
         self._ends = _end_tokens(base)
+        width = base.model.get_output_embeddings().weight.shape[0]
+        self._constraints = Constraints(base.tokenizer, width, self._ends)
 
     @property
     def local(self) -> Engine:
@@ -169,6 +172,7 @@ class Engine(Resident):
         return torch.tensor(scores.logprobs)
 
     def _row(self, request: CompletionRequest, ended: Ended, feed: TextFeed | None = None) -> Row:
+        schema = request.options.schema
         return Row(
             request,
             self.prompt_ids(request.chat, request.options.max_new_tokens, request.tools),
@@ -176,6 +180,7 @@ class Engine(Resident):
             self._ends,
             self.base.model.device,
             ended,
+            constraint=None if schema is None else self._constraints.start(schema),
             emit=None if feed is None else feed.emit,
             closed=None if feed is None else feed.closed,
         )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dnd_sdk.engine.attention import LanePart, Part, PromptPart, Step, stepping
 from dnd_sdk.engine.bank import SlotBank
+from dnd_sdk.engine.fixed_steps import FixedSteps
 from dnd_sdk.engine.kv_cache import KeyValueShape, Lane, Lanes
-from dnd_sdk.engine.prompt_store import PromptStore, alike, MIN_SHARED
+from dnd_sdk.engine.prompt_store import MIN_SHARED, PromptStore, alike
 from dnd_sdk.lora import GroupViews, SegmentedLora, TokenSegment, using
 
 
@@ -64,6 +65,12 @@ class FlatForward:
         """Any mask of four dimensions: models then make none, and attention here needs none."""
         self.windows: dict[int, int | None] = {}
         """By layer, how many tokens it saw in the last step; None: all."""
+        self.fixed: FixedSteps | None = None
+        """Steps of rows that write in fixed shapes, and every prompt by itself; None: all in one forward."""
+
+    def fix_shapes(self, *, capture: bool, n_rows: int = 1) -> None:
+        """From now on use `FixedSteps`, with these arguments."""
+        self.fixed = FixedSteps(self._model, self._bank.packing, self._mask, capture=capture, n_rows=n_rows)
 
     @property
     def token_bytes(self) -> int:
@@ -102,7 +109,8 @@ class FlatForward:
     def rest(self) -> None:
         """Nothing runs: give back what only running rows need."""
         self._views.clear()
-        self._lanes.free()
+        if self.fixed is None:  # graphs are worth their lanes
+            self._lanes.free()
 
     def forget(self) -> None:
         """Keep nothing of past prompts."""
@@ -115,14 +123,42 @@ class FlatForward:
         """
         for row in writing:
             self._make_room(row)
+        runs = list(_neighbours(self.ordered(writing)))
+        if self.fixed is None:
+            logits = [self._flat(runs, reading)]
+        else:
+            logits = [self._fixed_or_flat(self.fixed, rows) for rows in runs]
+            logits += [self._flat([], [piece]) for piece in reading]
+        for row in writing:
+            row.n_read += 1
+        for row, n in reading:
+            self._was_read(row, n)
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def ordered(self, writing: Sequence[ModelRow]) -> list[ModelRow]:
+        """The rows as `run` orders them."""
+        return sorted(writing, key=lambda row: (row.lane.length if row.lane else 0, row.place))
+
+    def _fixed_or_flat(self, fixed: FixedSteps, rows: list[ModelRow]) -> Tensor:
+        lane, n = rows[0].lane, len(rows)
+        assert lane is not None
+        if rows[0].place or n != len(lane.rows):
+            return self._flat([rows], [])
+        lane.hold(fixed.n_rows(n))
+        adapted = any(row.adapter_row for row in rows)
+        if adapted:
+            self._copy_adapters(lane, rows)
+        return fixed.logits(lane, [row.token for row in rows], [row.n_read for row in rows], adapted=adapted)
+
+    def _flat(self, runs: Sequence[list[ModelRow]], reading: Sequence[tuple[ModelRow, int]]) -> Tensor:
         parts: list[Part] = []
         segments: list[TokenSegment] = []
         ids: list[int] = []
         positions: list[int] = []
-        for rows in _neighbours(self.ordered(writing)):
+        for rows in runs:
             lane, first = rows[0].lane, rows[0].place
             assert lane is not None
-            parts.append(LanePart(lane, first, [row.n_read for row in rows]))
+            parts.append(LanePart.of(lane, first, [row.n_read for row in rows]))
             segments.append(TokenSegment(len(rows), self._adapters(lane, rows)))
             ids += [row.token for row in rows]
             positions += [row.n_read for row in rows]
@@ -136,16 +172,7 @@ class FlatForward:
             positions += range(row.n_read, end)
             if end == len(row.prompt):
                 wanted.append(len(ids) - 1)
-        logits = self._logits(ids, positions, wanted, parts, segments)
-        for row in writing:
-            row.n_read += 1
-        for row, n in reading:
-            self._was_read(row, n)
-        return logits
-
-    def ordered(self, writing: Sequence[ModelRow]) -> list[ModelRow]:
-        """The rows as `run` orders them."""
-        return sorted(writing, key=lambda row: (row.lane.length if row.lane else 0, row.place))
+        return self._logits(ids, positions, wanted, parts, segments)
 
     def _logits(
         self,
@@ -202,15 +229,20 @@ class FlatForward:
     def _adapters(self, lane: Lane[ModelRow], rows: Sequence[ModelRow]) -> tuple[GroupViews, ...] | None:
         if len({row.adapter_row for row in rows}) == 1:
             return self._bank.views(rows[0].adapter_row)
+        adapters = self._copy_adapters(lane, rows)
+        key = adapters.data_ptr(), rows[0].place, len(rows)
+        if key not in self._views:
+            self._views[key] = self._bank.packing.views(adapters[rows[0].place : rows[0].place + len(rows)])
+        return self._views[key]
+
+    def _copy_adapters(self, lane: Lane[ModelRow], rows: Sequence[ModelRow]) -> Tensor:
+        """The lane's adapters `(rows, P)`, those of `rows` in their places."""
         adapters = lane.adapters_like(self._bank.packed(0))
         for row in rows:
             if not row.has_copy:
                 adapters[row.place].copy_(self._bank.packed(row.adapter_row))
                 row.has_copy = True
-        key = adapters.data_ptr(), rows[0].place, len(rows)
-        if key not in self._views:
-            self._views[key] = self._bank.packing.views(adapters[rows[0].place : rows[0].place + len(rows)])
-        return self._views[key]
+        return adapters
 
 
 def _neighbours(rows: Sequence[ModelRow]) -> Iterable[list[ModelRow]]:

@@ -1,7 +1,7 @@
 """Where keys and values of running requests lie: fixed rows that are written in place.
 
 * While a prompt is read its request has a tensor of its own, as long as the prompt.
-* While an answer is written it has a row of a lane: rows of one length, side by side, so that attention over all of them
+* While an answer is written it has a row of a lane: rows of one length, side by side, so that attention over them all
   is one product without copies. A row that outgrows its lane moves to one twice as long; the last row of a lane takes
   the place of one that ends, so that rows in use are always the first ones.
 * A lane also holds its rows' adapters, packed, once they differ: a step then reads every row's own without a gather.
@@ -78,6 +78,11 @@ class Lane(Generic[Row]):
             self.adapters = packed.new_zeros(self.kv.shape[2], packed.shape[0])
         return self.adapters
 
+    def hold(self, n_rows: int) -> None:
+        """Have so many rows, in use or not."""
+        if n_rows > self.kv.shape[2]:
+            self._grow(n_rows)
+
     def _grow(self, n_rows: int) -> None:
         grown = self._shape.empty(n_rows, self.length)
         grown[:, :, : len(self.rows)].copy_(self.kv[:, :, : len(self.rows)])
@@ -115,5 +120,6 @@ class Lanes(Generic[Row]):
 
     def n_bytes(self) -> int:
         """What all lanes take."""
-        return sum(lane.kv.nbytes + (0 if lane.adapters is None else lane.adapters.nbytes) for lane in self._lanes.values())
-
+        return sum(
+            lane.kv.nbytes + (0 if lane.adapters is None else lane.adapters.nbytes) for lane in self._lanes.values()
+        )

@@ -1,8 +1,8 @@
 """What prompts begin with is read once: keys and values of shared heads, kept across requests.
 
 Chats of one job share the head of their template, often a system message, an instruction or examples: half of their
-tokens, or nearly all. Two prompts of one adapter that begin alike leave what they share here, and whoever begins so, too,
-copies it instead of reading it. Answers are the same up to rounding.
+tokens, or nearly all. Two prompts of one adapter that begin alike leave what they share here, and whoever begins so,
+too, copies it instead of reading it. Answers are the same up to rounding.
 
 Keys and values depend on the adapter: what one left is never another's. Least recently used heads go first.
 """
@@ -40,7 +40,7 @@ class PromptStore:
         return self._n_bytes
 
     def known(self, adapter: Hashable, prompt: Sequence[int]) -> Tensor | None:
-        """Keys and values `(layers, 2, n, heads, width)` of the longest known head, shorter than the prompt; or None."""
+        """Keys and values `(layers, 2, n, heads, width)` of the longest known head, shorter than the prompt, if any."""
         tokens, best, found = _tokens(prompt), MIN_SHARED - 1, None
         for number, (owner, head, _) in self._heads.items():
             if owner == adapter and (n := alike(head, tokens)) > best:
@@ -66,7 +66,9 @@ class PromptStore:
         if kv.nbytes > self._max_bytes:
             return
         head = _tokens(prompt[: kv.shape[2]])
-        shorter = [i for i, (owner, known, _) in self._heads.items() if owner == adapter and alike(known, head) == len(known)]
+        shorter = [
+            i for i, (owner, known, _) in self._heads.items() if owner == adapter and alike(known, head) == len(known)
+        ]
         for number in shorter:  # the new one holds all of them
             self._drop(number)
         while self._n_bytes + kv.nbytes > self._max_bytes:

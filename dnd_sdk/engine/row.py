@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dnd_sdk.engine.constraint import Constraint
 from dnd_sdk.engine.forward import ModelRow
 from dnd_sdk.engine.request import CompletionRequest
 from dnd_sdk.engine.sampling import Sampler, Scored
@@ -30,6 +31,7 @@ class Row:
         device: torch.device,
         ended: Ended,
         *,
+        constraint: Constraint | None = None,
         emit: Callable[[str], None] | None = None,
         closed: threading.Event | None = None,
     ) -> None:
@@ -44,7 +46,7 @@ class Row:
         """How many were let in while it waited."""
         self._text = RowText(tokenizer, ends, options.stop, emit, max_new_tokens=options.max_new_tokens)
         self._tokenizer, self._ends, self._ended = tokenizer, ends, ended
-        self._sampler = Sampler(options, device)
+        self._sampler, self._constraint = Sampler(options, device), constraint
         self._closed = closed
         self._until = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         self._tokens: list[int] = []
@@ -58,7 +60,7 @@ class Row:
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether its next token is the one with the largest logit."""
-        return self._sampler.takes_the_likeliest
+        return self._sampler.takes_the_likeliest and self._constraint is None
 
     @property
     def is_over(self) -> bool:
@@ -71,7 +73,8 @@ class Row:
 
     def draw(self, logits: Tensor) -> int:
         """The next token from logits `(V,)`."""
-        scored = self._sampler.draw(logits, [*self.prompt, *self._tokens])
+        forbid = None if self._constraint is None else self._constraint.mask
+        scored = self._sampler.draw(logits, [*self.prompt, *self._tokens], forbid)
         if self._scores is not None:
             self._scores.append(scored)
         return scored.token
@@ -79,6 +82,8 @@ class Row:
     def take(self, token: int) -> None:
         """Add a token to the answer."""
         self._tokens.append(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         # text that nobody needs yet is made at the end, at once
         if self._text.is_read or token in self._ends:
             self._text.feed(self._tokens[self._text.n_tokens :])

@@ -1,12 +1,13 @@
 """The next token of one row from its logits, by the row's own options and from a random stream of its own.
 
-Sampling is exact and private: logits plus Gumbel noise, then argmax. The global random state is neither read nor changed,
-and what a row draws does not depend on who shares its batch.
+Sampling is exact and private: logits plus Gumbel noise, then argmax. The global random state is neither read nor
+changed, and what a row draws does not depend on who shares its batch.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from transformers import (
 )
 
 from dnd_sdk.config import SamplingOptions
+
+
+_NO_IDS: Any = torch.empty(1, 0, dtype=torch.long)
+"""No warper of these looks at the tokens."""
 
 
 class Scored(NamedTuple):
@@ -47,15 +52,21 @@ class Sampler:
         """Whether the token is the largest logit and nothing else is asked for."""
         return self._rng is None and self._penalty is None and self._options.logprobs is None
 
-    def draw(self, logits: Tensor, seen: list[int]) -> Scored:
-        """A token from logits `(V,)`, which may be changed; `seen`: the prompt's and the answer's tokens."""
+    def draw(self, logits: Tensor, seen: list[int], forbid: Callable[[Tensor], None] | None = None) -> Scored:
+        """A token from logits `(V,)`; `seen`: the prompt's and the answer's tokens.
+
+        `forbid` sets logits `(V,)` to -inf, in place, of tokens that must not be drawn; None: all may.
+        """
         scored = self._options.logprobs is not None
         logprobs = logits.float().log_softmax(-1) if scored else None
         scores = logits.float()[None]  # (V,) -> (1, V)
+        if forbid is not None:
+            scores = scores.clone()
+            forbid(scores[0])
         if self._penalty is not None:
             scores = self._penalty(torch.tensor([seen], device=logits.device), scores)
         if self._rng is not None:
-            scores = self._warpers(None, scores)
+            scores = self._warpers(_NO_IDS, scores)
             scores = scores - torch.empty_like(scores).exponential_(generator=self._rng).log_()
         token = int(scores.argmax(-1).item())
         if logprobs is None:

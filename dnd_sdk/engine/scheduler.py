@@ -263,5 +263,3 @@ class Scheduler:
     def _release(self, row: Row) -> None:
         if row.request.adapter_id is not None:
             self._bank.release(row.request.adapter_id)
-
-

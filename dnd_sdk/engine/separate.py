@@ -16,7 +16,6 @@ from dnd_sdk.engine.bank import SlotBank
 from dnd_sdk.engine.forward import ModelRow
 from dnd_sdk.lora import using
 
-
 _CACHES = ("past_key_values", "cache_params")
 """What models call the state that they return and take back."""
 

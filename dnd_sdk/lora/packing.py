@@ -1,4 +1,4 @@
-"""How an adapter lies in memory while it serves: matrices that read the same input side by side, B as decoding reads it.
+"""How an adapter lies in memory while it serves: matrices with the same input side by side, B as decoding reads it.
 
 * q, k and v of a layer share one A product, gate and up another: their A matrices are one `(n r, in)`.
 * Each B is stored transposed, `(r, out)`, with the layout's scaling folded in.
@@ -64,7 +64,7 @@ class Packing:
         return tuple(out)
 
     def tables(self, packed: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module name -> (A `(..., r, in)`, B `(..., out, r)`) as views of packed vectors `(..., P)`, for `use_lora`."""
+        """Module name -> (A `(..., r, in)`, B `(..., out, r)`), views of packed vectors `(..., P)`, for `use_lora`."""
         views, r = self.views(packed), self.layout.r
         return {
             name: (views[g].A[..., i * r : (i + 1) * r, :], views[g].B[i].transpose(-1, -2))

@@ -1,8 +1,8 @@
 """LoRA for a forward whose tokens belong to several requests, each with its own adapter or none.
 
 A plan is made once per forward, on the host: the flat list of tokens is cut into segments. A segment of the base adds
-nothing (its values are the plain model's, bit for bit); one with a single adapter costs two products; one in which every
-token has its own adapter costs two batched products, however many there are.
+nothing (its values are the plain model's, bit for bit); one with a single adapter costs two products; one in which
+every token has its own adapter costs two batched products, however many there are.
 
 Adapters are applied in their own precision: beside a bfloat16 base on a CPU they are float32, in which small products
 are several times faster there.
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.lora.packing import GroupViews, Packing
-
 
 _ALONE = 32_768
 """Values that one thread of a CPU adds by itself."""

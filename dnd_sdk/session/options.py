@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from dnd_sdk.config import SAMPLING, SamplingOptions
+from dnd_sdk.chat import checked_schema
+from dnd_sdk.config import PER_CALL, SAMPLING, SamplingOptions
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.session.session import AdapterChoice, check_choice
 
 ALIASES = {"max_tokens": "max_new_tokens"}
-CALL_OPTIONS = (*SAMPLING, *ALIASES, "adapter")
+CALL_OPTIONS = (*SAMPLING, *PER_CALL, *ALIASES, "adapter")
 """What one call may set."""
 
 
@@ -46,4 +47,7 @@ def call_options(
     own = {k: v for k, v in renamed(given).items() if v is not None or k == "adapter"}
     merged = {**defaults, **own}
     check_choice(merged["adapter"])
-    return merged["adapter"], asdict(SamplingOptions(**{k: merged[k] for k in SAMPLING}))
+    if merged.get("schema") is not None:
+        merged["schema"] = checked_schema(merged["schema"])
+    own_or_default = {k: merged[k] for k in (*SAMPLING, *PER_CALL) if k in merged}
+    return merged["adapter"], asdict(SamplingOptions(**own_or_default))

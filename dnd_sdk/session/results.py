@@ -12,7 +12,7 @@ from dnd_sdk.observing import ObserveResult as ObserveResult
 if TYPE_CHECKING:
     from dnd_sdk.adaptation import Decision
     from dnd_sdk.adapters import Adapter
-    from dnd_sdk.engine import FinishReason, Generation
+    from dnd_sdk.engine import FinishReason, Generation, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Completion:
     """`"reuse"` with an adapter, `"base"` without."""
     finish_reason: FinishReason = "stop"
     """`"stop"`: end of turn or stop string; `"length"`: `max_new_tokens` reached; `"cancelled"`."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of its tokens, if `logprobs` asked for them."""
 
 
 def completion(generation: Generation, adapter: Adapter | None) -> Completion:
@@ -35,4 +37,4 @@ def completion(generation: Generation, adapter: Adapter | None) -> Completion:
     usage = {"prompt_tokens": generation.prompt_tokens, "completion_tokens": generation.completion_tokens}
     decision: Decision
     name, decision = (None, "base") if adapter is None else (adapter.name, "reuse")
-    return Completion(generation.text, usage, name, decision, generation.finish_reason)
+    return Completion(generation.text, usage, name, decision, generation.finish_reason, generation.logprobs)

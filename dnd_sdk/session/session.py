@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts, check_made_for
 from dnd_sdk.adapters import Adapter
-from dnd_sdk.chat import Prompt, Tools, last_user_text, with_role
+from dnd_sdk.chat import Prompt, Tools, checked_schema, last_user_text, with_role
 from dnd_sdk.config import Home, SamplingOptions, flag
 from dnd_sdk.engine import CompletionRequest
 from dnd_sdk.errors import ConfigError, InputError
@@ -162,7 +162,8 @@ class DnD:
             role: The system message; None is the adapter's own, if it has one and the messages have no other.
             tools: JSON schemas of what the model may call, which the base's chat template shows it; calls come back as
                 text, the way the base writes them. None: none. `ConfigError` if that template shows no tools.
-            sampling: Fields of `SamplingOptions`.
+            sampling: Fields of `SamplingOptions`; `schema`, which the answer is held to, may also be a dict or a
+                pydantic class. With `max_new_tokens` too small for it the text ends in the middle, reason `"length"`.
 
         Raises `AdapterNotFoundError` for an unknown name, `LayoutMismatchError` for an adapter of another base.
         """
@@ -181,7 +182,7 @@ class DnD:
 
         `role`, `tools` and `sampling` are for all; with a `seed`, row i draws with `seed + i`.
         """
-        options, under = _options(sampling), as_role(role)
+        options, under = _options(sampling, tools), as_role(role)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InputError("prompts must be a list", fix="use complete() for a single prompt")
         if isinstance(adapters, str) or not isinstance(adapters, Sequence | None):
@@ -213,7 +214,7 @@ class DnD:
 
         Setting `cancel`, from any thread and at any time, ends the answer within a token.
         """
-        options, under = _options(sampling), as_role(role)
+        options, under = _options(sampling, tools), as_role(role)
         if cancel is not None and not isinstance(cancel, threading.Event):
             raise ConfigError(f"cancel must be a threading.Event or None, got {type(cancel).__name__}")
         chosen = self._choose(prompt, adapter, under, tools)
@@ -315,7 +316,11 @@ def check_choice(adapter: object) -> None:
         raise InputError(f"adapter must be an Adapter, a name or None, got {type(adapter).__name__}")
 
 
-def _options(sampling: dict[str, Any]) -> SamplingOptions:
+def _options(sampling: dict[str, Any], tools: Tools | None) -> SamplingOptions:
+    if sampling.get("schema") is not None:
+        if tools:
+            raise ConfigError("a schema and tools exclude each other: calls have a form of their own", fix="pass one")
+        sampling = {**sampling, "schema": checked_schema(sampling["schema"])}
     try:
         return SamplingOptions(**sampling)
     except TypeError as e:
