@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from dnd_sdk import __version__
-from dnd_sdk.cli import adapt, adapters, config, doctor, evaluate, gate, logs, models, plot, run, store, train
+from dnd_sdk.cli import adapt, adapters, config, doctor, engine, evaluate, gate, logs, models, plot, run, store, train
 from dnd_sdk.cli.options import command
 from dnd_sdk.cli.output import error_exit
 
@@ -156,6 +156,9 @@ bench_app.command(
 )(command(gate.bench_gate))
 bench_app.command("store", epilog=_examples("dnd bench store --sizes 10,100", "dnd bench store --json > store.json"))(
     command(store.bench_store)
+)
+bench_app.command("engine", epilog=_examples("dnd bench engine --quick", "dnd bench engine --device cuda --json"))(
+    command(engine.bench_engine)
 )
 app.add_typer(bench_app, name="bench")
 

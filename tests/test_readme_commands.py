@@ -108,6 +108,7 @@ RUNS = {
     "dnd bench gate TASKS": Run("recall"),
     "dnd bench train TASKS --config recipe.toml": Run("^training step "),
     "dnd bench store --sizes 10,100": Run("^ +100 .*"),
+    "dnd bench engine --quick": Run("^swap from disk [\\s\\S]*^first token "),
     "dnd models ls": Run(rows(DEFAULT_BASE, SMALL_BASE, DEFAULT_ENCODER)),
     "dnd models pull": Run(rows(DEFAULT_BASE, DEFAULT_ENCODER)),
     "dnd config show": Run(f"^ base +{DEFAULT_BASE} +default"),

@@ -1,6 +1,6 @@
 """From the JSON of `dnd eval` alone to a Markdown report with plots: methods, tasks, format against knowledge.
 
-That of `dnd bench gate`, known by its `kind`, is read and written here too, and drawn by `gate_plot`.
+Those of `dnd bench gate|store|engine`, known by their `kind`, are read and written here too, each drawn by its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from dnd_sdk.errors import InputError, StorageError
 from dnd_sdk.evaluation.drawn import DrawnReport
+from dnd_sdk.evaluation.engine_plot import ENGINE_REPORT
 from dnd_sdk.evaluation.gate import GATE_REPORT
 from dnd_sdk.evaluation.report import SCHEMA_VERSION, render
 from dnd_sdk.evaluation.scoring import COMPARED, METRICS
@@ -27,7 +28,7 @@ _NAMES = {"exact_match": "exact match", "option_accuracy": "option accuracy"}
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The report that `dnd eval` or `dnd bench gate|store` printed into `path`; else raises `InputError`."""
+    """The report that `dnd eval` or `dnd bench gate|store|engine` printed into `path`; else raises `InputError`."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} has more than {MAX_BYTES} bytes", fix="pass the report of dnd eval --json")
@@ -60,7 +61,7 @@ def write_plots(report: dict[str, Any], out: Path) -> list[Path]:
 
 def _drawn(report: Any) -> DrawnReport | None:
     """The kind of a report that says what it is; None: it is of `dnd eval`, if of anything."""
-    return next((kind for kind in (GATE_REPORT, STORE_REPORT) if kind.is_kind_of(report)), None)
+    return next((kind for kind in (GATE_REPORT, STORE_REPORT, ENGINE_REPORT) if kind.is_kind_of(report)), None)
 
 
 def _texts(report: dict[str, Any]) -> dict[str, str]:
