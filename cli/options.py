@@ -75,6 +75,7 @@ class ModelOptions:
     dtype: str | None = None
     n_slots: int | None = None
     r: int | None = None
+    deterministic: bool | None = None
 
     def settings(self, out: Output, sampling: SamplingFlags | None = None) -> Settings:
         """The settings in force with these flags."""
@@ -148,6 +149,14 @@ GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
         _option("dtype", str | None, None, "--dtype", panel=MODEL, text="auto, float32, bfloat16 or float16."),
         _option("n_slots", int | None, None, "--n-slots", panel=MODEL, text="How many adapters stay swapped in."),
         _option("r", int | None, None, "--r", panel=MODEL, text="Rank of their slots; the generator's unless set."),
+        _option(
+            "deterministic",
+            bool | None,
+            None,
+            "--deterministic/--no-deterministic",
+            panel=MODEL,
+            text="Let no answer depend, by a rounding, on what runs beside it; slower.",
+        ),
     ),
     SamplingFlags: (
         _option(

@@ -72,14 +72,14 @@ class SamplingOptions:
     """Nucleus mass, used when temperature > 0."""
     top_k: int = 0
     """0 keeps every token."""
-    min_p: float = 0.0
-    """Tokens less likely than this share of the likeliest are left out, used when temperature > 0."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens of the prompt and the answer become less likely."""
     seed: int | None = None
     """None draws fresh randomness."""
     stop: tuple[str, ...] = ()
     """Text is cut before the first of these."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are left out, used when temperature > 0."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and the answer become less likely."""
     schema: str | None = None
     """JSON text of a schema that the answer is held to; `chat.checked_schema` makes it of a dict or a class."""
     logprobs: int | None = None

@@ -55,10 +55,12 @@ class Settings(BaseSettings, title="dnd.toml"):
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the base; auto is bfloat16 on CUDA and, for weights stored so, on a CPU that is fast at it, else float32."""
-    n_slots: int = Field(8, ge=1)
-    """How many adapters stay swapped in."""
+    n_slots: int | None = Field(None, ge=1, examples=[8])
+    """How many adapters stay swapped in; 64, or as many as an eighth of the free memory holds, unless set."""
     r: int | None = Field(None, ge=1, le=64, examples=[16])
     """Rank of their slots, for imported adapters of a larger rank; the generator's own unless set."""
+    deterministic: bool = False
+    """Whether an answer never depends, by a rounding, on what else is answered at the time; slower."""
     calibrate: bool = True
     """Whether adapters that are made for a label task are calibrated on its prompts; about a second more."""
     max_new_tokens: int = SamplingOptions.max_new_tokens

@@ -30,6 +30,8 @@ def test_any_value_of_any_option_is_right_or_refused_by_name(name: str, value: o
     assert type(options.temperature) is float and 0.0 <= options.temperature <= 10.0
     assert type(options.top_p) is float and 0.0 < options.top_p <= 1.0
     assert type(options.top_k) is int and options.top_k >= 0
+    assert type(options.min_p) is float and 0.0 <= options.min_p <= 1.0
+    assert type(options.repetition_penalty) is float and 0.0 < options.repetition_penalty <= 10.0
     assert options.seed is None or type(options.seed) is int
     assert type(options.stop) is tuple and all(type(s) is str and s for s in options.stop)
 

@@ -216,7 +216,7 @@ def test_the_template_changes_nothing_until_uncommented(files: tuple[Path, Path]
     assert list(tomllib.loads(uncommented)) == list(Settings.model_fields)
     files[0].write_text(uncommented)
     settings = load_settings()
-    assert settings.home == "~/dnd" and settings.stop == ("\n\n",) and settings.n_slots == DEFAULTS.n_slots
+    assert settings.home == "~/dnd" and settings.stop == ("\n\n",) and settings.n_slots == 8
 
 
 def test_every_setting_is_described() -> None:

@@ -29,6 +29,7 @@ TESTED = {
     "faiss-cpu": ("1.9", "2"),
     "sentence-transformers": ("5", "7"),
     "llama-index-core": ("0.14", "0.15"),
+    "llguidance": ("1.9", "2"),
     "typer": ("0.15", "1"),
 }
 """Versions from (included) to (excluded) that the tests cover; the same ranges as the package's dependencies."""
@@ -37,6 +38,9 @@ MIN_MEMORY = 4 << 30
 """Bytes of memory, the device's too, that the default models need with room to work and while they are converted."""
 MIN_DISK = 3 << 30
 """Bytes of disk that fetching and converting the default weights take at their peak, rounded up."""
+
+_LOAD_OF_OUR_OWN = 1.0
+"""Of the last minute, from looking itself."""
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -155,9 +159,24 @@ def _device(s: _Subject) -> Iterator[Check]:
     picked = pick_device(s.device)
     threads = f", {torch.get_num_threads()} threads" if picked.type == "cpu" else ""
     yield Check("device", "ok", f"{picked}{threads}")
+    if picked.type == "cpu":
+        yield _busy_cores(torch.get_num_threads())
     if picked.type == "cuda":
         free, _total = torch.cuda.mem_get_info(picked)
         yield _room("device memory", free, MIN_MEMORY, "end what else uses the device, or choose another --device")
+
+
+def _busy_cores(n_threads: int) -> Check:
+    """Threads of one product wait for each other: on cores that are taken they wait many times longer than they work."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if n_threads > n_cores:
+        fix = f"set OMP_NUM_THREADS={n_cores}, or fewer"
+        return Check("cores", "warn", f"{n_threads} threads share {n_cores} cores, which slows the base down", fix)
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy + n_threads > n_cores + _LOAD_OF_OUR_OWN:
+        fix = "end other programs, or set OMP_NUM_THREADS=1 while they run"
+        return Check("cores", "warn", f"other work keeps about {busy:.1f} of {n_cores} cores busy", fix)
+    return Check("cores", "ok", f"{n_cores}, about {busy:.1f} busy")
 
 
 def _memory(_: _Subject) -> Iterator[Check]:
@@ -215,7 +234,9 @@ def _weights(s: _Subject) -> Iterator[Check]:
 
 def _models(s: _Subject) -> Iterator[Check]:
     """Base, encoder and generator: there, whole, and made for each other."""
+    from dnd_sdk.engine import default_slots
     from dnd_sdk.generator import check_encoder, folder_for, generator_folder, load_generator, without_generator
+    from dnd_sdk.lora import LoraLayout
     from dnd_sdk.models import DEFAULT_BASE, DEFAULT_ENCODER, EMBEDDED, Encoder, is_pulled, load_base
 
     base_name = s.base or DEFAULT_BASE
@@ -228,6 +249,8 @@ def _models(s: _Subject) -> Iterator[Check]:
     precision = str(base.model.dtype).removeprefix("torch.")
     yield Check("base", "ok", f"{base_name}, {size / 1e6:.1f} M parameters in {precision}, {base.fingerprint[:16]}")
     generator, folder = None, folder_for(base, folder)
+    slots = default_slots(base, LoraLayout.from_model(base.model))
+    yield Check("slots", "ok", f"{slots} adapters of rank 8 stay swapped in unless n_slots is set")
     if folder is None:
         yield Check("generator", "warn", f"none for {base_name}", without_generator())
     else:

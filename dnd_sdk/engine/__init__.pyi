@@ -4,7 +4,7 @@ from .engine import Engine as Engine
 from .fake import FakeBackend as FakeBackend
 from .prefix import Prefix as Prefix, shared_prefix as shared_prefix
 from .request import CompletionRequest as CompletionRequest
-from .resident import Resident as Resident
+from .resident import Resident as Resident, default_slots as default_slots
 from .scoring import OptionScores as OptionScores, option_logprobs as option_logprobs
 from .stream import TextStream as TextStream
 from .text import FinishReason as FinishReason, Generation as Generation, TokenLogprob as TokenLogprob

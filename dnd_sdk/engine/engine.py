@@ -19,8 +19,9 @@ from dnd_sdk.config import whole_number
 from dnd_sdk.engine.bank import Fetch, Loader
 from dnd_sdk.engine.choosing import forward_for
 from dnd_sdk.engine.constraint import Constraints
+from dnd_sdk.engine.forward import FlatForward
 from dnd_sdk.engine.request import CompletionRequest
-from dnd_sdk.engine.resident import Resident
+from dnd_sdk.engine.resident import Resident, free_bytes
 from dnd_sdk.engine.row import Ended, Row
 from dnd_sdk.engine.scheduler import Scheduler
 from dnd_sdk.engine.scoring import option_logprobs
@@ -28,7 +29,6 @@ from dnd_sdk.engine.stream import TextFeed, TextStream
 from dnd_sdk.engine.text import Generation
 from dnd_sdk.errors import BankFullError
 from dnd_sdk.lora import LoraLayout
-from dnd_sdk.machine import available_bytes
 from dnd_sdk.models import Base
 
 if TYPE_CHECKING:
@@ -47,22 +47,29 @@ class Engine(Resident):
         base: Base,
         layout: LoraLayout,
         *,
-        n_slots: int = 8,
+        n_slots: int | None = None,
         fetch: Fetch | None = None,
         max_batch: int = 16,
         max_waiting: int = 4096,
+        deterministic: bool = False,
     ) -> None:
         """`max_batch` bounds the requests that run together, `max_waiting` those that wait to.
 
-        `fetch` brings an adapter's flat vector by its id when a request finds that others took its slot.
+        `deterministic`: every request is computed in shapes that do not depend on the others, so its text does not,
+        even where two tokens are equally likely but for a rounding; slower, and nothing is shared between prompts.
+        `n_slots` as for `Resident`; `fetch` brings an adapter's flat vector by its id when a request finds that others
+        took its slot.
         Raises `ConfigError` for sizes that are out of range.
         """
         self.max_batch = whole_number("max_batch", max_batch, 1, 4096)
         max_waiting = whole_number("max_waiting", max_waiting, 1)
         super().__init__(base, layout, n_slots=n_slots, fetch=fetch)
-        memory = _available(base.model.device)
-        forward, self.slow_because = forward_for(base.model, self.bank, store_bytes=memory // 16)
+        memory = free_bytes(base.model.device)
+        store_bytes = 0 if deterministic else memory // 16
+        forward, self.slow_because = forward_for(base.model, self.bank, store_bytes=store_bytes)
         """Why requests run one after the other on this base; None: they run together."""
+        if isinstance(forward, FlatForward) and (deterministic or base.model.device.type == "cuda"):
+            forward.fix_shapes(capture=base.model.device.type == "cuda", n_rows=self.max_batch if deterministic else 1)
         piece, large = _PIECES.get(base.model.device.type, _LARGE_PIECES)
         self._scheduler = Scheduler(
             forward,
@@ -70,7 +77,8 @@ class Engine(Resident):
             self.turns,
             max_rows=self.max_batch,
             piece=piece,
-            large_piece=large,
+            large_piece=piece if deterministic else large,
+            one_prompt_a_step=deterministic,
             kv_bytes=memory // 4,
             max_waiting=max_waiting,
         )
@@ -201,8 +209,3 @@ def _end_tokens(base: Base) -> frozenset[int]:
     configured = getattr(base.model.generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list | tuple) else [configured]
     return frozenset(int(t) for t in [*several, base.tokenizer.eos_token_id] if t is not None)
-
-
-def _available(device: torch.device) -> int:
-    """Bytes that the engine may plan with."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -57,7 +57,7 @@ class FixedSteps:
         return len(self._graphs)
 
     def n_rows(self, n: int) -> int:
-        """How many rows a step for n has: a power of two."""
+        """How many rows a step for n has: a power of two, or the least number where that is more."""
         return max(self._least, 1 << (n - 1).bit_length())
 
     def rest(self) -> None:

@@ -20,19 +20,25 @@ from dnd_sdk.engine.bank import Fetch, SlotBank
 from dnd_sdk.engine.turns import Turn, Turns
 from dnd_sdk.errors import InputError, shown
 from dnd_sdk.lora import LoraLayout, SegmentedLora, TokenSegment, attach_lora, using
+from dnd_sdk.machine import available_bytes
 from dnd_sdk.models import Base
+
+MANY_SLOTS = 64
+"""Adapters that are kept in slots where nobody says how many."""
 
 
 class Resident:
     """A base with LoRA attached; thread-safe."""
 
-    def __init__(self, base: Base, layout: LoraLayout, *, n_slots: int = 8, fetch: Fetch | None = None) -> None:
-        """`n_slots` adapters of `layout` can be in the bank at once; `fetch` as for `SlotBank`."""
+    def __init__(
+        self, base: Base, layout: LoraLayout, *, n_slots: int | None = None, fetch: Fetch | None = None
+    ) -> None:
+        """`n_slots` adapters of `layout` can be in the bank at once, None: `MANY_SLOTS`, or what an eighth of the free
+        memory holds; `fetch` as for `SlotBank`.
+        """
         self.base, self.layout = base, layout
-        device = base.model.device
-        # beside a bfloat16 base on a CPU: small products are several times faster there in float32
-        dtype = torch.float32 if device.type == "cpu" else base.model.dtype
-        self.bank = SlotBank(layout, n_slots, device, dtype, fetch=fetch)
+        dtype = slot_dtype(base)
+        self.bank = SlotBank(layout, n_slots or default_slots(base, layout), base.model.device, dtype, fetch=fetch)
         self.turns = Turns()
         attach_lora(base.model, layout)
 
@@ -94,3 +100,20 @@ class Resident:
         """Whether one batch may use all these adapters."""
         wanted = {i for i in adapter_ids if i is not None}
         return len(wanted) <= self.bank.room(wanted)
+
+
+def slot_dtype(base: Base) -> torch.dtype:
+    """In which precision a base's adapters are kept and applied."""
+    # beside a bfloat16 base on a CPU: small products are several times faster there in float32
+    return torch.float32 if base.model.device.type == "cpu" else base.model.dtype
+
+
+def default_slots(base: Base, layout: LoraLayout) -> int:
+    """How many adapters of a layout are kept in slots where nobody says how many."""
+    row_bytes = layout.n_parameters * slot_dtype(base).itemsize
+    return max(1, min(MANY_SLOTS, free_bytes(base.model.device) // 8 // row_bytes - 1))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that can still be had."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -44,6 +44,7 @@ class Scheduler:
         large_piece: int,
         kv_bytes: int,
         max_waiting: int,
+        one_prompt_a_step: bool = False,
     ) -> None:
         """`piece` and `large_piece` bound the prompt tokens of one step, beside rows that write and alone; `kv_bytes`
         bounds what the keys and values of all running rows may come to.
@@ -51,6 +52,7 @@ class Scheduler:
         self._forward, self._bank, self._turns = forward, bank, turns
         self._max_rows, self._piece, self._large_piece = max_rows, piece, large_piece
         self._kv_bytes, self._max_waiting = kv_bytes, max_waiting
+        self._most_prompts = 1 if one_prompt_a_step else max_rows
         self._guard = threading.Condition()
         self._new: list[Row] = []
         self._thread: threading.Thread | None = None
@@ -209,11 +211,11 @@ class Scheduler:
         budget = self._piece if others_write else self._large_piece
         if self._n_steps % 2:
             unread = sorted(unread, key=lambda row: row.n_pieces)
-        pieces = []
+        pieces: list[tuple[Row, int]] = []
         for row in unread:
             assert row.model is not None
             n = min(budget, len(row.prompt) - row.model.n_read)
-            if n > 0:
+            if n > 0 and len(pieces) < self._most_prompts:
                 pieces.append((row, n))
                 row.n_pieces += 1
                 budget -= n

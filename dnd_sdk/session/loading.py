@@ -32,8 +32,9 @@ def load_parts(
     home: Home,
     device: str,
     dtype: str,
-    n_slots: int,
+    n_slots: int | None,
     r: int | None,
+    deterministic: bool,
     progress: Callable[[str], None] | None,
 ) -> Parts:
     """See `DnD.load`.
@@ -42,7 +43,7 @@ def load_parts(
     """
     base_name = text_of("base", base_name)
     encoder_name = None if encoder_name is None else text_of("encoder", encoder_name)
-    whole_number("n_slots", n_slots, 1)  # before the slow part
+    n_slots = None if n_slots is None else whole_number("n_slots", n_slots, 1)  # before the slow part
     r = None if r is None else whole_number("r", r, 1, MAX_RANK)
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
@@ -58,7 +59,7 @@ def load_parts(
     store = AdapterStore(home)
     router = _router(folder, encoder, base, layout, store, home)
     fetch = partial(store.load_by_id, layout=layout, base_fingerprint=base.fingerprint)
-    engine = Engine(base, layout, n_slots=n_slots, fetch=fetch)
+    engine = Engine(base, layout, n_slots=n_slots, fetch=fetch, deterministic=deterministic)
     with suppress(StorageError):  # whoever needs the store will say so
         if told := made_elsewhere(store, base):
             (progress or log.warning)(told)

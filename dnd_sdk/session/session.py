@@ -69,8 +69,9 @@ class DnD:
         home: str | os.PathLike[str] | Home | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        n_slots: int = 8,
+        n_slots: int | None = None,
         r: int | None = None,
+        deterministic: bool = False,
         calibrate: bool = True,
         progress: Callable[[str], None] | None = None,
     ) -> DnD:
@@ -83,8 +84,9 @@ class DnD:
             home: Folder for adapters and weights; None is `DND_HOME`, else the user data folder.
             device: `auto`, `cpu`, `cuda`, ...
             dtype: `auto`, `float32`, `bfloat16` or `float16`.
-            n_slots: How many adapters stay swapped in.
+            n_slots: How many adapters stay swapped in; None is 64, or as many as an eighth of the free memory holds.
             r: Rank of the slots, for imported adapters of a larger rank than the generator's; None is the generator's.
+            deterministic: Whether an answer never depends, by a rounding, on what else is answered at the time; slower.
             calibrate: What `adapt` and `observe` do unless told otherwise.
             progress: Told in words about fetching and converting, and of adapters that the home has for other embedded
                 bases while it has none for this one; None: of these the log is warned.
@@ -95,8 +97,9 @@ class DnD:
             LayoutMismatchError: The generator was made for another base.
         """
         flag("calibrate", calibrate)
+        flag("deterministic", deterministic)
         where = home if isinstance(home, Home) else Home.find(home)
-        parts = load_parts(base, generator, encoder, where, device, dtype, n_slots, r, progress)
+        parts = load_parts(base, generator, encoder, where, device, dtype, n_slots, r, deterministic, progress)
         return cls(parts, calibrate=calibrate)
 
     @property
