@@ -167,7 +167,7 @@ def _device(s: _Subject) -> Iterator[Check]:
 
 
 def _busy_cores(n_threads: int) -> Check:
-    """Threads of one product wait for each other: on cores that are taken they wait many times longer than they work."""
+    """Threads of one product wait for each other: on cores that are taken, many times longer than they work."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if n_threads > n_cores:
         fix = f"set OMP_NUM_THREADS={n_cores}, or fewer"
