@@ -28,7 +28,7 @@ class GroupViews(NamedTuple):
     """One group of an adapter, or of several stacked ones."""
 
     A: Tensor
-    """`(..., n r, in)`: the A matrices of the group's n modules, one below the other."""
+    """`(..., in, n r)`: the A matrices of the group's n modules side by side, transposed."""
     B: tuple[Tensor, ...]
     """Per module `(..., r, out)`, scaled."""
 
@@ -60,14 +60,14 @@ class Packing:
             for module in group:
                 Bs.append(packed[..., at : at + r * module.out_features].view(*lead, r, module.out_features))
                 at += r * module.out_features
-            out.append(GroupViews(A, tuple(Bs)))
+            out.append(GroupViews(A.transpose(-1, -2), tuple(Bs)))
         return tuple(out)
 
     def tables(self, packed: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Module name -> (A `(..., r, in)`, B `(..., out, r)`), views of packed vectors `(..., P)`, for `use_lora`."""
         views, r = self.views(packed), self.layout.r
         return {
-            name: (views[g].A[..., i * r : (i + 1) * r, :], views[g].B[i].transpose(-1, -2))
+            name: (views[g].A[..., i * r : (i + 1) * r].transpose(-1, -2), views[g].B[i].transpose(-1, -2))
             for name, (g, i) in self.places.items()
         }
 

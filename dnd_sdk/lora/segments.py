@@ -10,7 +10,7 @@ are several times faster there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 from dnd_sdk.lora.packing import GroupViews, Packing
 
 _ALONE = 32_768
-"""Values that one thread of a CPU adds by itself."""
+"""Values that one thread of a CPU adds by itself; torch shares out more, and waits longer for its threads than they
+work.
+"""
 
 
 class TokenSegment(NamedTuple):
@@ -28,67 +30,84 @@ class TokenSegment(NamedTuple):
     n: int
     """Tokens, or batch rows where the plan is made `per_row`."""
     views: tuple[GroupViews, ...] | None
-    """Groups of one adapter, A `(n r, in)`, or of one per token, A `(tokens, n r, in)`; None: the base."""
+    """Groups of one adapter, A `(in, n r)`, or of one per token, A `(tokens, in, n r)`; None: the base."""
+
+
+class _Projected(NamedTuple):
+    """A segment's states after the A product of one group."""
+
+    where: slice | None
+    """Of the forward's tokens; None: all."""
+    low: tuple[Tensor, ...]
+    """Per module of the group `(n, r)`, or `(n, 1, r)` where every token has its own adapter."""
+    B: tuple[Tensor, ...]
 
 
 class SegmentedLora:
-    """What `using` takes for one or more forwards of the same shape; not for several threads at once."""
+    """What `using` takes for one or more forwards of the same shape; not for several threads at once.
+
+    Between two large products the code of small ones is no longer in a CPU's caches, so what counts there is how many
+    calls there are.
+    """
 
     def __init__(self, packing: Packing, segments: Sequence[TokenSegment], *, per_row: bool = False) -> None:
         """`per_row`: segments count rows of a padded batch `(B, T)`, else tokens of a flat forward."""
         self._places, self._r = packing.places, packing.layout.r
         self._segments, self._per_row = segments, per_row
-        self._read: tuple[Tensor, int] | None = None
+        self._n = sum(segment.n for segment in segments)
+        self._x: Tensor | None = None
         """The states that were projected last, and for which group."""
-        self._projected: list[tuple[slice | None, GroupViews, Tensor]] = []
+        self._group = -1
+        self._projected: list[_Projected] = []
 
     def add(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         """`out` `(..., out)` of module `name` with the adapters' changes for its input `x` `(..., in)`, in place."""
         place = self._places.get(name)
         if place is None:
             return out
-        if self._read is None or self._read[0] is not x or self._read[1] != place.group:
-            self._project(x, place.group)
-        flat, r, i = out.view(-1, out.shape[-1]), self._r, place.member  # (..., out) -> (T, out)
-        for where, group, low in self._projected:
-            own, B, target = low[..., i * r : (i + 1) * r], group.B[i], flat if where is None else flat[where]
-            if B.dim() == 3:  # (n, 1, r) x (n, r, out) -> (n, 1, out)
-                _add_product(target[:, None], own, B, torch.bmm, torch.Tensor.baddbmm_)
-            else:  # (n, r) x (r, out) -> (n, out)
-                _add_product(target, own, B, torch.mm, torch.Tensor.addmm_)
+        group, member = place
+        if self._x is not x or self._group != group:
+            self._x, self._group = x, group
+            self._projected = self._project(x, group)
+        flat = out.view(-1, out.shape[-1])  # (..., out) -> (T, out)
+        for where, low, B in self._projected:
+            _add_product(flat if where is None else flat[where], low[member], B[member])
         return out
 
-    def _project(self, x: Tensor, group: int) -> None:
-        """The product with the group's A matrices, for all of its modules."""
-        self._read, self._projected = (x, group), []
-        flat = x.reshape(-1, x.shape[-1])  # (..., in) -> (T, in)
-        n_rows = sum(segment.n for segment in self._segments)
-        unit = flat.shape[0] // n_rows if self._per_row else 1
-        at = 0
+    def _project(self, x: Tensor, group: int) -> list[_Projected]:
+        flat = x.view(-1, x.shape[-1])  # (..., in) -> (T, in)
+        unit = flat.shape[0] // self._n if self._per_row else 1
+        found, at = [], 0
         for segment in self._segments:
-            where = None if segment.n == n_rows else slice(at * unit, (at + segment.n) * unit)
+            where = None if segment.n == self._n else slice(at * unit, (at + segment.n) * unit)
             at += segment.n
             if segment.views is None:
                 continue
-            views = segment.views[group]
-            states = (flat if where is None else flat[where]).to(views.A.dtype)
-            if views.A.dim() == 3:  # (n, 1, in) x (n, in, n r) -> (n, 1, n r)
-                low = torch.bmm(states[:, None], views.A.transpose(1, 2))
-            else:  # (n, in) x (in, n r) -> (n, n r)
-                low = torch.mm(states, views.A.T)
-            self._projected.append((where, views, low))
+            A, B = segment.views[group]
+            states = (flat if where is None else flat[where]).to(A.dtype)
+            # (n, in) x (in, n r) -> (n, n r), or (n, 1, in) x (n, in, n r) -> (n, 1, n r)
+            low = torch.mm(states, A) if A.dim() == 2 else torch.bmm(states[:, None], A)
+            found.append(_Projected(where, low.split(self._r, dim=-1), B))
+        return found
 
 
-def _add_product(
-    target: Tensor, x: Tensor, y: Tensor, product: Callable[..., Tensor], add_product: Callable[..., Tensor]
-) -> None:
-    if y.dtype == target.dtype:
-        add_product(target, x, y)
-        return
-    added = product(x, y)
-    # torch shares work out among threads from this size on, and waits for them longer than the work takes
-    few = max(1, _ALONE // added[0].numel())
-    if few < len(added) <= 4 * few:
+def _add_product(target: Tensor, low: Tensor, B: Tensor) -> None:
+    """Add `low` times B to `target` `(n, out)`: `(n, r) x (r, out)`, or `(n, 1, r) x (n, r, out)`."""
+    if B.dim() == 3:
+        target = target[:, None]  # (n, out) -> (n, 1, out)
+        if B.dtype == target.dtype:
+            target.baddbmm_(low, B)
+        else:
+            _add(target, torch.bmm(low, B))
+    elif B.dtype == target.dtype:
+        target.addmm_(low, B)
+    else:
+        _add(target, torch.mm(low, B))
+
+
+def _add(target: Tensor, added: Tensor) -> None:
+    n, few = len(added), max(1, _ALONE // added.shape[-1])
+    if few < n <= 4 * few:
         for some, theirs in zip(target.split(few), added.split(few), strict=True):
             some.add_(theirs)
     else:
