@@ -226,8 +226,8 @@ class Scheduler:
         models = [row.model for row in writing if row.model is not None]
         pieces = [(row.model, n) for row, n in reading if row.model is not None]
         with self._turns.take():
-            order = self._forward.ordered(models)
             logits = self._forward.run(models, pieces)
+            order = self._forward.ordered(models)  # now: a row that outgrew its lane has moved, and others with it
         order += [model for model, _ in pieces if model.is_read]
         self._take_tokens([owners[model] for model in order], logits)
 
