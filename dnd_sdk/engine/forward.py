@@ -55,6 +55,9 @@ class ModelRow:
 class FlatForward:
     """For bases whose layers all attend, to everything or to a window; owned by one thread at a time."""
 
+    together = True
+    """A step is one forward of all its rows; one that failed can be run again."""
+
     def __init__(self, model: Any, bank: SlotBank, shape: KeyValueShape, *, store_bytes: int) -> None:
         self._model, self._bank, self._shape = model, bank, shape
         self._lanes: Lanes[ModelRow] = Lanes(shape)

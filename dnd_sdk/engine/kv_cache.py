@@ -57,6 +57,8 @@ class Lane(Generic[Row]):
         if place == self.kv.shape[2]:
             self._grow(2 * place)
         self.kv[:, :, place, : kv.shape[2]].copy_(kv)
+        # what is masked counts nothing only if it is finite, and the last row here may have had an adapter that is not
+        self.kv[:, :, place, kv.shape[2] :].zero_()
         self.rows.append(row)
         return place
 
