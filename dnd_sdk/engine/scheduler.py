@@ -67,7 +67,7 @@ class Scheduler:
         self._n_steps = 0
 
     def submit(self, *rows: Row, may_wait: bool = False) -> None:
-        """Hand rows in, at once. Raises `BusyError` when too many wait, unless they are more of a call let in before."""
+        """Hand rows in, at once. Raises `BusyError` when too many wait, unless they are more of a call let in."""
         if not rows:
             return
         with self._guard:
@@ -171,10 +171,13 @@ class Scheduler:
         if not all(map(self._fits_memory, late)):
             return True
         running = Counter(other.request.adapter_id for other in self._rows)
-        lacking = self._bank.is_awaited or any(other.request.adapter_id not in (None, *running) for other in late)
-        if row.request.adapter_id is None or not lacking:
+        awaited, adapter_id = self._bank.is_awaited, row.request.adapter_id
+        lacking = awaited or any(other.request.adapter_id not in (None, *running) for other in late)
+        if adapter_id is None or not lacking:
             return False
-        return any(self._bank.frees(adapter_id, n) for adapter_id, n in running.items() if adapter_id is not None)
+        if awaited:  # whoever waits has not noticed yet that nobody uses this one any more
+            running[adapter_id] += 0
+        return any(self._bank.frees(used, n) for used, n in running.items() if used is not None)
 
     def _fits_memory(self, row: Row) -> bool:
         return not self._rows or self._need(row) + sum(map(self._need, self._rows)) <= self._kv_bytes
