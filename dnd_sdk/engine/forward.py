@@ -61,7 +61,7 @@ class FlatForward:
     def __init__(self, model: Any, bank: SlotBank, shape: KeyValueShape, *, store_bytes: int) -> None:
         self._model, self._bank, self._shape = model, bank, shape
         self._lanes: Lanes[ModelRow] = Lanes(shape)
-        self._store = PromptStore(store_bytes)
+        self._store = PromptStore(store_bytes, shape.token_bytes)
         self._reading: list[ModelRow] = []
         self._views: dict[tuple[int, int, int], tuple[GroupViews, ...]] = {}
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)

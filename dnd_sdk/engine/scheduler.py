@@ -318,6 +318,7 @@ class Scheduler:
 
 def _nobody_else_is_left() -> bool:
     """Whether the interpreter is about to exit and only waits for threads like this one."""
-    if threading.main_thread().is_alive():
+    main = threading.main_thread()
+    if main.is_alive():
         return False
-    return all(thread.daemon or thread.name == _NAME for thread in threading.enumerate())
+    return all(thread.daemon or thread is main or thread.name == _NAME for thread in threading.enumerate())
