@@ -112,7 +112,7 @@ ODD: dict[str, tuple[dict[str, Any], str | None]] = {
     "llama": ({**GROUPED, "attention": "eager"}, "eager"),
     "gpt_neox": ({}, None),
     "lfm2": ({"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, "conv"),
-    "mamba": ({"state_size": 4, "time_step_rank": 4, "attention": "eager"}, "eager"),
+    "mamba": ({"state_size": 4, "time_step_rank": 4, "attention": "eager"}, "linear_attention"),
 }
 TARGETS = {"gpt_neox": ["query_key_value", "dense"], "lfm2": ["q_proj", "in_proj"], "mamba": ["in_proj", "x_proj"]}
 LONG = ["hi " * 8, "what is the capital of France? " * 4, "route this ticket " * 9, "x"]
