@@ -39,6 +39,7 @@ def test_requests_of_threads_and_tasks() -> None:
     for prompt in PROMPTS:
         for adapter in ADAPTERS:  # shorter answers are what it begins with
             single[prompt, adapter] = ask(engine, prompt, adapter, SamplingOptions(max_new_tokens=6))
+    assert soon(lambda: idle(engine))
     n_threads, wrong, answered = threading.active_count(), list[int](), list[int]()
 
     def check(i: int, text: str, got: Generation | None, *, cancelled: bool = False) -> None:
@@ -106,7 +107,7 @@ def test_requests_of_threads_and_tasks() -> None:
             sizes.append(resident_bytes())
         beside.result()
     assert wrong == [] and sorted(answered) == list(range(N))
-    assert soon(lambda: idle(engine)) and soon(lambda: threading.active_count() == n_threads)
+    assert soon(lambda: idle(engine)) and soon(lambda: threading.active_count() <= n_threads), threading.enumerate()
     engine.close()
     for _ in range(2):  # once more, all has been made that is kept
         list(map(by_thread, range(4, 40, 5)))
