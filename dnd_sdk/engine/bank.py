@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
 
@@ -118,6 +118,22 @@ class SlotBank:
             finally:
                 self._writing.release()
         return leased
+
+    def look_up(self, adapter_id: str) -> None:
+        """Raise what fetching the adapter raises; it is in a slot then, unless none is free."""
+        if self._table.touch(adapter_id):
+            return
+        with self._writing, suppress(BankFullError):
+            self._bring_in(adapter_id, self._fetch and partial(self._fetch, adapter_id), wait=False)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for a slot."""
+        return self._table.is_awaited
+
+    def frees(self, adapter_id: str, n_leases: int) -> bool:
+        """Whether the adapter's slot can be had once so many leases are given back."""
+        return self._table.frees(adapter_id, n_leases)
 
     def full(self) -> BankFullError:
         """What is raised when no slot has become free in time."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -134,10 +135,11 @@ class Engine(Resident):
         order = sorted(range(len(rows)), key=lambda i: rounds[i])
         ahead = 2 * self.max_batch  # a long list must not fill the queue that others wait in
         try:
-            for done, i in enumerate(order):
-                for j in order[done and done + ahead - 1 : done + ahead]:
-                    self._scheduler.submit(rows[j], may_wait=done > 0)
+            self._scheduler.submit(*[rows[i] for i in order[:ahead]])
+            for i, further in zip_longest(order, order[ahead:]):
                 futures[i].result()
+                if further is not None:
+                    self._scheduler.submit(rows[further], may_wait=True)
         except BaseException:
             for row in rows:
                 row.drop()
@@ -164,8 +166,7 @@ class Engine(Resident):
         feed = TextFeed()
         row = self._row(request, feed.end, feed)
         if request.adapter_id is not None:
-            with self.bank.lease([request.adapter_id]):
-                pass  # one that cannot be had is the caller's error, not the reader's
+            self.bank.look_up(request.adapter_id)  # one that is missing is the caller's error, not the reader's
         self._scheduler.submit(row)
         return TextStream(feed)
 

@@ -58,7 +58,7 @@ class FixedSteps:
 
     def n_rows(self, n: int) -> int:
         """How many rows a step for n has: a power of two, or the least number where that is more."""
-        return max(self._least, 1 << (n - 1).bit_length())
+        return self._least if n <= self._least else 1 << (n - 1).bit_length()
 
     def rest(self) -> None:
         """Free all graphs, and with them the lanes that they write to."""

@@ -55,10 +55,13 @@ class ModelRow:
 class FlatForward:
     """For bases whose layers all attend, to everything or to a window; owned by one thread at a time."""
 
+    together = True
+    """A step is one forward of all its rows; one that failed can be run again."""
+
     def __init__(self, model: Any, bank: SlotBank, shape: KeyValueShape, *, store_bytes: int) -> None:
         self._model, self._bank, self._shape = model, bank, shape
         self._lanes: Lanes[ModelRow] = Lanes(shape)
-        self._store = PromptStore(store_bytes)
+        self._store = PromptStore(store_bytes, shape.token_bytes)
         self._reading: list[ModelRow] = []
         self._views: dict[tuple[int, int, int], tuple[GroupViews, ...]] = {}
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
@@ -101,9 +104,7 @@ class FlatForward:
         if row in self._reading:
             self._reading.remove(row)
         if row.lane is not None:
-            moved = row.lane.remove(row.place)
-            if moved is not None:
-                moved.place = row.place
+            self._leave(row.lane, row.place)
         row.lane = row.kv = None
 
     def rest(self) -> None:
@@ -129,10 +130,15 @@ class FlatForward:
         else:
             logits = [self._fixed_or_flat(self.fixed, rows) for rows in runs]
             logits += [self._flat([], [piece]) for piece in reading]
+        for row, n in reading:
+            self._leave_head(row, n)
+        # nothing fails from here on, so that a step that did can be run again
         for row in writing:
             row.n_read += 1
         for row, n in reading:
-            self._was_read(row, n)
+            row.n_read += n
+            if row.is_read:
+                self._reading.remove(row)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def ordered(self, writing: Sequence[ModelRow]) -> list[ModelRow]:
@@ -200,31 +206,31 @@ class FlatForward:
         logits: Tensor = out.logits[0]  # (1, n or T, V) -> (n or T, V)
         return logits if keeps else logits[where]
 
-    def _was_read(self, row: ModelRow, n: int) -> None:
-        row.n_read += n
-        kv = row.kv
+    def _leave_head(self, row: ModelRow, n: int) -> None:
+        """Keep what others will want of a prompt of which n more tokens are read now."""
+        n_worth, kv = row.n_worth, row.kv
         assert kv is not None
-        if row.n_worth and row.n_read >= row.n_worth:
-            self._store.keep(row.adapter_key, row.prompt, kv[:, :, : row.n_worth])
+        if n_worth and row.n_read + n >= n_worth:
             row.n_worth = 0
-        if row.is_read:
-            self._reading.remove(row)
-            self._settle(row, kv)
-
-    def _settle(self, row: ModelRow, kv: Tensor) -> None:
-        """Move a row into a lane with room for its next tokens."""
-        lane = self._lanes.lane_for(kv.shape[2] + 1)
-        place = lane.add(row, kv)
-        row.lane, row.place, row.kv, row.has_copy = lane, place, None, False
+            self._store.keep(row.adapter_key, row.prompt, kv[:, :, :n_worth])
 
     def _make_room(self, row: ModelRow) -> None:
-        lane, place = row.lane, row.place
-        assert lane is not None
-        if row.n_read < lane.length:
+        """Move a row into a lane with room for its next token, unless it is in one; as it was where memory is short."""
+        old, place = row.lane, row.place
+        if old is not None and row.n_read < old.length:
             return
-        kv = lane.kv[:, :, place].clone()  # its place is given away
-        self.end(row)
-        self._settle(row, kv)
+        kv = row.kv if old is None else old.kv[:, :, place]
+        assert kv is not None
+        lane = self._lanes.lane_for(row.n_read + 1)
+        row.place = lane.add(row, kv)
+        row.lane, row.kv, row.has_copy = lane, None, False
+        if old is not None:
+            self._leave(old, place)
+
+    def _leave(self, lane: Lane[ModelRow], place: int) -> None:
+        moved = lane.remove(place)
+        if moved is not None:
+            moved.place = place
 
     def _adapters(self, lane: Lane[ModelRow], rows: Sequence[ModelRow]) -> tuple[GroupViews, ...] | None:
         if len({row.adapter_row for row in rows}) == 1:

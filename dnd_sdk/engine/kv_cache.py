@@ -57,6 +57,8 @@ class Lane(Generic[Row]):
         if place == self.kv.shape[2]:
             self._grow(2 * place)
         self.kv[:, :, place, : kv.shape[2]].copy_(kv)
+        # what is masked counts nothing only if it is finite, and the last row here may have had an adapter that is not
+        self.kv[:, :, place, kv.shape[2] :].zero_()
         self.rows.append(row)
         return place
 
@@ -84,13 +86,13 @@ class Lane(Generic[Row]):
             self._grow(n_rows)
 
     def _grow(self, n_rows: int) -> None:
+        n, adapters = len(self.rows), None
         grown = self._shape.empty(n_rows, self.length)
-        grown[:, :, : len(self.rows)].copy_(self.kv[:, :, : len(self.rows)])
-        self.kv = grown
+        grown[:, :, :n].copy_(self.kv[:, :, :n])
         if self.adapters is not None:
             adapters = self.adapters.new_zeros(n_rows, self.adapters.shape[1])
-            adapters[: len(self.rows)].copy_(self.adapters[: len(self.rows)])
-            self.adapters = adapters
+            adapters[:n].copy_(self.adapters[:n])
+        self.kv, self.adapters = grown, adapters  # both or none, where memory is short
 
 
 class Lanes(Generic[Row]):

@@ -28,8 +28,10 @@ Tokens = NDArray[np.int64]
 class PromptStore:
     """Heads of prompts, by adapter; not thread-safe."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, token_bytes: int) -> None:
+        """`max_bytes` bounds what is kept, of which one token takes `token_bytes`."""
         self._max_bytes, self._n_bytes = max_bytes, 0
+        self._max_tokens = max_bytes // token_bytes
         self._heads: OrderedDict[int, tuple[Hashable, Tokens, Tensor]] = OrderedDict()
         self._recent: deque[tuple[Hashable, Tokens]] = deque(maxlen=_N_RECENT)
         self._last = 0
@@ -58,7 +60,7 @@ class PromptStore:
         tokens = _tokens(prompt)
         rivals = [*map(_tokens, others), *(known for owner, known in self._recent if owner == adapter)]
         self._recent.append((adapter, tokens))
-        shared = min(max((alike(tokens, rival) for rival in rivals), default=0), len(tokens) - 1)
+        shared = min(max((alike(tokens, rival) for rival in rivals), default=0), len(tokens) - 1, self._max_tokens)
         return shared if shared >= n_known + MIN_SHARED else 0
 
     def keep(self, adapter: Hashable, prompt: Sequence[int], kv: Tensor) -> None:

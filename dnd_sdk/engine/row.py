@@ -43,7 +43,7 @@ class Row:
         self.n_pieces = 0
         """In how many steps its prompt was read so far."""
         self.n_passed = 0
-        """How many were let in while it waited."""
+        """How many were let in while it was the first of its adapter to wait."""
         self._text = RowText(tokenizer, ends, options.stop, emit, max_new_tokens=options.max_new_tokens)
         self._tokenizer, self._ends, self._ended = tokenizer, ends, ended
         self._sampler, self._constraint = Sampler(options, device), constraint
@@ -52,6 +52,8 @@ class Row:
         self._tokens: list[int] = []
         self._scores: list[Scored] | None = None if options.logprobs is None else []
         self._dropped = False
+        self.since = time.monotonic()
+        """When it was handed in."""
 
     def drop(self) -> None:
         """Nobody wants the answer any more; from any thread."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -24,8 +26,9 @@ from dnd_sdk.engine.turns import Turns
 from dnd_sdk.engine.waiting import Waiting
 from dnd_sdk.errors import BusyError
 
+_NAME = "dnd-engine"
 _PATIENCE = 64
-"""Others that may be let in before a row that needs another adapter in a slot."""
+"""Others that may be let in before a row that needs another adapter in a slot, or much memory."""
 _POLL_S = 0.02
 """How often rows are looked at that wait for slots which nobody here uses."""
 
@@ -63,21 +66,24 @@ class Scheduler:
         self._stuck_since: float | None = None
         self._n_steps = 0
 
-    def submit(self, row: Row, *, may_wait: bool = False) -> None:
-        """Hand a row in. Raises `BusyError` when too many wait, unless it is one more of a call that is let in."""
+    def submit(self, *rows: Row, may_wait: bool = False) -> None:
+        """Hand rows in, at once. Raises `BusyError` when too many wait, unless they are more of a call let in."""
+        if not rows:
+            return
         with self._guard:
             n = len(self._new) + len(self._waiting)
             if n >= self._max_waiting and not may_wait:
                 raise BusyError(f"{n} requests wait already, the most that may", fix="try again later")
-            self._new.append(row)
+            n_before = len(self._new)
+            self._new += rows
             self._guard.notify_all()
             if self._thread is None:
                 # not a daemon: a thread killed inside the model aborts the interpreter on exit
-                thread = threading.Thread(target=self._run, name="dnd-engine")
+                thread = threading.Thread(target=self._run, name=_NAME)
                 try:
                     thread.start()
                 except BaseException:
-                    self._new.remove(row)
+                    del self._new[n_before:]
                     raise
                 self._thread = thread
 
@@ -97,16 +103,31 @@ class Scheduler:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._take_new():
-                self._let_go()
-                self._let_in()
-                if self._rows:
-                    self._step()
-                elif len(self._waiting):
-                    self._wait_for_slots()
+                try:
+                    self._go_on()
+                except BaseException as error:  # whatever it is: nobody may wait for a thread that is gone
+                    self._fail_all(error)
+
+    def _go_on(self) -> None:
+        self._let_go()
+        self._let_in()
+        if self._rows:
+            self._step()
+        elif len(self._waiting):
+            self._wait_for_slots()
+
+    def _fail_all(self, error: BaseException) -> None:
+        for row in list(self._rows):
+            self._end(row, error)
+        for row in list(self._waiting):
+            self._waiting.remove(row)
+            self._say(row, error)
 
     def _take_new(self) -> bool:
         """Whether there is anything to do; the thread is gone where there is not."""
         with self._guard:
+            if self._thread is not threading.current_thread():  # its start was interrupted, its rows are taken back
+                return False
             if self._forget:
                 self._forward.forget()
                 self._forget = False
@@ -115,12 +136,15 @@ class Scheduler:
             self._new.clear()
             if self._rows or len(self._waiting):
                 return True
-            self._forward.rest()
             self._thread = None
+            self._forward.rest()
             return False
 
     def _let_go(self) -> None:
         """End rows that are over, running or not."""
+        if _nobody_else_is_left():
+            for row in [*self._rows, *self._waiting]:
+                row.drop()
         for row in [row for row in self._rows if row.is_over]:
             self._end(row)
         for row in [row for row in self._waiting if row.is_over]:
@@ -129,16 +153,38 @@ class Scheduler:
 
     def _let_in(self) -> None:
         while len(self._rows) < self._max_rows and len(self._waiting):
-            row = self._waiting.pick(self._has_place)
-            if row is None:
+            if self._picked() is None:
                 return
             self._stuck_since = None
-            for other in self._waiting:
-                other.n_passed += 1
+            for row in self._waiting.first:
+                row.n_passed += 1
+
+    def _picked(self) -> Row | None:
+        """The next to join, those first that were passed over too often."""
+        late = [row for row in self._waiting.first if row.n_passed >= _PATIENCE]
+        return self._waiting.pick(lambda row: row in late and self._has_place(row)) or self._waiting.pick(
+            lambda row: row not in late and not self._is_in_the_way(row, late) and self._has_place(row)
+        )
+
+    def _is_in_the_way(self, row: Row, late: Sequence[Row]) -> bool:
+        """Whether one that was passed over too often, or who waits for a slot elsewhere, gets in sooner without it."""
+        if not all(map(self._fits_memory, late)):
+            return True
+        running = Counter(other.request.adapter_id for other in self._rows)
+        awaited, adapter_id = self._bank.is_awaited, row.request.adapter_id
+        lacking = awaited or any(other.request.adapter_id not in (None, *running) for other in late)
+        if adapter_id is None or not lacking:
+            return False
+        if awaited:  # whoever waits has not noticed yet that nobody uses this one any more
+            running[adapter_id] += 0
+        return any(self._bank.frees(used, n) for used, n in running.items() if used is not None)
+
+    def _fits_memory(self, row: Row) -> bool:
+        return not self._rows or self._need(row) + sum(map(self._need, self._rows)) <= self._kv_bytes
 
     def _has_place(self, row: Row) -> bool:
         """Whether the row may join; it has then, or has failed."""
-        if self._rows and self._need(row) + sum(map(self._need, self._rows)) > self._kv_bytes:
+        if not self._fits_memory(row):
             return False
         adapter_id = row.request.adapter_id
         try:
@@ -151,19 +197,19 @@ class Scheduler:
                     return False
                 place, loading = leased
         except BaseException as error:
-            row.fail(error)
+            self._say(row, error)
             return True
         key = None if adapter_id is None else (adapter_id, loading)
-        if self._forward.must_wait(key, row.prompt):
-            self._release(row)
-            return False
-        row.model = ModelRow(row.prompt, place, key)
-        others = [other.prompt for other in self._waiting.of(adapter_id) if other is not row]
         try:
+            if self._forward.must_wait(key, row.prompt):
+                self._release(row)
+                return False
+            row.model = ModelRow(row.prompt, place, key)
+            others = [other.prompt for other in self._waiting.of(adapter_id) if other is not row]
             self._forward.start(row.model, others[: self._max_rows])
         except BaseException as error:
             self._release(row)
-            row.fail(error)
+            self._say(row, error)
             return True
         self._rows.append(row)
         return True
@@ -176,10 +222,9 @@ class Scheduler:
         now = time.monotonic()
         self._stuck_since = self._stuck_since or now
         if now - self._stuck_since > self._bank.wait_s:
-            row = next(iter(self._waiting))
-            self._waiting.remove(row)
-            self._say(row, self._bank.full())
-            return
+            for row in [row for row in self._waiting if now - row.since > self._bank.wait_s]:
+                self._waiting.remove(row)
+                self._say(row, self._bank.full())
         with self._guard:
             if not self._new:
                 self._guard.wait(_POLL_S)
@@ -188,6 +233,9 @@ class Scheduler:
         writing = [row for row in self._rows if row.model is not None and row.model.is_read]
         reading = self._pieces([row for row in self._rows if row not in writing], bool(writing))
         self._n_steps += 1
+        if not self._forward.together:
+            self._advance_one_by_one(writing, reading)
+            return
         try:
             self._advance(writing, reading)
         except BaseException as error:
@@ -197,7 +245,7 @@ class Scheduler:
             self._advance_one_by_one(writing, reading)
 
     def _advance_one_by_one(self, writing: Sequence[Row], reading: Sequence[tuple[Row, int]]) -> None:
-        """The step that failed, a row at a time, so that it fails for those only that made it fail."""
+        """The step a row at a time; where it failed, so that it fails for those only that made it fail."""
         alone: list[tuple[list[Row], list[tuple[Row, int]]]] = [([row], []) for row in writing]
         alone += [([], [piece]) for piece in reading]
         for some_writing, some_reading in alone:
@@ -226,8 +274,8 @@ class Scheduler:
         models = [row.model for row in writing if row.model is not None]
         pieces = [(row.model, n) for row, n in reading if row.model is not None]
         with self._turns.take():
-            order = self._forward.ordered(models)
             logits = self._forward.run(models, pieces)
+            order = self._forward.ordered(models)  # now: a row that outgrew its lane has moved, and others with it
         order += [model for model, _ in pieces if model.is_read]
         self._take_tokens([owners[model] for model in order], logits)
 
@@ -260,8 +308,17 @@ class Scheduler:
             else:
                 row.fail(error)
         except BaseException as broken:  # its text cannot be made, or whoever listens cannot
-            row.fail(broken)
+            with suppress(BaseException):
+                row.fail(broken)
 
     def _release(self, row: Row) -> None:
         if row.request.adapter_id is not None:
             self._bank.release(row.request.adapter_id)
+
+
+def _nobody_else_is_left() -> bool:
+    """Whether the interpreter is about to exit and only waits for threads like this one."""
+    main = threading.main_thread()
+    if main.is_alive():
+        return False
+    return all(thread.daemon or thread is main or thread.name == _NAME for thread in threading.enumerate())

@@ -23,6 +23,8 @@ _CACHES = ("past_key_values", "cache_params")
 class SeparateForward:
     """Same calls as `FlatForward`."""
 
+    together = False
+    """Rows gain nothing from each other, and one that was advanced cannot be advanced again."""
     token_bytes = 0
     """Unknown: only the number of rows bounds what runs at once."""
 

@@ -42,6 +42,7 @@ class SlotTable:
         self._slots: OrderedDict[str, Slot] = OrderedDict()
         self._free = list(range(n_slots, 0, -1))
         self._loadings = 0
+        self._n_awaited = 0
         self._changed = threading.Condition()
 
     def ids(self) -> list[str]:
@@ -85,7 +86,12 @@ class SlotTable:
         Waits for a running request to end, if it may. Raises `BankFullError` when none does in time.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._reclaimable(spare), self.wait_s if wait else 0.0):
+            self._n_awaited += wait
+            try:
+                found = self._changed.wait_for(lambda: self._reclaimable(spare), self.wait_s if wait else 0.0)
+            finally:
+                self._n_awaited -= wait
+            if not found:
                 raise self.full()
             if not self._free:
                 victim = next(i for i, slot in self._slots.items() if slot.idle and i not in spare)
@@ -103,6 +109,17 @@ class SlotTable:
         """Whether `take_row` would not wait."""
         with self._changed:
             return self._reclaimable(spare)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for a row."""
+        return self._n_awaited > 0
+
+    def frees(self, adapter_id: str, n_leases: int) -> bool:
+        """Whether the adapter's row can be had once so many leases are given back."""
+        with self._changed:
+            slot = self._slots.get(adapter_id)
+            return slot is not None and not slot.pinned and slot.leases <= n_leases
 
     def _reclaimable(self, spare: Collection[str]) -> bool:
         return bool(self._free) or any(slot.idle and i not in spare for i, slot in self._slots.items())

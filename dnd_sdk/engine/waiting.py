@@ -29,6 +29,11 @@ class Waiting:
         """Those that somebody waits for."""
         return set(self._queues)
 
+    @property
+    def first(self) -> list[Row]:
+        """The next of each adapter."""
+        return [queue[0] for queue in self._queues.values()]
+
     def add(self, row: Row) -> None:
         """Last of its adapter."""
         self._queues.setdefault(row.request.adapter_id, deque()).append(row)
