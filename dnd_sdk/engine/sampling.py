@@ -23,7 +23,6 @@ from transformers import (
 
 from dnd_sdk.config import SamplingOptions
 
-
 _NO_IDS: Any = torch.empty(1, 0, dtype=torch.long)
 """No warper of these looks at the tokens."""
 
