@@ -25,6 +25,7 @@ import typer
 from dnd_sdk.cli.output import Output
 from dnd_sdk.cli.task_sets import DEFAULT_SET, TaskSet
 from dnd_sdk.config import SamplingOptions
+from dnd_sdk.errors import InputError
 
 if TYPE_CHECKING:
     from dnd_sdk.prompts import Role
@@ -62,6 +63,42 @@ def read_role_option(path: Path | None) -> Role | None:
     from dnd_sdk.prompts import read_role
 
     return None if path is None else read_role(path)
+
+
+SchemaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--schema", metavar="FILE|JSON", rich_help_panel=SAMPLING, help="A JSON schema that the answer is held to."
+    ),
+]
+
+
+def read_schema_option(schema: str | None) -> str | None:
+    """The canonical text of what `--schema` gives: a JSON object or the file that holds one.
+
+    Raises `InputError` for a file that cannot be read, `ConfigError` for what is no schema within limits.
+    """
+    from dnd_sdk.chat import checked_schema
+
+    if schema is None:
+        return None
+    return checked_schema(schema if schema.lstrip().startswith("{") else _schema_file(Path(schema)))
+
+
+def _schema_file(path: Path) -> str:
+    from dnd_sdk.chat import MAX_SCHEMA_BYTES
+    from dnd_sdk.files import plain_only
+
+    try:
+        with open(path, "rb", opener=plain_only) as f:
+            raw = f.read(MAX_SCHEMA_BYTES + 1)
+        text = raw.decode("utf-8-sig", "strict" if len(raw) <= MAX_SCHEMA_BYTES else "ignore")
+    except (OSError, ValueError) as e:  # of Python: a NUL byte in the name, text that is not UTF-8
+        why = e.strerror if isinstance(e, OSError) else e
+        raise InputError(f"cannot read the schema {path}: {why}", fix="give a JSON file, or the JSON itself") from e
+    if len(raw) > MAX_SCHEMA_BYTES:
+        raise InputError(f"the schema {path} has more than {MAX_SCHEMA_BYTES} bytes", fix="ask for less at once")
+    return text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dnd_sdk.cli.completion import adapter_choices
-from dnd_sdk.cli.options import ModelOptions, RoleFile, SamplingFlags, read_role_option
+from dnd_sdk.cli.options import (
+    ModelOptions,
+    RoleFile,
+    SamplingFlags,
+    SchemaOption,
+    read_role_option,
+    read_schema_option,
+)
 from dnd_sdk.cli.output import Output, confidence, read_text
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, DndError
@@ -33,6 +40,7 @@ def run(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt, or - for stdin.")],
     adapter: AdapterOption = "auto",
     role: RoleFile = None,
+    schema: SchemaOption = None,
     compare: Annotated[str | None, typer.Option("--compare", help="base: also show the base model's answer.")] = None,
 ) -> None:
     """Answer one prompt with an adapter, a routed one, or the base model; under --role, else the adapter's own role."""
@@ -46,7 +54,7 @@ def run(
     chosen = _known(store, adapter, settings.base)  # before the slow part
     # the adapter's own role holds for the base it is compared with, too; routing never picks one that brings a role
     under = read_role_option(role) or (None if chosen in (None, "auto") else store.get(chosen).role)
-    options = settings.sampling()
+    options = {**settings.sampling(), "schema": read_schema_option(schema)}
     with models.load(out) as dnd:
         if out.json or compare:
             answer = dnd.complete(prompt, adapter=chosen, role=under, **options)

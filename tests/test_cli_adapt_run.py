@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -116,6 +117,59 @@ def test_run_streams_the_same_text_to_people(adapted: World) -> None:
     assert "[upper, 6 tokens]" in shown.stderr
     compared = dnd("run", "hello", "-a", "upper", "--compare", "base", *options).stdout
     assert compared.startswith("--- upper\n") and "\n--- base\n" in compared
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"queue": {"enum": ["billing", "login"]}, "urgent": {"type": "boolean"}},
+    "required": ["queue", "urgent"],
+    "additionalProperties": False,
+}
+
+
+def test_run_holds_the_answer_to_a_schema_from_a_file_or_the_command_line(adapted: World, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text("\ufeff" + json.dumps(SCHEMA, indent=2), encoding="utf-8")
+    given = ("run", "hello", "-a", "upper", "--max-new-tokens", 60, *adapted.options, "--schema")
+    answer = dnd_json(*given, file)
+    value = json.loads(answer["text"])
+    assert value.keys() == {"queue", "urgent"} and value["queue"] in ("billing", "login")
+    assert answer["adapter"] == "upper"
+    assert dnd_json(*given, f" {json.dumps(SCHEMA)}") == answer
+    assert dnd(*given, file).stdout == answer["text"] + "\n"
+    both = dnd_json(*given, file, "--compare", "base")
+    assert both["text"] == answer["text"] and json.loads(both["base"]["text"]).keys() == value.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "said"),
+    [
+        (None, "InputError", "No such file"),
+        (b"\xff\xfe", "InputError", "cannot read the schema"),
+        (b"[1]", "ConfigError", "must be a JSON schema"),
+        (b'{"type": ', "ConfigError", "no JSON"),
+        ('{"const": "%s"}' % ("\u20ac" * 30_000), "InputError", "more than 65536 bytes"),
+        (b'{"type": "strange"}', "ConfigError", "at /type: Invalid type: strange"),
+    ],
+)
+def test_a_bad_schema_is_told_in_two_lines(
+    adapted: World, tmp_path: Path, content: bytes | str | None, error: str, said: str
+) -> None:
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    given = ("run", "hello", "-a", "base", *adapted.options, "--schema", file)
+    told = dnd_json(*given, code=1)["error"]
+    assert told["type"] == error and said in told["message"] and told["fix"]
+    shown = dnd(*given)
+    assert shown.stdout == "" and [line.split(":")[0] for line in shown.stderr.splitlines()[-2:]] == ["error", "fix"]
+
+
+def test_a_pipe_is_no_schema(adapted: World, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path, "a\0b"):
+        told = dnd_json("run", "hello", *adapted.options, "--schema", place, code=1)["error"]
+        assert told["type"] == "InputError" and "cannot read the schema" in told["message"]
 
 
 def test_run_routes_by_default(adapted: World) -> None:

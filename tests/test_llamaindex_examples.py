@@ -74,6 +74,12 @@ def test_three_lines_reach_an_adapter(tiny: DnD, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.count("'adapter': ") == 2 and name
 
 
+def test_structured_answers_are_filled_in(tiny: DnD, capsys: pytest.CaptureFixture[str]) -> None:
+    load("llamaindex_structured.py").main()
+    ticket = r"^  Ticket\(queue='\w+', urgent=(?:True|False), order=(?:None|\d+)\)$"
+    assert len(re.findall(ticket, capsys.readouterr().out, re.MULTILINE)) == 3
+
+
 @pytest.mark.real
 def test_examples_run_on_the_embedded_base(
     warm_home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -81,6 +87,8 @@ def test_examples_run_on_the_embedded_base(
     monkeypatch.setenv("DND_HOME", str(warm_home.root))
     load("three_lines.py").main(2)
     assert capsys.readouterr().out.count("'decision': 'reuse'") == 2
+    load("llamaindex_structured.py").main()
+    assert capsys.readouterr().out.count("Ticket(queue='") == 3
     assert load("llamaindex_rag.py").main(["--questions", "2"]) == 0
     out = capsys.readouterr().out
     assert re.match("generate|reuse", out) and len(shown(out, "adapted")) == 2

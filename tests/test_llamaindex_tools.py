@@ -14,6 +14,7 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse, TextBloc
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.tools import FunctionTool
+from llama_index.core.types import PydanticProgramMode
 from llamaindex_parts import (  # noqa: F401 - events is a fixture
     METHODS,
     Pace,
@@ -247,7 +248,8 @@ class Colour(BaseModel):
 
 def test_structured_output_by_a_tool_and_predict_and_call() -> None:
     said = hermes_call("Colour", name="teal", red=0)
-    llm = DnDFunctionCallingLLM(scripted(said, said, said, CALL))
+    by_tool = PydanticProgramMode.FUNCTION
+    llm = DnDFunctionCallingLLM(scripted(said, said, said, CALL), pydantic_program_mode=by_tool)
     wanted, ask_for = Colour(name="teal", red=0), PromptTemplate("A colour like {what}.")
     assert llm.structured_predict(Colour, ask_for, what="the sea") == wanted
     assert asyncio.run(llm.astructured_predict(Colour, ask_for, what="the sea")) == wanted

@@ -79,6 +79,7 @@ RUNS = {
     "dnd adapt PROMPTS --mode merge --top-k 3": Run("^decision: merge\n"),
     'dnd run "Which queue: billing, login or shipping? I cannot sign in since the update." '
     "-a tickets --compare base": Run(r"^--- tickets\n[\s\S]*^--- base\n"),
+    """dnd run "Is 7 odd?" -a base --schema '{"enum": ["yes", "no"]}'""": Run('^"(yes|no)"$'),
     "dnd chat -a tickets": Run(".+\n.+", typed="Hello\n/base\nHello\n/adapter handbook\n/exit\n"),
     'dnd route "My card was charged twice" --explain': Run(r"^base\nreason: .*\nnear:   \w+  \d"),
     "dnd adapters ls": Run(rows("handbook", "tickets")),
@@ -139,6 +140,7 @@ RUNS = {
     "python examples/llamaindex_agent.py --prompts 40 --questions 2": Run(rf"^prompt +\d+: tickets answers {ANSWERS}"),
     "python examples/llamaindex_rag.py": Run(f"^generate: {ANSWERS}"),
     "python examples/llamaindex_rag.py --questions 3 --prompts 12": Run(f"^generate: {ANSWERS}"),
+    "python examples/llamaindex_structured.py": Run(r"^  Ticket\(queue='"),
     "python examples/smolagents_agent.py": Run(f"^reuse: tickets{ANSWERS}"),
     "python examples/smolagents_agent.py --prompts 40 --questions 2": Run(f"^reuse: tickets{ANSWERS}"),
     "python examples/simulate_agent.py TASKS_FOLDER --tasks 20 --prompts 64 --seed 0 --json out.json": Run(

@@ -1,5 +1,9 @@
 from .messages import Prompt as Prompt, last_user_text as last_user_text, with_role as with_role
-from .schema import checked_schema as checked_schema, schema_places as schema_places
+from .schema import (
+    MAX_SCHEMA_BYTES as MAX_SCHEMA_BYTES,
+    checked_schema as checked_schema,
+    schema_places as schema_places,
+)
 from .template import (
     Messages as Messages,
     Tools as Tools,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from llama_index.core.bridge.pydantic import ValidationError
 
 from dnd_sdk.chat import ToolCall
-from dnd_sdk.errors import ConfigError, shown
+from dnd_sdk.errors import ConfigError, InputError, shown
 from dnd_sdk.session import Completion, CompletionStream
 
 MAX_THREADS = 32
@@ -47,15 +48,18 @@ class Part(NamedTuple):
 class Call:
     """One request; made in the reader's thread, worked on in any one thread."""
 
-    def __init__(self, start: Callable[[threading.Event], CompletionStream]) -> None:
-        """`start` chooses the adapter and starts the engine, which must stop within a token of the event."""
-        self._start = start
+    def __init__(self, start: Callable[[threading.Event], CompletionStream], *, held: bool = False) -> None:
+        """`start` chooses the adapter and starts the engine, which must stop within a token of the event.
+
+        `held`: the answer is to be whole JSON; `InputError` where `max_new_tokens` cut it.
+        """
+        self._start, self._held = start, held
         self._end = _ended.get() or threading.Event()
 
     def answer(self) -> Part:
         """The whole answer."""
         with self._start(self._end) as stream:
-            return Part(stream.result.text, "", stream.result)
+            return self._whole(stream.result.text, stream.result)
 
     def parts(self) -> Iterator[Part]:
         """The answer piece by piece, then once more whole with its usage."""
@@ -64,7 +68,7 @@ class Call:
             for delta in stream:
                 text += delta
                 yield Part(text, delta)
-            yield Part(text, "", stream.result)
+            yield self._whole(text, stream.result)
 
     async def aanswer(self) -> Part:
         """`answer` in another thread; cancelling ends it."""
@@ -94,6 +98,15 @@ class Call:
         finally:
             self._end.set()
             job.cancel()
+
+    def _whole(self, text: str, completion: Completion) -> Part:
+        if self._held and completion.finish_reason == "length" and not _is_json(text):
+            raise InputError(
+                f"max_new_tokens={completion.usage['completion_tokens']} cut the answer before it fits its schema: "
+                f"{shown(text)}",
+                fix="raise max_new_tokens, or ask for less: bound the schema's strings and lists",
+            )
+        return Part(text, "", completion)
 
 
 class Lazy(Generic[T]):
@@ -125,6 +138,14 @@ def as_config_error(owner: str) -> Iterator[None]:
     except ValidationError as e:
         told = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}, got {shown(p['input'])}" for p in e.errors()[:4])
         raise ConfigError(f"{owner} refuses {'; '.join(told)}") from e
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:

@@ -22,7 +22,7 @@ _ANY_TOOL = (None, "auto", "any", "required")
 
 
 class DnDFunctionCallingLLM(DnDLLM, FunctionCallingLLM):
-    """`DnDLLM` for `FunctionAgent`, `predict_and_call` and structured output by tools.
+    """`DnDLLM` for `FunctionAgent` and `predict_and_call`; a `schema` and tools exclude each other.
 
     Tools, calls and results are rendered by the base's own chat template; calls are read from the answer as
     `tool_calls` says. A base whose template does not render tools raises `ConfigError`: at once when it is resident,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from typing import Any, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -18,9 +18,11 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.types import PydanticProgramMode
 
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import Tools
@@ -48,14 +50,21 @@ from dnd_sdk.session import ALIASES, AUTO, AdapterChoice, CompletionStream, DnD,
 
 log = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=BaseModel)
+
 
 class DnDLLM(CustomLLM):
     """One resident base LLM with its adapters; safe to share between threads and tasks.
 
-    Every call takes `adapter`, `max_new_tokens` (or `max_tokens`), `temperature`, `top_p`, `top_k`, `stop` and `seed`,
-    which win over the fields here; other options raise `ConfigError`. Chat messages go through the base's own chat
-    template, a prompt being one user message. `raw` holds `usage` and `dnd` (adapter and decision), in streams on the
-    last item. A stream that is closed, and an asynchronous call that is cancelled, stops generating within a token.
+    Every call takes `adapter`, `max_new_tokens` (or `max_tokens`), `temperature`, `top_p`, `top_k`, `min_p`,
+    `repetition_penalty`, `stop` and `seed`, which win over the fields here, and `schema`; other options raise
+    `ConfigError`. Chat messages go through the base's own chat template, a prompt being one user message. `raw` holds
+    `usage` and `dnd` (adapter and decision), in streams on the last item. A stream that is closed, and an asynchronous
+    call that is cancelled, stops generating within a token.
+
+    `structured_predict`, its three siblings and `as_structured_llm` hold the answer to the class's schema, as a call
+    with a `schema` is held to that. Where `max_new_tokens` cuts such an answer, the call (a stream at its end) raises
+    `InputError`.
     """
 
     base: str = Field(DEFAULT_BASE, description="Embedded name, folder or Hugging Face id of the base.")
@@ -74,6 +83,9 @@ class DnDLLM(CustomLLM):
     repetition_penalty: float = Field(1.0, description="Above 1, tokens of prompt and answer become less likely.")
     stop: list[str] = Field(default_factory=list, description="Text is cut before the first of these.")
     seed: int | None = Field(None, description="None draws fresh randomness.")
+    pydantic_program_mode: PydanticProgramMode = Field(
+        PydanticProgramMode.LLM, description="llm: structured answers are held to their schema."
+    )
 
     _dnd: Lazy[DnD] = PrivateAttr()
 
@@ -175,6 +187,56 @@ class DnDLLM(CustomLLM):
         call = self._chat_call(messages, kwargs)
         return (chat_part(p) async for p in call.aparts())
 
+    def structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """An answer that is an `output_cls`; `llm_kwargs` are options of the call, `schema=None` holds it to nothing.
+
+        Raises `ConfigError` for a class whose schema cannot be enforced.
+        """
+        return super().structured_predict(output_cls, prompt, self._held(output_cls, llm_kwargs), **prompt_args)
+
+    async def astructured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """`structured_predict` in another thread."""
+        return await super().astructured_predict(output_cls, prompt, self._held(output_cls, llm_kwargs), **prompt_args)
+
+    def stream_structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Generator[Any, None, None]:
+        """`structured_predict` as it comes: objects with what is there so far, at last an `output_cls`."""
+        return super().stream_structured_predict(output_cls, prompt, self._held(output_cls, llm_kwargs), **prompt_args)
+
+    async def astream_structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """`stream_structured_predict` in another thread."""
+        held = self._held(output_cls, llm_kwargs)
+        return await super().astream_structured_predict(output_cls, prompt, held, **prompt_args)
+
+    def _held(self, output_cls: type[BaseModel], options: dict[str, Any] | None) -> dict[str, Any]:
+        """The options of a structured call; programs of other modes ask in ways of their own, as by a tool."""
+        if self.pydantic_program_mode is not PydanticProgramMode.LLM:
+            return options or {}
+        return {"schema": output_cls, **(options or {})}
+
     def _load(self) -> DnD:
         return DnD.load(
             self.base, self.generator, encoder=self.encoder, home=self.home, device=self.device, dtype=self.dtype
@@ -195,7 +257,7 @@ class DnDLLM(CustomLLM):
         return self._call(to_chat(messages), given)
 
     def _call(self, chat: Chat, given: dict[str, Any]) -> Call:
-        return Call(self._start(chat, given))
+        return Call(self._start(chat, given), held=given.get("schema") is not None)
 
     def _start(
         self, chat: Chat, given: dict[str, Any], tools: Tools | None = None
