@@ -149,7 +149,8 @@ class Engine(Resident):
     def submit(self, request: CompletionRequest) -> Future[Generation]:
         """Hand one request in and return at once, for `asyncio.wrap_future` or a callback.
 
-        Bad requests raise here, as in `complete`. Cancelling the future lets the request end within a token.
+        Bad requests raise here, as in `complete`. Cancelling the future lets the request end within a token. Its
+        callbacks run in the thread that runs the base: they must be quick, and asking the engine there waits for ever.
         """
         future = Future[Generation]()
         row = self._row(request, _resolving(future))
