@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from itertools import zip_longest
+from itertools import islice
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,13 +134,17 @@ class Engine(Resident):
         rows = [self._row(r, _resolving(f)) for r, f in zip(requests, futures, strict=True)]
         rounds = self.rounds([r.adapter_id for r in requests])
         order = sorted(range(len(rows)), key=lambda i: rounds[i])
+        done = SimpleQueue[Future[Generation]]()
+        for future in futures:
+            future.add_done_callback(done.put)
         ahead = 2 * self.max_batch  # a long list must not fill the queue that others wait in
+        further = iter(order[ahead:])
         try:
             self._scheduler.submit(*[rows[i] for i in order[:ahead]])
-            for i, further in zip_longest(order, order[ahead:]):
-                futures[i].result()
-                if further is not None:
-                    self._scheduler.submit(rows[further], may_wait=True)
+            for _ in order:
+                done.get().result()
+                for i in islice(further, 1):
+                    self._scheduler.submit(rows[i], may_wait=True)
         except BaseException:
             for row in rows:
                 row.drop()

@@ -106,14 +106,18 @@ class FixedSteps:
         if self._capture and self.note is None:
             for _ in range(_WARM_UPS):
                 logits = self._forward(lane, *buffers, adapted)
-            captured, left = self._captured(lane, *buffers, adapted)
-            self.note = _difference(logits, left)
-            captured, logits = (captured, left) if self.note is None else (None, logits)
+            try:
+                captured, left = self._captured(lane, *buffers, adapted)
+                self.note = _difference(logits, left)
+                captured, logits = (captured, left) if self.note is None else (None, logits)
+            except RuntimeError as e:  # a model whose forward waits for the device, a device without memory for it
+                captured, self.note = None, f"a step cannot be captured: {e}".splitlines()[0]
         return _Graph(lane.kv, lane.adapters if adapted else None, *buffers, captured, logits)
 
     def _captured(self, lane: Lane[Any], ids: Tensor, positions: Tensor, adapted: bool) -> tuple[Any, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads may use the device meanwhile: encoding, making adapters
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self._forward(lane, ids, positions, adapted)
         graph.replay()
         torch.cuda.synchronize(ids.device)
