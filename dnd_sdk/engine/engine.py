@@ -36,7 +36,7 @@ from dnd_sdk.models import Base
 if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter
 
-_PIECES = {"cpu": (128, 512)}
+_PIECES = {"cpu": (128, 256)}
 _LARGE_PIECES = (2048, 8192)
 """Prompt tokens of a step beside rows that write, and alone: as few as a step of the device is worth."""
 

@@ -29,6 +29,8 @@ from dnd_sdk.errors import BusyError
 _NAME = "dnd-engine"
 _PATIENCE = 64
 """Others that may be let in before a row that needs another adapter in a slot, or much memory."""
+_OLDEST_EVERY = 4
+"""Steps after which the prompt that is being read for longest has its turn, however many new ones come."""
 _POLL_S = 0.02
 """How often rows are looked at that wait for slots which nobody here uses."""
 
@@ -255,18 +257,22 @@ class Scheduler:
                 self._end((some_writing or [row for row, _ in some_reading])[0], error)
 
     def _pieces(self, unread: Sequence[Row], others_write: bool) -> list[tuple[Row, int]]:
-        """How much of which prompts to read: by turns those that waited longest and those that had least."""
+        """How much of which prompts to read: new ones first and by themselves, now and then who waited longest.
+
+        A step in which a short prompt is read to its end is not made longer by pieces of long ones.
+        """
         budget = self._piece if others_write else self._large_piece
-        if self._n_steps % 2:
+        if self._n_steps % _OLDEST_EVERY:
             unread = sorted(unread, key=lambda row: row.n_pieces)
         pieces: list[tuple[Row, int]] = []
         for row in unread:
             assert row.model is not None
             n = min(budget, len(row.prompt) - row.model.n_read)
-            if n > 0 and len(pieces) < self._most_prompts:
+            if n > 0 and len(pieces) < self._most_prompts and (not pieces or row.n_pieces <= pieces[0][0].n_pieces):
                 pieces.append((row, n))
-                row.n_pieces += 1
                 budget -= n
+        for row, _ in pieces:
+            row.n_pieces += 1
         return pieces
 
     def _advance(self, writing: Sequence[Row], reading: Sequence[tuple[Row, int]]) -> None:
