@@ -196,3 +196,24 @@ def test_too_many_waiting_is_said_and_a_long_list_still_runs(then: Then) -> None
     ask(engine, "q", "a", SHORT)
     assert refused and taken and {f.result() for f in taken} == {single}
     assert ask(engine, "q", "a", SHORT) == single
+
+
+def test_a_short_prompt_is_read_in_a_step_of_its_own_before_a_long_one_goes_on(
+    then: Then, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, read = fetching(1), list[list[int]]()
+    run = FlatForward.run
+    monkeypatch.setattr(
+        FlatForward,
+        "run",
+        lambda self, writing, reading: read.append([n for _, n in reading]) or run(self, writing, reading),
+    )
+    one = SamplingOptions(max_new_tokens=1)
+    long, short = "so long " * 55, "hi"
+    n_long, n_short = (len(engine.prompt_ids(text, 1)) for text in (long, short))
+    assert n_long > 256 + n_short
+    later: list[Future[Generation]] = []
+    then[1] = lambda: later.append(engine.submit(CompletionRequest(short, None, one)))
+    engine.complete([CompletionRequest(long, None, one)])
+    assert later[0].result(60).completion_tokens == 1
+    assert read == [[256], [n_short], [n_long - 256]]
