@@ -40,8 +40,6 @@ class Row:
         self.request, self.prompt = request, prompt
         self.model: ModelRow | None = None
         """None while it waits."""
-        self.n_pieces = 0
-        """In how many steps its prompt was read so far."""
         self.n_passed = 0
         """How many were let in while it was the first of its adapter to wait."""
         self._text = RowText(tokenizer, ends, options.stop, emit, max_new_tokens=options.max_new_tokens)

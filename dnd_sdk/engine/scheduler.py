@@ -257,22 +257,19 @@ class Scheduler:
                 self._end((some_writing or [row for row, _ in some_reading])[0], error)
 
     def _pieces(self, unread: Sequence[Row], others_write: bool) -> list[tuple[Row, int]]:
-        """How much of which prompts to read: new ones first and by themselves, now and then who waited longest.
+        """How much of which prompts to read: what is soonest read first, now and then who waited longest.
 
-        A step in which a short prompt is read to its end is not made longer by pieces of long ones.
+        A piece that leaves its prompt unread is read by itself: nobody's first token waits for it.
         """
         budget = self._piece if others_write else self._large_piece
         if self._n_steps % _OLDEST_EVERY:
-            unread = sorted(unread, key=lambda row: row.n_pieces)
+            unread = sorted(unread, key=_n_unread)
         pieces: list[tuple[Row, int]] = []
         for row in unread:
-            assert row.model is not None
-            n = min(budget, len(row.prompt) - row.model.n_read)
-            if n > 0 and len(pieces) < self._most_prompts and (not pieces or row.n_pieces <= pieces[0][0].n_pieces):
+            n = min(budget, _n_unread(row))
+            if n > 0 and len(pieces) < self._most_prompts and (not pieces or n == _n_unread(row)):
                 pieces.append((row, n))
                 budget -= n
-        for row, _ in pieces:
-            row.n_pieces += 1
         return pieces
 
     def _advance(self, writing: Sequence[Row], reading: Sequence[tuple[Row, int]]) -> None:
@@ -320,6 +317,11 @@ class Scheduler:
     def _release(self, row: Row) -> None:
         if row.request.adapter_id is not None:
             self._bank.release(row.request.adapter_id)
+
+
+def _n_unread(row: Row) -> int:
+    """Tokens of a running row's prompt that are still to be read."""
+    return 0 if row.model is None else len(row.prompt) - row.model.n_read
 
 
 def _nobody_else_is_left() -> bool:
