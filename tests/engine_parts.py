@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +55,24 @@ def ask(engine: Engine, chat: Any, adapter: str | None, options: SamplingOptions
 def ask_all(engine: Engine, chats: list[Any], adapters: list[str | None], options: SamplingOptions) -> list[Generation]:
     """The answers to several, together."""
     return engine.complete([CompletionRequest(c, a, options) for c, a in zip(chats, adapters, strict=True)])
+
+
+def soon(condition: Callable[[], Any]) -> bool:
+    """Whether the condition comes true within the time a token could ever take."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return bool(condition())
+
+
+def generating() -> bool:
+    """Whether any thread still generates."""
+    return any(t.name in ("dnd-engine", "dnd-fake") for t in threading.enumerate())
+
+
+def idle(engine: Engine) -> bool:
+    """Whether nothing runs or waits, and all adapters are given back."""
+    return engine._scheduler.is_idle and not any(slot.leases for slot in engine.bank._table._slots.values())
 
 
 def strong(layout: LoraLayout, seed: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +21,20 @@ CHAT_TEMPLATE = (
 )
 
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
+
+TINY_SIZES: dict[str, Any] = dict(
+    vocab_size=260,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    bos_token_id=None,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+"""Of a base's configuration; `GROUPED` for those whose query heads share key heads."""
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "mistral")
 
@@ -51,18 +66,7 @@ def read_bytes(tokens: list[str], *, final: bool) -> str:
 def tiny_model(family: str = "llama", *, seed: int = 0, hidden: int = 32, layers: int = 2) -> PreTrainedModel:
     """A random causal LM with grouped-query attention (4 heads, 2 key/value heads) and 260 tokens."""
     config = AutoConfig.for_model(
-        family,
-        vocab_size=260,
-        hidden_size=hidden,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
+        family, **{**TINY_SIZES, **GROUPED, "hidden_size": hidden, "num_hidden_layers": layers}
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from engine_parts import generating as generating
 from helpers import random_flat
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.instrumentation import get_dispatcher
@@ -146,11 +147,6 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
-
-
-def generating() -> bool:
-    """Whether any thread still generates."""
-    return any(t.name == "dnd-stream" for t in threading.enumerate())
 
 
 class ScriptedStream:

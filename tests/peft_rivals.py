@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import Tensor
 
+from dnd_sdk.bench.rivals import state_of as state_of
 from dnd_sdk.engine import Engine
-from dnd_sdk.lora import LoraLayout
 
 IDS = torch.randint(3, 260, (9, 7), generator=torch.Generator().manual_seed(3))
 
@@ -80,11 +80,6 @@ class Peft:
         assert name is not None
         self.model.set_adapter(name)
         return self.model(input_ids=ids).logits.clone()
-
-
-def state_of(layout: LoraLayout, flat: Tensor, name: str) -> dict[str, Tensor]:
-    """The state dict of peft's adapter `name`."""
-    return {s.peft_key.replace(".weight", f".{name}.weight"): v.clone() for s, v in layout.views(flat)}
 
 
 def fresh(flat: Tensor, ids: Tensor = IDS) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from engine_parts import strong, tiny_base, tiny_layout
+from engine_parts import generating, soon, strong, tiny_base, tiny_layout
 
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.config import SamplingOptions
@@ -165,14 +165,7 @@ def test_a_closed_stream_is_over(case: Case) -> None:
     with case.slow().stream(CompletionRequest("hi", None, SamplingOptions(max_new_tokens=300))) as stream:
         next(stream)
     assert list(stream) == []
-    end = time.monotonic() + 20
-    while working() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert not working()
-
-
-def working() -> bool:
-    return any(thread.name in ("dnd-engine", "dnd-fake") for thread in threading.enumerate())
+    assert soon(lambda: not generating())
 
 
 @pytest.mark.parametrize(

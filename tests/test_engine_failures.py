@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_parts import PROMPTS, ask, ask_all, strong, tiny_base, tiny_layout
-from test_engine_stream import idle, soon
+from engine_parts import PROMPTS, ask, ask_all, idle, soon, strong, tiny_base, tiny_layout
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import CompletionRequest, Engine, Generation
@@ -229,10 +228,10 @@ def test_no_memory_for_a_lane(length: int, monkeypatch: pytest.MonkeyPatch) -> N
             raise MemoryError
         grow(self, n_rows)
 
-    def no_lane(self: Lane[Any], shape: Any, size: int, n_rows: int = 1) -> None:
+    def no_lane(self: Lane[Any], shape: Any, size: int) -> None:
         if size == length == 512:
             raise MemoryError
-        init(self, shape, size, n_rows)
+        init(self, shape, size)
 
     monkeypatch.setattr(Lane, "_grow", no_growth)
     monkeypatch.setattr(Lane, "__init__", no_lane)

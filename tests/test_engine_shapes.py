@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_parts import PROMPTS, ask, ask_all, chat_ids, strong, tiny_base, tiny_layout
-from helpers import FAMILIES, tiny_tokenizer
+from helpers import FAMILIES, GROUPED, TINY_SIZES, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dnd_sdk.config import SamplingOptions
@@ -88,24 +88,12 @@ def test_prompts_that_are_the_same_or_within_each_other() -> None:
 
 def odd_base(family: str, *, attention: str = "sdpa", **changes: Any) -> Base:
     """A tiny base with another configuration."""
-    sizes: dict[str, Any] = dict(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    config = AutoConfig.for_model(family, **{**sizes, **changes})
+    config = AutoConfig.for_model(family, **{**TINY_SIZES, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval().requires_grad_(False)
     return Base(model, tiny_tokenizer(), family, "0" * 64)
 
 
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 ODD: dict[str, tuple[dict[str, Any], str | None]] = {
     "gemma3_text": ({**GROUPED, "sliding_window": 16}, None),
     "mistral": ({**GROUPED, "sliding_window": 16}, None),

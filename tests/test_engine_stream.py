@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-from engine_parts import PROMPTS, adapted_engine, ask, strong
+from engine_parts import PROMPTS, adapted_engine, ask, idle, soon, strong
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import CompletionRequest, Engine
@@ -22,18 +20,6 @@ LONG = SamplingOptions(max_new_tokens=400)
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return adapted_engine(layers=1, n_slots=2)
-
-
-def soon(condition: Callable[[], Any]) -> bool:
-    """Whether the condition comes true within the time a token could ever take."""
-    end = time.monotonic() + 20
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    return bool(condition())
-
-
-def idle(engine: Engine) -> bool:
-    return engine._scheduler.is_idle and not any(slot.leases for slot in engine.bank._table._slots.values())
 
 
 @pytest.mark.parametrize("adapter", [None, "a", "b"])

@@ -10,8 +10,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from engine_parts import PROMPTS, ask, strong, tiny_base, tiny_layout
-from test_engine_stream import idle, soon
+from engine_parts import PROMPTS, ask, idle, soon, strong, tiny_base, tiny_layout
 
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import CompletionRequest, Engine, Generation

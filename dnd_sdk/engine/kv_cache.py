@@ -43,10 +43,10 @@ class KeyValueShape(NamedTuple):
 class Lane(Generic[Row]):
     """Rows of one length; the first `len(rows)` are in use."""
 
-    def __init__(self, shape: KeyValueShape, length: int, n_rows: int = 1) -> None:
+    def __init__(self, shape: KeyValueShape, length: int) -> None:
         self.length, self.rows = length, list[Row]()
         self._shape = shape
-        self.kv = shape.empty(n_rows, length)
+        self.kv = shape.empty(1, length)
         """`(layers, 2, rows, length, heads, head width)`."""
         self.adapters: Tensor | None = None
         """`(rows, P)`, packed; None as long as all rows have had the same."""
@@ -111,17 +111,6 @@ class Lanes(Generic[Row]):
             self._lanes[length] = Lane(self.shape, length)
         return self._lanes[length]
 
-    @property
-    def used(self) -> list[Lane[Row]]:
-        """Lanes with rows in use, the shortest first."""
-        return [lane for _, lane in sorted(self._lanes.items()) if lane.rows]
-
     def free(self) -> None:
         """Give the memory of lanes back that nobody uses."""
         self._lanes = {length: lane for length, lane in self._lanes.items() if lane.rows}
-
-    def n_bytes(self) -> int:
-        """What all lanes take."""
-        return sum(
-            lane.kv.nbytes + (0 if lane.adapters is None else lane.adapters.nbytes) for lane in self._lanes.values()
-        )
