@@ -35,13 +35,25 @@ def peak_rss_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # macOS counts bytes, Linux KiB
 
 
-def available_bytes() -> int:
-    """Memory that programs can still have; half of all where the platform does not tell, else 4 GiB."""
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def told_memory() -> int | None:
+    """Bytes that programs can still have, as the platform tells; None: it does not."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, IndexError, ValueError):
-        pass
+        return None
+
+
+def available_bytes() -> int:
+    """Memory to plan with: what programs can still have; half of all where that is not told, else 4 GiB."""
+    told = told_memory()
+    if told is not None:
+        return told
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, OSError, ValueError):

@@ -177,12 +177,12 @@ def test_little_room(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     rooms = ("memory", "device memory", "disk")
     monkeypatch.setattr("dnd_sdk.models.pick_device", lambda device: torch.device("cuda"))
     for free, status in ((1 << 29, "warn"), (1 << 40, "ok")):
-        monkeypatch.setattr(doctor, "_available_memory", lambda free=free: free)
+        monkeypatch.setattr(doctor, "told_memory", lambda free=free: free)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 41))
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(1 << 41, 0, free))
         checks = looked(home)
         assert [checks[name].status for name in rooms] == [status] * 3
-    monkeypatch.setattr(doctor, "_available_memory", lambda: None)
+    monkeypatch.setattr(doctor, "told_memory", lambda: None)
     assert looked(home)["memory"].status == "ok"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dnd_sdk.machine import cpu_name
+from dnd_sdk.machine import cpu_name, n_cores
 
 WARM_UPS = 2
 
@@ -41,7 +40,7 @@ def host() -> dict[str, Any]:
     """What this machine and its torch are."""
     return {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": n_cores(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires
-from pathlib import Path
 from typing import Any, Literal
 
 from dnd_sdk.config import Home
 from dnd_sdk.doctor.environment import OFFLINE_SWITCHES, switch_state, version_of
 from dnd_sdk.errors import DndError
+from dnd_sdk.machine import n_cores, told_memory
 
 MIN_PYTHON = "3.11"
 TESTED = {
@@ -168,21 +168,21 @@ def _device(s: _Subject) -> Iterator[Check]:
 
 def _busy_cores(n_threads: int) -> Check:
     """Threads of one product wait for each other: on cores that are taken, many times longer than they work."""
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if n_threads > n_cores:
-        fix = f"set OMP_NUM_THREADS={n_cores}, or fewer"
-        return Check("cores", "warn", f"{n_threads} threads share {n_cores} cores, which slows the base down", fix)
+    cores = n_cores()
+    if n_threads > cores:
+        fix = f"set OMP_NUM_THREADS={cores}, or fewer"
+        return Check("cores", "warn", f"{n_threads} threads share {cores} cores, which slows the base down", fix)
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if busy + n_threads > n_cores + _LOAD_OF_OUR_OWN:
+    if busy + n_threads > cores + _LOAD_OF_OUR_OWN:
         fix = "end other programs, or set OMP_NUM_THREADS=1 while they run"
-        return Check("cores", "warn", f"other work keeps about {busy:.1f} of {n_cores} cores busy", fix)
-    return Check("cores", "ok", f"{n_cores}, about {busy:.1f} busy")
+        return Check("cores", "warn", f"other work keeps about {busy:.1f} of {cores} cores busy", fix)
+    return Check("cores", "ok", f"{cores}, about {busy:.1f} busy")
 
 
 def _memory(_: _Subject) -> Iterator[Check]:
     from dnd_sdk.models import SMALL_BASE
 
-    free = _available_memory()
+    free = told_memory()
     if free is None:
         yield Check("memory", "ok", "free memory is not known on this system")
     else:
@@ -193,14 +193,6 @@ def _room(name: str, free: int, needed: int, fix: str) -> Check:
     if free < needed:
         return Check(name, "warn", f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are advised", fix)
     return Check(name, "ok", f"{free / 1e9:.1f} GB free")
-
-
-def _available_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
 
 
 def _home(s: _Subject) -> Iterator[Check]:

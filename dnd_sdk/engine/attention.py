@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dnd_sdk.engine.kv_cache import Lane
+from dnd_sdk.lora import SegmentedLora, using
 
 NAME = "dnd_rows"
 _UNKNOWN = ("softcap", "position_bias", "s_aux")
@@ -68,9 +69,8 @@ class LanePart:
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         if window not in self._masks:
             column = torch.arange(self._width, device=self._positions.device)
-            distance = self._positions[:, None] - column  # (n, width)
-            allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            self._masks[window] = _additive(allowed, dtype)[:, None, None]  # (n, width) -> (n, 1, 1, width)
+            seen = _seen(self._positions[:, None] - column, window)  # (n, width)
+            self._masks[window] = additive(seen, dtype)[:, None, None]  # (n, width) -> (n, 1, 1, width)
         return self._masks[window]
 
 
@@ -102,8 +102,7 @@ class PromptPart:
         if window not in self._masks:
             device, end = self._kv.device, self._start + self.n
             distance = torch.arange(self._start, end, device=device)[:, None] - torch.arange(end, device=device)
-            allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            self._masks[window] = _additive(allowed, dtype)
+            self._masks[window] = additive(_seen(distance, window), dtype)
         return self._masks[window]
 
 
@@ -147,6 +146,24 @@ def attach_attention(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
+def flat_logits(
+    model: Any, ids: Tensor, positions: Tensor, mask: Tensor, step: Step, lora: SegmentedLora | None, **options: Any
+) -> Tensor:
+    """Logits `(T, V)` of a forward of tokens `ids` `(1, T)` at `positions` `(1, T)` that belong to `step`.
+
+    `mask`: any of four dimensions; the model then makes none, and attention here needs none.
+    """
+    with using(lora), stepping(step):
+        out = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, **options)
+    logits: Tensor = out.logits[0]  # (1, T, V) -> (T, V)
+    return logits
+
+
+def other_layers(config: Any) -> list[str]:
+    """The kinds of a model's layers that are not plain attention, to everything or to a window."""
+    return sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+
+
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -168,5 +185,11 @@ def _repeated(states: Tensor, n: int) -> Tensor:
     return states if n == 1 else states.repeat_interleave(n, dim=1)
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def _seen(distance: Tensor, window: int | None) -> Tensor:
+    """Whether a token sees another that comes so many places before it."""
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `allowed`, else the least value: finite, so that what it is added to stays a number."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)

@@ -111,7 +111,7 @@ class SlotBank:
         if leased is None and self._writing.acquire(blocking=False):
             try:
                 if self._table.has_room(spare):  # else nothing is fetched in vain
-                    self._bring_in(adapter_id, self._fetch and partial(self._fetch, adapter_id), spare, wait=False)
+                    self._bring_in(adapter_id, self._fetching(adapter_id), spare, wait=False)
                     leased = self._table.lease_one(adapter_id)
             except BankFullError:
                 return None
@@ -124,7 +124,7 @@ class SlotBank:
         if self._table.touch(adapter_id):
             return
         with self._writing, suppress(BankFullError):
-            self._bring_in(adapter_id, self._fetch and partial(self._fetch, adapter_id), wait=False)
+            self._bring_in(adapter_id, self._fetching(adapter_id), wait=False)
 
     @property
     def is_awaited(self) -> bool:
@@ -184,12 +184,15 @@ class SlotBank:
             self._table.check_room(distinct)
             try:
                 for adapter_id in distinct:
-                    self._bring_in(adapter_id, self._fetch and partial(self._fetch, adapter_id))
+                    self._bring_in(adapter_id, self._fetching(adapter_id))
                     held |= self._table.lease([adapter_id]) or {}
             except BaseException:
                 self._table.release(held)
                 raise
         return held
+
+    def _fetching(self, adapter_id: str) -> Loader | None:
+        return None if self._fetch is None else partial(self._fetch, adapter_id)
 
     def _bring_in(
         self, adapter_id: str, loader: Loader | None, spare: Collection[str] = (), *, wait: bool = True

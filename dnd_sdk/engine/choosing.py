@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dnd_sdk.engine.attention import NAME, attach_attention
+from dnd_sdk.engine.attention import NAME, attach_attention, other_layers
 from dnd_sdk.engine.bank import SlotBank
+from dnd_sdk.engine.fixed_steps import difference
 from dnd_sdk.engine.forward import FlatForward, ModelRow
 from dnd_sdk.engine.kv_cache import KeyValueShape
 from dnd_sdk.engine.separate import SeparateForward
 
 Forward = FlatForward | SeparateForward
 
-_KINDS = {"full_attention", "sliding_attention"}
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Of the largest logit: what another order of the same sums may change."""
 
@@ -38,9 +37,9 @@ def forward_for(model: Any, bank: SlotBank, *, store_bytes: int) -> tuple[Forwar
 
 def _unfit(model: Any) -> str | None:
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
+    kinds = other_layers(config)
     if kinds or getattr(model, "_is_stateful", False):
-        return f"layers of {', '.join(sorted(kinds)) or 'a kind that keeps a state'}"
+        return f"layers of {', '.join(kinds) or 'a kind that keeps a state'}"
     if config._attn_implementation not in ("sdpa", NAME):
         return f"attention is {config._attn_implementation}, not sdpa"
     return None
@@ -71,15 +70,8 @@ def _tried(model: Any, flat: FlatForward) -> str | None:
     finally:
         flat.forget()
         flat.rest()
-    return _different(plain, ours) or _misseen(model, flat.windows)
-
-
-def _different(plain: Tensor, ours: Tensor) -> str | None:
-    largest = plain.float().abs().max().item()
-    apart = (plain.float() - ours.float()).abs().max().item()
-    if apart <= _TOLERANCE.get(plain.dtype, 0.05) * largest:
-        return None
-    return f"its logits differ from the plain ones by {apart:.3g} of {largest:.3g}"
+    differ = difference(plain, ours, _TOLERANCE.get(plain.dtype, 0.05))
+    return f"its logits differ from the plain ones by {differ}" if differ else _misseen(model, flat.windows)
 
 
 def _misseen(model: Any, windows: dict[int, int | None]) -> str | None:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dnd_sdk.engine.attention import LanePart, Step, stepping
+from dnd_sdk.engine.attention import LanePart, Step, flat_logits
 from dnd_sdk.engine.kv_cache import Lane
-from dnd_sdk.lora import Packing, SegmentedLora, TokenSegment, using
+from dnd_sdk.lora import Packing, SegmentedLora, TokenSegment
 
 _WARM_UPS = 2
 """Steps that libraries set themselves up in, before one is captured."""
@@ -91,10 +91,7 @@ class FixedSteps:
             assert lane.adapters is not None
             lora = SegmentedLora(self._packing, [TokenSegment(size, self._packing.views(lane.adapters[:size]))])
         step = Step([LanePart(lane, 0, positions, lane.length)])
-        with using(lora), stepping(step):
-            out = self._model(input_ids=ids, position_ids=positions[None], attention_mask=self._mask, use_cache=False)
-        logits: Tensor = out.logits[0]  # (1, n, V) -> (n, V)
-        return logits
+        return flat_logits(self._model, ids, positions[None], self._mask, step, lora)
 
     def _made(self, lane: Lane[Any], ids: list[int], positions: list[int], adapted: bool) -> _Graph:
         """A step's buffers, its first logits in them; captured where that is wanted and right."""
@@ -108,8 +105,9 @@ class FixedSteps:
                 logits = self._forward(lane, *buffers, adapted)
             try:
                 captured, left = self._captured(lane, *buffers, adapted)
-                self.note = _difference(logits, left)
-                captured, logits = (captured, left) if self.note is None else (None, logits)
+                differ = difference(logits, left, _TOLERANCE)
+                self.note = f"captured steps differ by {differ}" if differ else None
+                captured, logits = (None, logits) if differ else (captured, left)
             except RuntimeError as e:  # a model whose forward waits for the device, a device without memory for it
                 captured, self.note = None, f"a step cannot be captured: {e}".splitlines()[0]
         return _Graph(lane.kv, lane.adapters if adapted else None, *buffers, captured, logits)
@@ -124,7 +122,8 @@ class FixedSteps:
         return graph, logits
 
 
-def _difference(plain: Tensor, captured: Tensor) -> str | None:
+def difference(plain: Tensor, other: Tensor, tolerance: float) -> str | None:
+    """By how much logits differ, where it is more than `tolerance` of the largest; None: it is not."""
     largest = plain.float().abs().max().item()
-    apart = (plain.float() - captured.float()).abs().max().item()
-    return None if apart <= _TOLERANCE * largest else f"captured steps differ by {apart:.3g} of {largest:.3g}"
+    apart = (plain.float() - other.float()).abs().max().item()
+    return None if apart <= tolerance * largest else f"{apart:.3g} of {largest:.3g}"

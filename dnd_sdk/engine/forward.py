@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnd_sdk.engine.attention import LanePart, Part, PromptPart, Step, stepping
+from dnd_sdk.engine.attention import LanePart, Part, PromptPart, Step, flat_logits
 from dnd_sdk.engine.bank import SlotBank
 from dnd_sdk.engine.fixed_steps import FixedSteps
 from dnd_sdk.engine.kv_cache import KeyValueShape, Lane, Lanes
 from dnd_sdk.engine.prompt_store import MIN_SHARED, PromptStore, alike
-from dnd_sdk.lora import GroupViews, SegmentedLora, TokenSegment, using
+from dnd_sdk.lora import GroupViews, SegmentedLora, TokenSegment
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class FlatForward:
         self._reading: list[ModelRow] = []
         self._views: dict[tuple[int, int, int], tuple[GroupViews, ...]] = {}
         self._mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
-        """Any mask of four dimensions: models then make none, and attention here needs none."""
+        self._keeps = model._supports_logits_to_keep()  # it reads signatures, which takes a while
         self.windows: dict[int, int | None] = {}
         """By layer, how many tokens it saw in the last step; None: all."""
         self.fixed: FixedSteps | None = None
@@ -188,23 +188,22 @@ class FlatForward:
         parts: Sequence[Part],
         segments: Sequence[TokenSegment],
     ) -> Tensor:
-        device, model = self._model.device, self._model
+        device = self._model.device
         plain = all(segment.views is None for segment in segments)
         lora = None if plain else SegmentedLora(self._bank.packing, segments)
         where = torch.tensor(wanted, device=device, dtype=torch.long)
-        keeps = model._supports_logits_to_keep()
         step = Step(parts)
-        with using(lora), stepping(step):
-            out = model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                attention_mask=self._mask,
-                use_cache=False,
-                **({"logits_to_keep": where} if keeps else {}),
-            )
+        logits = flat_logits(
+            self._model,
+            torch.tensor([ids], device=device),
+            torch.tensor([positions], device=device),
+            self._mask,
+            step,
+            lora,
+            **({"logits_to_keep": where} if self._keeps else {}),
+        )
         self.windows = step.windows
-        logits: Tensor = out.logits[0]  # (1, n or T, V) -> (n or T, V)
-        return logits if keeps else logits[where]
+        return logits if self._keeps else logits[where]  # (n or T, V) -> (n, V)
 
     def _leave_head(self, row: ModelRow, n: int) -> None:
         """Keep what others will want of a prompt of which n more tokens are read now."""

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-MIN_SHARED = 16
-"""Tokens; for fewer the copies cost what reading them once saves."""
+from dnd_sdk.engine.prompt_store import MIN_SHARED, alike
 
 
 class Prefix:
@@ -49,8 +48,7 @@ def shared_prefix(model: Any, prompts: Sequence[list[int]], adapter_ids: Sequenc
     if len(prompts) < 2 or len(set(adapter_ids)) > 1 or not _attends_fully(model):
         return None
     low, high = min(prompts), max(prompts)  # in the order of words in a dictionary: all others begin as these two do
-    alike = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    n = min(alike, min(map(len, prompts)) - 1)
+    n = min(alike(low, high), min(map(len, prompts)) - 1)
     return Prefix(model, prompts[0][:n]) if n >= MIN_SHARED else None
 
 

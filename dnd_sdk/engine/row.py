@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,7 +47,6 @@ class Row:
         self._tokenizer, self._ends, self._ended = tokenizer, ends, ended
         self._sampler, self._constraint = Sampler(options, device), constraint
         self._closed = closed
-        self._until = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         self._tokens: list[int] = []
         self._scores: list[Scored] | None = None if options.logprobs is None else []
         self._dropped = False
@@ -66,7 +66,8 @@ class Row:
     def is_over(self) -> bool:
         """Whether it needs no more tokens, also because of a cancel, which this notes."""
         closed = self._closed is not None and self._closed.is_set()
-        late = self._until is not None and time.monotonic() >= self._until
+        deadline_s = self.request.deadline_s
+        late = deadline_s is not None and time.monotonic() >= self.since + deadline_s
         if self._dropped or closed or late or self.request.cancelled:
             self._text.cancel(len(self._tokens))
         return self._text.is_over(len(self._tokens))
@@ -74,7 +75,8 @@ class Row:
     def draw(self, logits: Tensor) -> int:
         """The next token from logits `(V,)`."""
         forbid = None if self._constraint is None else self._constraint.mask
-        scored = self._sampler.draw(logits, [*self.prompt, *self._tokens], forbid)
+        seen = [*self.prompt, *self._tokens] if self._sampler.looks_back else []
+        scored = self._sampler.draw(logits, seen, forbid)
         if self._scores is not None:
             self._scores.append(scored)
         return scored.token
@@ -94,16 +96,7 @@ class Row:
         generation = self._text.result(len(self.prompt))
         reused = 0 if self.model is None else self.model.n_reused
         told = None if self._scores is None else self._told(self._scores[: generation.completion_tokens])
-        self._ended(
-            Generation(
-                generation.text,
-                generation.prompt_tokens,
-                generation.completion_tokens,
-                generation.finish_reason,
-                reused,
-                told,
-            )
-        )
+        self._ended(replace(generation, reused_tokens=reused, logprobs=told))
 
     def fail(self, error: BaseException) -> None:
         """Say what went wrong."""

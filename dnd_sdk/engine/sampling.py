@@ -51,8 +51,13 @@ class Sampler:
         """Whether the token is the largest logit and nothing else is asked for."""
         return self._rng is None and self._penalty is None and self._options.logprobs is None
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether it matters what was seen before."""
+        return self._penalty is not None
+
     def draw(self, logits: Tensor, seen: list[int], forbid: Callable[[Tensor], None] | None = None) -> Scored:
-        """A token from logits `(V,)`; `seen`: the prompt's and the answer's tokens.
+        """A token from logits `(V,)`; `seen`: the prompt's and the answer's tokens, read where it `looks_back`.
 
         `forbid` sets logits `(V,)` to -inf, in place, of tokens that must not be drawn; None: all may.
         """

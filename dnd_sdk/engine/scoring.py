@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dnd_sdk.chat import Messages, option_ids
-from dnd_sdk.engine.attention import NAME
+from dnd_sdk.engine.attention import NAME, additive, other_layers
 from dnd_sdk.engine.prefix import Prefix, shared_prefix
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.models import grouped
@@ -167,28 +167,22 @@ def _masks(model: Any, positions: Tensor, segments: Tensor, known: int) -> Tenso
     allowed |= column[:, None] == column  # padding sees itself: a row that sees nothing is undefined
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    full = _additive(nn.functional.pad(allowed, (known, 0), value=True), model.dtype)  # (B, 1, T, known + T)
+    full = additive(nn.functional.pad(allowed, (known, 0), value=True), model.dtype)[:, None]  # (B, 1, T, known + T)
     if window is None:
         return full
     near = positions[:, :, None] - positions[:, None, :] < window
-    sliding = _additive(allowed & near, model.dtype)
+    sliding = additive(allowed & near, model.dtype)[:, None]
     if getattr(config, "layer_types", None):
         return {"full_attention": full, "sliding_attention": sliding}
     return sliding
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-        ~allowed, torch.finfo(dtype).min
-    )[:, None]
-
-
 def _check_packable(model: Any) -> None:
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = other_layers(config)
     if kinds or config._attn_implementation not in ("sdpa", "eager", NAME):
         raise ConfigError(
             f"option scoring needs layers of plain attention (sdpa or eager), {type(model).__name__} has "
-            f"{sorted(kinds) or config._attn_implementation}",
+            f"{kinds or config._attn_implementation}",
             fix='load the base with attn_implementation="sdpa"',
         )
