@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
 from dnd_sdk.errors import ConfigError, shown
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 MAX_LOGPROBS = 20
 """The most likely tokens that can be asked for at each place."""
@@ -89,11 +91,11 @@ class SamplingOptions:
         """Raises `ConfigError` naming the field; what a whole number or a single stop string stands for is taken so."""
         checked = {
             "max_new_tokens": whole_number("max_new_tokens", self.max_new_tokens, 1),
-            "temperature": _number("temperature", self.temperature, "within 0..10", lambda x: 0.0 <= x <= 10.0),
-            "top_p": _number("top_p", self.top_p, "within (0, 1]", lambda x: 0.0 < x <= 1.0),
+            "temperature": real_number("temperature", self.temperature, "within 0..10", lambda x: 0.0 <= x <= 10.0),
+            "top_p": real_number("top_p", self.top_p, "within (0, 1]", lambda x: 0.0 < x <= 1.0),
             "top_k": whole_number("top_k", self.top_k, 0),
-            "min_p": _number("min_p", self.min_p, "within 0..1", lambda x: 0.0 <= x <= 1.0),
-            "repetition_penalty": _number(
+            "min_p": real_number("min_p", self.min_p, "within 0..1", lambda x: 0.0 <= x <= 1.0),
+            "repetition_penalty": real_number(
                 "repetition_penalty", self.repetition_penalty, "within (0, 10]", lambda x: 0.0 < x <= 10.0
             ),
             "logprobs": None if self.logprobs is None else whole_number("logprobs", self.logprobs, 0, MAX_LOGPROBS),
@@ -143,6 +145,13 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
+def callable_of(name: str, value: _F | None) -> _F | None:
+    """`value`, a function or None; raises `ConfigError` naming `name`."""
+    if value is not None and not callable(value):
+        raise ConfigError(f"{name} must be a function or None, got {shown(value)}")
+    return value
+
+
 def path_of(name: str, value: object) -> Path:
     """`value`, text or a path, as a path that may exist, `~` expanded; raises `ConfigError` naming `name`."""
     if not isinstance(value, str | os.PathLike):
@@ -159,7 +168,8 @@ def path_of(name: str, value: object) -> Path:
         raise ConfigError(f"{name} must be a path, got {shown(text)}", fix="correct its spelling") from e
 
 
-def _number(name: str, value: object, bounds: str, within: Callable[[float], bool]) -> float:
+def real_number(name: str, value: object, bounds: str, within: Callable[[float], bool]) -> float:
+    """`value` as a float that is `within` the `bounds` as words say them; raises `ConfigError` naming `name`."""
     if isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
         raise ConfigError(f"{name} must be a number {bounds}, got {shown(value)}")
     try:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from dnd_sdk.adaptation.results import AdaptResult, Mode, Stopwatch
 from dnd_sdk.adaptation.vetting import Limits, Vetting
 from dnd_sdk.adapters import check_name
 from dnd_sdk.chat import with_role
-from dnd_sdk.config import flag, one_of, whole_number
+from dnd_sdk.config import callable_of, flag, one_of, whole_number
 from dnd_sdk.errors import BankFullError, GeneratorError
 from dnd_sdk.files import locked, storage_errors
 from dnd_sdk.generator import without_generator
@@ -104,6 +104,7 @@ class Adaptation:
         role: Role | None,
         top_k: int,
         calibrate: bool | None,
+        progress: Callable[[str], None] | None = None,
     ) -> AdaptResult:
         """See `DnD.adapt`."""
         one_of("mode", mode, get_args(Mode))
@@ -112,7 +113,7 @@ class Adaptation:
             flag("calibrate", calibrate)
         if name is not None:
             check_name(name)
-        watch = Stopwatch()
+        watch = Stopwatch(callable_of("progress", progress))
         kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
         with self._one_at_a_time:
             route, notes = self._route(Request(kept, mode, name, role, top_k, calibrate), watch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,12 +56,16 @@ class AdaptResult:
 class Stopwatch:
     """Seconds spent per step of one adaptation; those of `STEPS` that were not needed stay 0, others are left out."""
 
+    told: Callable[[str], None] | None = None
+    """Told the name of each step as it begins."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Add the time spent inside to `name`."""
+        if self.told is not None:
+            self.told(name)
         at = time.perf_counter()
         try:
             yield

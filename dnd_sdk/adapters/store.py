@@ -35,7 +35,7 @@ from dnd_sdk.adapters.incoming import read_incoming
 from dnd_sdk.adapters.peft_folder import adapter_id, check_flat, read_weights
 from dnd_sdk.adapters.refining import refined_files, with_more
 from dnd_sdk.adapters.writing import exemplars_file, write_folder
-from dnd_sdk.config import Home, path_of
+from dnd_sdk.config import Home, callable_of, path_of
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, DndError, shown
 from dnd_sdk.files import FloatArray
 from dnd_sdk.lora import LoraLayout
@@ -246,8 +246,7 @@ class AdapterStore:
         """
         if name is not None:
             check_name(name)
-        if note is not None and not callable(note):
-            raise ConfigError(f"note must be a function or None, got {shown(note)}")
+        callable_of("note", note)
         new = read_incoming(path, layout, base_fingerprint, base_name, least_r)
         if exemplars is None:
             exemplars = None if new.exemplars is None else tensor_of(new.exemplars)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
 from dnd_sdk.errors import ConfigError
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter
     from dnd_sdk.engine.engine import Engine
     from dnd_sdk.engine.request import CompletionRequest
-    from dnd_sdk.engine.stream import TextStream
+    from dnd_sdk.engine.stream import Emit, TextStream
     from dnd_sdk.engine.text import Generation
     from dnd_sdk.lora import LoraLayout
 
@@ -41,6 +42,17 @@ class Backend(Protocol):
     def local(self) -> Engine | None:
         """The engine of a base in this process, for what must look inside it; None: it runs elsewhere."""
 
+    @property
+    def n_running(self) -> int:
+        """Requests that are being answered."""
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for others to end."""
+
+    def resident(self) -> list[str]:
+        """Ids of the adapters that are held, least recently used first."""
+
     def hold(self, adapter: Adapter, load: Callable[[], Tensor]) -> None:
         """Let requests name an adapter by its id; harmless when it is held.
 
@@ -57,6 +69,13 @@ class Backend(Protocol):
         Raises `InputError` for a chat that cannot be used or that exceeds the context with its `max_new_tokens`,
         `ConfigError` for tools that would not be seen, `AdapterNotFoundError` for an adapter that is neither held nor
         known otherwise.
+        """
+
+    def submit(self, request: CompletionRequest, emit: Emit | None = None) -> Future[Generation]:
+        """Hand one request in and return at once; bad requests raise here, as in `complete`.
+
+        `emit` is told each new piece of text. Cancelling the future ends the request within a token. `emit` and the
+        future's callbacks run in a thread of the backend's and must be quick.
         """
 
     def stream(self, request: CompletionRequest) -> TextStream:

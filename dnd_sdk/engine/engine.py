@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -24,10 +26,10 @@ from dnd_sdk.engine.constraint import Constraints
 from dnd_sdk.engine.forward import FlatForward
 from dnd_sdk.engine.request import CompletionRequest
 from dnd_sdk.engine.resident import Resident, free_bytes
-from dnd_sdk.engine.row import Ended, Row
+from dnd_sdk.engine.row import Row
 from dnd_sdk.engine.scheduler import Scheduler
 from dnd_sdk.engine.scoring import option_logprobs
-from dnd_sdk.engine.stream import TextFeed, TextStream
+from dnd_sdk.engine.stream import Emit, Ended, TextFeed, TextStream, resolving
 from dnd_sdk.engine.text import Generation
 from dnd_sdk.errors import BankFullError
 from dnd_sdk.lora import LoraLayout
@@ -103,6 +105,20 @@ class Engine(Resident):
         """Whether the base was made for chats."""
         return self.base.tokenizer.chat_template is not None
 
+    @property
+    def n_running(self) -> int:
+        """Requests that are being answered."""
+        return self._scheduler.n_running
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for others to end."""
+        return self._scheduler.n_waiting
+
+    def resident(self) -> list[str]:
+        """Ids of the adapters in slots, least recently used first."""
+        return self.bank.resident()
+
     def hold(self, adapter: Adapter, load: Loader) -> None:
         """Bring an adapter into a slot unless it is in one; raises what `load` and `SlotBank.load` raise.
 
@@ -131,7 +147,7 @@ class Engine(Resident):
         anything is generated; `BusyError` when too many requests wait; what `SlotBank.lease` raises, when it is found.
         """
         futures = [Future[Generation]() for _ in requests]
-        rows = [self._row(r, _resolving(f)) for r, f in zip(requests, futures, strict=True)]
+        rows = [self._row(r, resolving(f)) for r, f in zip(requests, futures, strict=True)]
         rounds = self.rounds([r.adapter_id for r in requests])
         order = sorted(range(len(rows)), key=lambda i: rounds[i])
         done = SimpleQueue[Future[Generation]]()
@@ -151,14 +167,15 @@ class Engine(Resident):
             raise
         return [future.result() for future in futures]
 
-    def submit(self, request: CompletionRequest) -> Future[Generation]:
+    def submit(self, request: CompletionRequest, emit: Emit | None = None) -> Future[Generation]:
         """Hand one request in and return at once, for `asyncio.wrap_future` or a callback.
 
-        Bad requests raise here, as in `complete`. Cancelling the future lets the request end within a token. Its
-        callbacks run in the thread that runs the base: they must be quick, and asking the engine there waits for ever.
+        `emit` is told each new piece of text. Bad requests raise here, as in `complete`. Cancelling the future lets the
+        request end within a token. `emit` and the future's callbacks run in the thread that runs the base: they must be
+        quick, and asking the engine there waits for ever.
         """
         future = Future[Generation]()
-        row = self._row(request, _resolving(future))
+        row = self._row(request, resolving(future), emit)
         future.add_done_callback(lambda done: row.drop() if done.cancelled() else None)
         self._scheduler.submit(row)
         return future
@@ -170,7 +187,7 @@ class Engine(Resident):
         closing or dropping the stream ends the work within a token.
         """
         feed = TextFeed()
-        row = self._row(request, feed.end, feed)
+        row = self._row(request, feed.end, feed.emit, feed.closed)
         if request.adapter_id is not None:
             self.bank.look_up(request.adapter_id)  # one that is missing is the caller's error, not the reader's
         self._scheduler.submit(row)
@@ -186,30 +203,29 @@ class Engine(Resident):
         scores = option_logprobs(self, messages_list, [options] * len(messages_list), adapter_ids)
         return torch.tensor(scores.logprobs)
 
-    def _row(self, request: CompletionRequest, ended: Ended, feed: TextFeed | None = None) -> Row:
+    def _row(
+        self,
+        request: CompletionRequest,
+        ended: Ended,
+        emit: Emit | None = None,
+        closed: threading.Event | None = None,
+    ) -> Row:
+        prompt = self.prompt_ids(request.chat, 1 if request.may_clip else request.options.max_new_tokens, request.tools)
+        if request.may_clip:
+            n_new = min(request.options.max_new_tokens, self.context_tokens - len(prompt))
+            request = replace(request, options=replace(request.options, max_new_tokens=n_new))
         schema = request.options.schema
         return Row(
             request,
-            self.prompt_ids(request.chat, request.options.max_new_tokens, request.tools),
+            prompt,
             self.base.tokenizer,
             self._ends,
             self.base.model.device,
             ended,
             constraint=None if schema is None else self._constraints.start(schema),
-            emit=None if feed is None else feed.emit,
-            closed=None if feed is None else feed.closed,
+            emit=emit,
+            closed=closed,
         )
-
-
-def _resolving(future: Future[Generation]) -> Ended:
-    def ended(outcome: Generation | BaseException) -> None:
-        if future.set_running_or_notify_cancel():
-            if isinstance(outcome, Generation):
-                future.set_result(outcome)
-            else:
-                future.set_exception(outcome)
-
-    return ended
 
 
 def _end_tokens(base: Base) -> frozenset[int]:

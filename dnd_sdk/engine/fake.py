@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dnd_sdk.chat import checked_chat, checked_tools, tools_not_shown
 from dnd_sdk.engine.backend import Backend
-from dnd_sdk.engine.stream import TextFeed, TextStream
+from dnd_sdk.engine.stream import Emit, Ended, TextFeed, TextStream, resolving
 from dnd_sdk.engine.text import Generation, RowText
 from dnd_sdk.errors import AdapterNotFoundError, InputError
 
@@ -53,6 +55,7 @@ class FakeBackend(Backend):
         """Adapters by id."""
         self.requests: list[CompletionRequest] = []
         """All that were answered, refused ones left out."""
+        self._n_running, self._counted = 0, threading.Lock()
 
     @property
     def layout(self) -> LoraLayout:
@@ -74,6 +77,20 @@ class FakeBackend(Backend):
         """As given."""
         return self._has_chat_template
 
+    @property
+    def n_running(self) -> int:
+        """See `Backend.n_running`."""
+        return self._n_running
+
+    @property
+    def n_waiting(self) -> int:
+        """None ever does."""
+        return 0
+
+    def resident(self) -> list[str]:
+        """Ids of the adapters that are held, in the order they came."""
+        return list(self.held)
+
     def hold(self, adapter: Adapter, load: Callable[[], Tensor]) -> None:
         """Know the adapter; its weights are not asked for."""
         self.held[adapter.id] = adapter
@@ -92,26 +109,47 @@ class FakeBackend(Backend):
         self.requests.extend(requests)
         return [self._say(request, n) for request, n in zip(requests, lengths, strict=True)]
 
+    def submit(self, request: CompletionRequest, emit: Emit | None = None) -> Future[Generation]:
+        """See `Backend.submit`."""
+        n_prompt = self._checked(request)
+        self.requests.append(request)
+        future, unwanted = Future[Generation](), threading.Event()
+        future.add_done_callback(lambda done: unwanted.set() if done.cancelled() else None)
+        self._start(request, n_prompt, resolving(future), emit, unwanted)
+        return future
+
     def stream(self, request: CompletionRequest) -> TextStream:
         """See `Backend.stream`."""
         n_prompt = self._checked(request)
         self.requests.append(request)
         feed = TextFeed()
-        threading.Thread(target=self._feed, args=(request, n_prompt, feed), name="dnd-fake").start()
+        self._start(request, n_prompt, feed.end, feed.emit, feed.closed)
         return TextStream(feed)
 
-    def _feed(self, request: CompletionRequest, n_prompt: int, feed: TextFeed) -> None:
-        try:
-            feed.end(self._say(request, n_prompt, feed.emit, feed.closed))
-        except BaseException as error:  # the consumer must hear of everything, it waits
-            feed.end(error)
+    def _start(
+        self,
+        request: CompletionRequest,
+        n_prompt: int,
+        ended: Ended,
+        emit: Emit | None,
+        closed: threading.Event,
+    ) -> None:
+        def run() -> None:
+            try:
+                outcome: Generation | BaseException = self._say(request, n_prompt, emit, closed)
+            except BaseException as error:  # the consumer must hear of everything, it waits
+                outcome = error
+            ended(outcome)
+
+        threading.Thread(target=run, name="dnd-fake").start()
 
     def _checked(self, request: CompletionRequest) -> int:
         """How many words the prompt has."""
         chat = checked_chat(request.chat)
         if checked_tools(request.tools) and not self._shows_tools:
             raise tools_not_shown()
-        n_prompt, n_new = sum(len(m["content"].split()) for m in chat) or 1, request.options.max_new_tokens
+        n_prompt = sum(len(m["content"].split()) for m in chat) or 1
+        n_new = 1 if request.may_clip else request.options.max_new_tokens
         if n_prompt + n_new > self._context_tokens:
             raise InputError(
                 f"the prompt has {n_prompt} words, at most {self._context_tokens - n_new} fit",
@@ -125,17 +163,29 @@ class FakeBackend(Backend):
         self,
         request: CompletionRequest,
         n_prompt: int,
-        emit: Callable[[str], None] | None = None,
+        emit: Emit | None = None,
         closed: threading.Event | None = None,
     ) -> Generation:
         words, options = _Words(), request.options
-        text = RowText(words, frozenset({_END}), options.stop, emit, max_new_tokens=options.max_new_tokens)
-        for token in words.tokens(self._answer(request)):
-            if request.cancelled or (closed is not None and closed.is_set()):
-                text.cancel(text.n_tokens)
-            if text.feed([token]):
-                break
+        n_new = min(options.max_new_tokens, self._context_tokens - n_prompt)
+        text = RowText(words, frozenset({_END}), options.stop, emit, max_new_tokens=n_new)
+        with self._counting():
+            for token in words.tokens(self._answer(request)):
+                if request.cancelled or (closed is not None and closed.is_set()):
+                    text.cancel(text.n_tokens)
+                if text.feed([token]):
+                    break
         return text.result(n_prompt)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        with self._counted:
+            self._n_running += 1
+        try:
+            yield
+        finally:
+            with self._counted:
+                self._n_running -= 1
 
     def _echo(self, request: CompletionRequest) -> str:
         adapter = None if request.adapter_id is None else self.held.get(request.adapter_id)

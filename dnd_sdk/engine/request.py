@@ -28,6 +28,8 @@ class CompletionRequest:
 
     deadline_s: float | None = None
     """Seconds, from when it is handed in, after which it ends as if cancelled; None: never."""
+    may_clip: bool = False
+    """Whether `max_new_tokens` becomes what the context leaves, where that is less, instead of an error."""
 
     @property
     def cancelled(self) -> bool:

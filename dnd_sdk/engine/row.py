@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,10 +14,8 @@ from dnd_sdk.engine.constraint import Constraint
 from dnd_sdk.engine.forward import ModelRow
 from dnd_sdk.engine.request import CompletionRequest
 from dnd_sdk.engine.sampling import Sampler, Scored
-from dnd_sdk.engine.text import Detokenizer, Generation, RowText, TokenLogprob
-
-Ended = Callable[[Generation | BaseException], None]
-"""Told once what came of a request; called by the thread that runs the model, so it must not take long."""
+from dnd_sdk.engine.stream import Emit, Ended
+from dnd_sdk.engine.text import Detokenizer, RowText, TokenLogprob
 
 
 class Row:
@@ -33,7 +31,7 @@ class Row:
         ended: Ended,
         *,
         constraint: Constraint | None = None,
-        emit: Callable[[str], None] | None = None,
+        emit: Emit | None = None,
         closed: threading.Event | None = None,
     ) -> None:
         """`emit` gets the text as it comes; `closed` ends the request as its own `cancel` does."""

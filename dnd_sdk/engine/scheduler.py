@@ -98,6 +98,17 @@ class Scheduler:
                 self._forget = True
 
     @property
+    def n_running(self) -> int:
+        """Rows that are being answered."""
+        return len(self._rows)
+
+    @property
+    def n_waiting(self) -> int:
+        """Rows that wait."""
+        with self._guard:
+            return len(self._new) + len(self._waiting)
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing runs or waits."""
         return self._thread is None

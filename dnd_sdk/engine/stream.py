@@ -7,10 +7,31 @@ dropping cancels, and the adapter is given back within a token. Nobody waits whi
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
 
 from dnd_sdk.engine.text import Generation
+
+Emit = Callable[[str], None]
+"""Told each new piece of a text."""
+
+Ended = Callable[[Generation | BaseException], None]
+"""Told once what came of a request; called by the thread that runs the model, so it must not take long."""
+
+
+def resolving(future: Future[Generation]) -> Ended:
+    """What gives `future` the outcome, unless nobody wants it any more."""
+
+    def ended(outcome: Generation | BaseException) -> None:
+        if future.set_running_or_notify_cancel():
+            if isinstance(outcome, Generation):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+
+    return ended
 
 
 class TextFeed:

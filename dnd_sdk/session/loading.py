@@ -11,9 +11,9 @@ from pathlib import Path
 
 from dnd_sdk.adaptation import Parts, made_elsewhere
 from dnd_sdk.adapters import AdapterStore
-from dnd_sdk.config import Home, text_of, whole_number
+from dnd_sdk.config import Home, callable_of, text_of, whole_number
 from dnd_sdk.engine import Engine
-from dnd_sdk.errors import ConfigError, StorageError, shown
+from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.generator import Generator, check_encoder, folder_for, generator_folder, load_generator
 from dnd_sdk.lora import MAX_RANK, LoraLayout
 from dnd_sdk.models import DEFAULT_ENCODER, Base, Encoder, load_base, resolve
@@ -45,8 +45,7 @@ def load_parts(
     encoder_name = None if encoder_name is None else text_of("encoder", encoder_name)
     n_slots = None if n_slots is None else whole_number("n_slots", n_slots, 1)  # before the slow part
     r = None if r is None else whole_number("r", r, 1, MAX_RANK)
-    if progress is not None and not callable(progress):
-        raise ConfigError(f"progress must be a function or None, got {shown(progress)}")
+    callable_of("progress", progress)
     folder = generator_folder(base_name, generator_source)
     base = load_base(base_name, home, device=device, dtype=dtype, progress=progress)
     folder = folder_for(base, folder)

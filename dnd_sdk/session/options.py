@@ -10,7 +10,7 @@ from typing import Any
 from dnd_sdk.chat import checked_schema
 from dnd_sdk.config import PER_CALL, SAMPLING, SamplingOptions
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.session.session import AdapterChoice, check_choice
+from dnd_sdk.session.choosing import AdapterChoice, check_choice
 
 ALIASES = {"max_tokens": "max_new_tokens"}
 CALL_OPTIONS = (*SAMPLING, *PER_CALL, *ALIASES, "adapter")

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Who answers a prompt."""
+
+    adapter: Adapter | None
+    """None: the base."""
+    score: float | None = None
+    """Of the nearest adapter, where the prompt was routed by it; None: it was named, or nothing was compared."""
+
+
+@dataclass(frozen=True)
 class Completion:
     """One answer."""
 
@@ -30,11 +40,15 @@ class Completion:
     """`"stop"`: end of turn or stop string; `"length"`: `max_new_tokens` reached; `"cancelled"`."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """Of its tokens, if `logprobs` asked for them."""
+    score: float | None = None
+    """Similarity to the nearest adapter, where the prompt was routed by it."""
 
 
-def completion(generation: Generation, adapter: Adapter | None) -> Completion:
-    """The engine's generation as an answer of this adapter."""
+def completion(generation: Generation, chosen: Chosen) -> Completion:
+    """The engine's generation as an answer of whom was chosen."""
     usage = {"prompt_tokens": generation.prompt_tokens, "completion_tokens": generation.completion_tokens}
     decision: Decision
-    name, decision = (None, "base") if adapter is None else (adapter.name, "reuse")
-    return Completion(generation.text, usage, name, decision, generation.finish_reason, generation.logprobs)
+    name, decision = (None, "base") if chosen.adapter is None else (chosen.adapter.name, "reuse")
+    return Completion(
+        generation.text, usage, name, decision, generation.finish_reason, generation.logprobs, chosen.score
+    )

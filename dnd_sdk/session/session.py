@@ -13,28 +13,23 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts, check_made_for
+from dnd_sdk.adaptation import Adaptation, AdaptResult, Limits, Mode, Parts
 from dnd_sdk.adapters import Adapter
-from dnd_sdk.chat import Prompt, Tools, checked_schema, last_user_text, with_role
-from dnd_sdk.config import Home, SamplingOptions, flag
-from dnd_sdk.engine import CompletionRequest
+from dnd_sdk.chat import Prompt, Tools
+from dnd_sdk.config import Home, callable_of, flag, real_number
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import DEFAULT_BASE
 from dnd_sdk.observing import Observer, ObserveResult, PromptStream, StreamSettings
 from dnd_sdk.prompts import PromptSet, Role, as_role, clean_prompts, role_text
-from dnd_sdk.routing import RouteDecision, choose_exemplars, log_decision
+from dnd_sdk.routing import RouteDecision, choose_exemplars
+from dnd_sdk.session.choosing import AdapterChoice, Choosing, asked, of_row, sampling_options
 from dnd_sdk.session.loading import DEFAULT_RANK, load_parts
 from dnd_sdk.session.results import Completion, completion
-from dnd_sdk.session.stream import CompletionStream
+from dnd_sdk.session.stream import CompletionStream, Submitted
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-AUTO = "auto"
-
-AdapterChoice = Adapter | str | None
-"""An adapter or its name, `"auto"` (routed by the prompt), or None (the base)."""
 
 
 class DnD:
@@ -56,6 +51,7 @@ class DnD:
         self.parts = parts
         self.base, self.generator, self.encoder = parts.base, parts.generator, parts.encoder
         self.store, self.router, self.engine, self.home = parts.store, parts.router, parts.engine, parts.home
+        self._choosing = Choosing(parts)
         self._adaptation = Adaptation(parts, limits or Limits(), calibrate=calibrate)
         self._observer = Observer(parts, lambda prompts: self.adapt(prompts), stream_settings)
 
@@ -121,6 +117,7 @@ class DnD:
         role: Role | str | None = None,
         top_k: int = 3,
         calibrate: bool | None = None,
+        progress: Callable[[str], None] | None = None,
     ) -> AdaptResult:
         """Decide how to serve the task behind `prompts`, and have its adapter ready.
 
@@ -135,17 +132,18 @@ class DnD:
             calibrate: Whether a generated adapter also loses its taste for one label of a label task, which up to 32 of
                 the prompts, read by the base, show (`adaptation.label_calibration`). Adapters made before stay.
                 None: as the session was loaded.
+            progress: Told the name of each step as it begins (see `AdaptResult.timings_s`); None: nobody is.
 
         Raises `InputError` for unusable prompts or role, `ConfigError` for a bad mode, name or top_k, `StorageError`
         when it cannot be stored, `BankFullError` when no slot is free. Whatever is raised, nothing has changed.
         """
-        return self._adaptation.run(prompts, mode, name, as_role(role), top_k, calibrate)
+        return self._adaptation.run(prompts, mode, name, as_role(role), top_k, calibrate, progress)
 
     def route(self, prompts: str | Sequence[str], *, role: Role | str | None = None) -> RouteDecision:
         """What `adapt` would decide for several prompts, or what `"auto"` does for a single one; changes nothing."""
         kept = clean_prompts([prompts] if isinstance(prompts, str) else prompts)
         under = as_role(role)
-        pooled, text = self._pooled(kept.prompts, under), role_text(under)
+        pooled, text = self._choosing.pooled(kept.prompts, under), role_text(under)
         return self.router.route_one(pooled, text) if len(pooled) == 1 else self.router.route(pooled, role=text)
 
     def complete(
@@ -185,7 +183,7 @@ class DnD:
 
         `role`, `tools` and `sampling` are for all; with a `seed`, row i draws with `seed + i`.
         """
-        options, under = _options(sampling, tools), as_role(role)
+        options, under = sampling_options(sampling, tools), as_role(role)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InputError("prompts must be a list", fix="use complete() for a single prompt")
         if isinstance(adapters, str) or not isinstance(adapters, Sequence | None):
@@ -193,15 +191,14 @@ class DnD:
         wanted = list(adapters) if adapters is not None else [None] * len(prompts)
         if len(wanted) != len(prompts):
             raise InputError(f"{len(prompts)} prompts but {len(wanted)} adapters", fix="give one adapter per prompt")
-        chosen = [self._choose(p, a, under, tools) for p, a in zip(prompts, wanted, strict=True)]
-        asked = [with_role(p, under, _own_role(a)) for p, a in zip(prompts, chosen, strict=True)]
-        for adapter in {a.id: a for a in chosen if a is not None}.values():
+        chosen = [self._choosing.choose(p, a, under, tools) for p, a in zip(prompts, wanted, strict=True)]
+        for adapter in {c.adapter.id: c.adapter for c in chosen if c.adapter is not None}.values():
             self.make_resident(adapter)
         requests = [
-            CompletionRequest(chat, _id(a), _of_row(options, row), tools)
-            for row, (chat, a) in enumerate(zip(asked, chosen, strict=True))
+            asked(prompt, c, under, tools, of_row(options, row))
+            for row, (prompt, c) in enumerate(zip(prompts, chosen, strict=True))
         ]
-        return [completion(g, a) for g, a in zip(self.engine.complete(requests), chosen, strict=True)]
+        return [completion(g, c) for g, c in zip(self.engine.complete(requests), chosen, strict=True)]
 
     def stream(
         self,
@@ -217,16 +214,38 @@ class DnD:
 
         Setting `cancel`, from any thread and at any time, ends the answer within a token.
         """
-        options, under = _options(sampling, tools), as_role(role)
         if cancel is not None and not isinstance(cancel, threading.Event):
             raise ConfigError(f"cancel must be a threading.Event or None, got {type(cancel).__name__}")
-        chosen = self._choose(prompt, adapter, under, tools)
-        asked = with_role(prompt, under, _own_role(chosen))
-        if chosen is not None:
-            self.make_resident(chosen)
         cancel = cancel or threading.Event()
-        pieces = self.engine.stream(CompletionRequest(asked, _id(chosen), options, tools, cancel))
-        return CompletionStream(pieces, cancel, chosen)
+        options = sampling_options(sampling, tools)
+        request, chosen = self._choosing.request(prompt, adapter, as_role(role), tools, options)
+        return CompletionStream(self.engine.stream(replace(request, cancel=cancel)), cancel, chosen)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        adapter: AdapterChoice = None,
+        *,
+        role: Role | str | None = None,
+        tools: Tools | None = None,
+        emit: Callable[[str], None] | None = None,
+        may_clip: bool = False,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> Submitted:
+        """Choose the adapter, hand the prompt in and return, for asyncio and for many requests without a thread each.
+
+        Arguments as for `complete`. `emit` is told each new piece of text, in the thread that runs the base, so it must
+        be quick. `may_clip`: `max_new_tokens` becomes what the context leaves, where that is less, instead of an error.
+        `deadline_s`: seconds after which the answer ends as if cancelled; None: never.
+        """
+        if deadline_s is not None:
+            deadline_s = real_number("deadline_s", deadline_s, "0 or more", lambda x: x >= 0.0)
+        may_clip, emit = flag("may_clip", may_clip), callable_of("emit", emit)
+        options = sampling_options(sampling, tools)
+        request, chosen = self._choosing.request(prompt, adapter, as_role(role), tools, options)
+        request = replace(request, may_clip=may_clip, deadline_s=deadline_s)
+        return Submitted(self.engine.submit(request, emit), chosen)
 
     def observe(self, prompt: str) -> ObserveResult:
         """Take in one prompt of a mixed stream and say which adapter answers it; adapts to tasks that have enough.
@@ -253,7 +272,7 @@ class DnD:
         exemplars: Tensor | None = None
         if prompts is not None:
             kept = prompts if isinstance(prompts, PromptSet) else clean_prompts(prompts)
-            exemplars = choose_exemplars(self._pooled(kept.prompts))
+            exemplars = choose_exemplars(self._choosing.pooled(kept.prompts))
         # not at the slots' rank: a session with smaller ones can use it, too
         usual = DEFAULT_RANK if self.generator is None else self.generator.layout.r
         return self.store.import_folder(
@@ -288,57 +307,3 @@ class DnD:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _choose(self, prompt: Prompt, adapter: AdapterChoice, role: Role | None, tools: Tools | None) -> Adapter | None:
-        if adapter is None:
-            return None
-        check_choice(adapter)
-        if adapter == AUTO:
-            return self._routed(last_user_text(prompt), role, tools)
-        found = adapter if isinstance(adapter, Adapter) else self.store.get(adapter)
-        check_made_for(found, self.base)
-        return found
-
-    def _routed(self, text: str, role: Role | None, tools: Tools | None) -> Adapter | None:
-        if tools:
-            reason = "tools are on offer, and adapters seldom leave them alone; name one to have it all the same"
-            route = RouteDecision("base", None, None, [], reason, by="tools")
-        else:
-            route = self.router.route_one(self._pooled([text], role), role_text(role))
-        log_decision(self.parts.log, self.router.thresholds, "auto", [text], route)
-        return route.adapter
-
-    def _pooled(self, prompts: Sequence[str], role: Role | None = None) -> Tensor:
-        texts = prompts if role is None else [role.condition(p) for p in prompts]
-        return self.encoder.embed(texts)
-
-
-def check_choice(adapter: object) -> None:
-    """Raise `InputError` unless it is an `AdapterChoice`."""
-    if not isinstance(adapter, Adapter | str | None):
-        raise InputError(f"adapter must be an Adapter, a name or None, got {type(adapter).__name__}")
-
-
-def _options(sampling: dict[str, Any], tools: Tools | None) -> SamplingOptions:
-    if sampling.get("schema") is not None:
-        if tools:
-            raise ConfigError("a schema and tools exclude each other: calls have a form of their own", fix="pass one")
-        sampling = {**sampling, "schema": checked_schema(sampling["schema"])}
-    try:
-        return SamplingOptions(**sampling)
-    except TypeError as e:
-        known = ", ".join(SamplingOptions.__dataclass_fields__)
-        raise ConfigError(f"unknown sampling option: {e}", fix=f"use {known}") from e
-
-
-def _of_row(options: SamplingOptions, row: int) -> SamplingOptions:
-    """A batch's options for one of its rows: with one seed, rows that ask the same still draw apart."""
-    return options if options.seed is None else replace(options, seed=options.seed + row)
-
-
-def _id(adapter: Adapter | None) -> str | None:
-    return None if adapter is None else adapter.id
-
-
-def _own_role(adapter: Adapter | None) -> str | None:
-    return None if adapter is None else adapter.role
