@@ -13,7 +13,22 @@ import typer
 from typer.core import TyperGroup
 
 from dnd_sdk import __version__
-from dnd_sdk.cli import adapt, adapters, config, doctor, engine, evaluate, gate, logs, models, plot, run, store, train
+from dnd_sdk.cli import (
+    adapt,
+    adapters,
+    config,
+    doctor,
+    engine,
+    evaluate,
+    gate,
+    logs,
+    models,
+    plot,
+    run,
+    serve,
+    store,
+    train,
+)
 from dnd_sdk.cli.options import command
 from dnd_sdk.cli.output import error_exit
 
@@ -109,6 +124,11 @@ app.command("route", epilog=_examples(
     'dnd route "My card was charged twice" --explain',
     "cat prompts.txt | dnd route - --json",
 ))(command(run.route))  # fmt: skip
+app.command("serve", epilog=_examples(
+    "dnd serve",
+    "DND_API_KEY=agents=a-long-secret dnd serve --host 0.0.0.0 --port 8080",
+    "curl http://127.0.0.1:8000/v1/models",
+))(command(serve.serve))  # fmt: skip
 app.command("logs", epilog=_examples("dnd logs --since 2h", "dnd logs --replay --json"))(command(logs.logs))
 
 adapters_app = _group("List, inspect, move and check stored adapters.")

@@ -3,6 +3,7 @@
 DndError
 ├── ConfigError(ValueError)            settings or arguments that contradict each other
 ├── InputError(ValueError)             prompts, task files or request text that cannot be used
+│   └── ContextLengthError             a prompt that leaves its answer too little room in the context
 ├── LayoutMismatchError(ValueError)    weights that do not fit this base model
 ├── AdapterNotFoundError(LookupError)  no adapter of that name
 ├── AdapterCorruptError(ValueError)    an adapter folder that is damaged, hostile or incomplete
@@ -81,6 +82,10 @@ class ConfigError(DndError, ValueError):
 
 class InputError(DndError, ValueError):
     """Prompts, task files or request text that cannot be used."""
+
+
+class ContextLengthError(InputError):
+    """A prompt that leaves the base's context too little room for its answer."""
 
 
 class LayoutMismatchError(DndError, ValueError):

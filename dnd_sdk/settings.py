@@ -16,7 +16,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, NoDecode, SettingsConfigDict
 from pydantic_settings import PydanticBaseSettingsSource as Source
 
@@ -32,6 +32,9 @@ OTHER_VARIABLES = frozenset({"DND_DEBUG", "DND_TEST_HOME"})
 MAX_FILE_BYTES = 1 << 20
 _LIKE_A_SETTING = 0.75
 """Variables at least this similar to a setting's are taken for misspelt ones."""
+
+SERVING = ("host", "port", "api_key", "allowed_hosts", "answer_tokens", "max_waiting", "log_prompts")
+"""The names of those that only a server asks."""
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -79,6 +82,20 @@ class Settings(BaseSettings, title="dnd.toml"):
     """Makes sampling repeatable; fresh randomness unless set."""
     stop: Annotated[tuple[str, ...], NoDecode] = Field(SamplingOptions.stop, examples=[["\n\n"]])
     """Answers are cut before the first of these."""
+    host: Text | None = Field(None, examples=["127.0.0.1"])
+    """Where `dnd serve` listens; this machine alone unless set."""
+    port: int | None = Field(None, ge=0, le=65_535, examples=[8000])
+    """Its port; 8000 unless set, 0 is any that is free."""
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), examples=[["agents=a-long-secret"]])
+    """KEY or NAME=KEY, one of which each request must bring; none is needed unless set."""
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), examples=[["dnd.example.org"]])
+    """Names by which requests may call the server, beside its own."""
+    answer_tokens: int | None = Field(None, ge=1, examples=[1024])
+    """What an answer of the server may take where its request does not say; 1024 unless set."""
+    max_waiting: int | None = Field(None, ge=0, examples=[256])
+    """Requests that may wait at the server for others; 256 unless set."""
+    log_prompts: bool | None = Field(None, examples=[False])
+    """Whether the server's log holds what was asked and answered; it does not unless set."""
 
     @classmethod
     def settings_customise_sources(
@@ -88,7 +105,7 @@ class Settings(BaseSettings, title="dnd.toml"):
         files = (InitSettingsSource(settings_cls, _read_file(path)) for path in settings_files())
         return init_settings, env_settings, *files
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", "api_key", "allowed_hosts", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
@@ -101,7 +118,13 @@ class Settings(BaseSettings, title="dnd.toml"):
 
     def load_arguments(self) -> dict[str, Any]:
         """Arguments of `DnD.load`."""
-        return self.model_dump(exclude=set(SAMPLING))
+        return self.model_dump(exclude={*SAMPLING, *SERVING})
+
+    def serving(self) -> dict[str, Any]:
+        """Fields of `ServerSettings`; those that are not set are left out."""
+        given = {**self.model_dump(include=set(SERVING)), "api_keys": [k.get_secret_value() for k in self.api_key]}
+        own = {k: v for k, v in given.items() if v is not None and k != "api_key"}
+        return {**own, "sampling": self.model_dump(include=set(SAMPLING) - {"max_new_tokens"})}
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `SamplingOptions`."""
@@ -201,7 +224,8 @@ def _refusal(error: ValidationError, places: dict[str, str]) -> ConfigError:
             return f"{places[name]}: {name!r} is not a setting"
         if isinstance(own, ConfigError):
             return f"{places[name]}: {own.message}"
-        return f"{places[name]}: {name}: {problem['msg']}, got {str(problem['input'])[:80]!r}"
+        got = "" if name == "api_key" else f", got {str(problem['input'])[:80]!r}"  # a secret is not repeated
+        return f"{places[name]}: {name}: {problem['msg']}{got}"
 
     fix = "correct it there; `dnd config schema` lists what is allowed"
     if unknown := [name for name in places if name not in Settings.model_fields]:

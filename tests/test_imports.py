@@ -37,6 +37,7 @@ ROWS = {
             "observing",
             "session",
             "evaluation bench doctor",
+            "server",
             "cli integrations",
         )
     )

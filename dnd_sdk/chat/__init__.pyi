@@ -15,4 +15,9 @@ from .template import (
     renders_tools as renders_tools,
     tools_not_shown as tools_not_shown,
 )
-from .tool_calls import ToolCall as ToolCall, plain_so_far as plain_so_far, read_answer as read_answer
+from .tool_calls import (
+    Reading as Reading,
+    ToolCall as ToolCall,
+    plain_so_far as plain_so_far,
+    read_answer as read_answer,
+)

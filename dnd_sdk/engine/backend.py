@@ -60,6 +60,12 @@ class Backend(Protocol):
         Raises what `load` raises; nothing has changed then.
         """
 
+    def pin(self, adapter_id: str, pinned: bool) -> None:
+        """Keep an adapter that is held from giving way to others, or do so no longer.
+
+        Raises `AdapterNotFoundError` when it is not held, `BankFullError` when too many are pinned.
+        """
+
     def forget(self, adapter_id: str) -> None:
         """Free what is kept of an adapter, if it is held; `BankFullError` where a running request stands against it."""
 

@@ -126,6 +126,13 @@ class Engine(Resident):
         """
         self.bank.ensure(adapter.id, load)
 
+    def pin(self, adapter_id: str, pinned: bool) -> None:
+        """Keep an adapter in its slot, or do so no longer; see `SlotBank.pin`."""
+        if pinned:
+            self.bank.pin(adapter_id)
+        else:
+            self.bank.unpin(adapter_id)
+
     def forget(self, adapter_id: str) -> None:
         """Free its slot, if it has one; raises `BankFullError` while a request uses it."""
         self.bank.evict(adapter_id)

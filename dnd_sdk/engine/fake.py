@@ -13,7 +13,7 @@ from dnd_sdk.chat import checked_chat, checked_tools, tools_not_shown
 from dnd_sdk.engine.backend import Backend
 from dnd_sdk.engine.stream import Emit, Ended, TextFeed, TextStream, resolving
 from dnd_sdk.engine.text import Generation, RowText
-from dnd_sdk.errors import AdapterNotFoundError, InputError
+from dnd_sdk.errors import AdapterNotFoundError, ContextLengthError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,6 +95,11 @@ class FakeBackend(Backend):
         """Know the adapter; its weights are not asked for."""
         self.held[adapter.id] = adapter
 
+    def pin(self, adapter_id: str, pinned: bool) -> None:
+        """See `Backend.pin`; nothing ever gives way."""
+        if adapter_id not in self.held:
+            raise AdapterNotFoundError(f"adapter {adapter_id!r} is not held", fix="hold it before pinning")
+
     def forget(self, adapter_id: str) -> None:
         """Know it no more."""
         self.held.pop(adapter_id, None)
@@ -151,7 +156,7 @@ class FakeBackend(Backend):
         n_prompt = sum(len(m["content"].split()) for m in chat) or 1
         n_new = 1 if request.may_clip else request.options.max_new_tokens
         if n_prompt + n_new > self._context_tokens:
-            raise InputError(
+            raise ContextLengthError(
                 f"the prompt has {n_prompt} words, at most {self._context_tokens - n_new} fit",
                 fix="shorten the prompt or lower max_new_tokens",
             )

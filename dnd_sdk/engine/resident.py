@@ -18,7 +18,7 @@ from torch import Tensor
 from dnd_sdk.chat import Messages, Tools, prompt_ids
 from dnd_sdk.engine.bank import Fetch, SlotBank
 from dnd_sdk.engine.turns import Turn, Turns
-from dnd_sdk.errors import InputError, shown
+from dnd_sdk.errors import ContextLengthError, shown
 from dnd_sdk.lora import LoraLayout, SegmentedLora, TokenSegment, attach_lora, using
 from dnd_sdk.machine import available_bytes
 from dnd_sdk.models import Base
@@ -48,15 +48,15 @@ class Resident:
         return int(getattr(self.base.model.config.get_text_config(), "max_position_embeddings", 2**31))
 
     def prompt_ids(self, messages: Messages, n_new: int, tools: Tools | None = None) -> list[int]:
-        """Token ids of the templated chat; `InputError` unless `n_new` more tokens fit the base's context."""
+        """Token ids of the templated chat; `ContextLengthError` unless `n_new` more tokens fit the base's context."""
         ids = prompt_ids(self.base.tokenizer, messages, tools)
         if n_new >= self.context_tokens:
-            raise InputError(
+            raise ContextLengthError(
                 f"{shown(n_new)} tokens are kept for the answer, at most {self.context_tokens - 1} fit beside a prompt",
                 fix="lower max_new_tokens, or shorten the answer to score",
             )
         if len(ids) + n_new > self.context_tokens:
-            raise InputError(
+            raise ContextLengthError(
                 f"the prompt has {len(ids)} tokens, at most {self.context_tokens - n_new} fit "
                 f"(context {self.context_tokens}, {n_new} kept for the answer)",
                 fix="shorten the prompt or lower max_new_tokens",

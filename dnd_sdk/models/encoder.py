@@ -102,6 +102,10 @@ class Encoder:
         """The pooled vectors `(n, C)` alone; raises as `encode` does."""
         return self.encode(texts, with_states=False).pooled
 
+    def n_tokens(self, texts: Sequence[str]) -> int:
+        """Tokens that are read of these texts together; raises as `encode` does."""
+        return sum(map(len, self._tokenize(texts)[0]))
+
     def _tokenize(self, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
         if isinstance(prompts, str) or len(prompts) == 0:
             raise InputError("no prompts to encode", fix="give a list with at least one prompt")

@@ -1,0 +1,82 @@
+"""`dnd serve`: the session behind an OpenAI-compatible door."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dnd_sdk.cli.options import ModelOptions, SamplingFlags
+from dnd_sdk.cli.output import Output
+from dnd_sdk.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from dnd_sdk.settings import Settings
+
+SERVER = "Server"
+
+
+def serve(
+    out: Output,
+    models: ModelOptions,
+    sampling: SamplingFlags,
+    host: Annotated[str | None, typer.Option("--host", help="127.0.0.1 unless set.", rich_help_panel=SERVER)] = None,
+    port: Annotated[int | None, typer.Option("--port", help="8000; 0: any free.", rich_help_panel=SERVER)] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            metavar="[NAME=]KEY",
+            help="Asked of each request; repeatable. Better as DND_API_KEY: other users see flags.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", help="A name that requests may call it by; repeatable.", rich_help_panel=SERVER),
+    ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option("--answer-tokens", help="Of answers whose request does not say; 1024.", rich_help_panel=SERVER),
+    ] = None,
+    max_waiting: Annotated[
+        int | None,
+        typer.Option("--max-waiting", help="Requests that may wait; 256.", rich_help_panel=SERVER),
+    ] = None,
+    log_prompts: Annotated[
+        bool | None,
+        typer.Option(
+            "--log-prompts/--no-log-prompts", help="Log what is asked and answered, too.", rich_help_panel=SERVER
+        ),
+    ] = None,
+) -> None:
+    """Serve the session over HTTP, OpenAI-compatible, until Ctrl-C or SIGTERM."""
+    from dnd_sdk.settings import load_settings
+
+    settings = load_settings(
+        home=out.home, **vars(models), **vars(sampling), host=host, port=port, api_key=api_key,
+        allowed_hosts=allowed_hosts, answer_tokens=answer_tokens, max_waiting=max_waiting, log_prompts=log_prompts,
+    )  # fmt: skip
+    try:
+        from dnd_sdk.server import ServerSettings, serve
+    except ImportError as e:
+        raise MissingExtraError(f"serving needs {e.name}", fix="pip install 'dnd-sdk[server]'") from e
+    server = ServerSettings(**settings.serving())
+    _log_to_stderr(out)
+    serve(lambda: models.load(out), server, listening=lambda now: _told(out, now.url, settings))
+
+
+def _told(out: Output, url: str, settings: Settings) -> None:
+    out.emit({"url": url, "pid": os.getpid()}, "")
+    sys.stdout.flush()
+    out.note(f"listening on {url}/v1 (base {settings.base}); Ctrl-C stops")
+
+
+def _log_to_stderr(out: Output) -> None:
+    """Errors always, one line a request unless --quiet."""
+    if not out.debug:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("dnd_sdk.access").setLevel(logging.WARNING if out.quiet else logging.INFO)

@@ -1,0 +1,98 @@
+"""The application: its routes, its errors, and what stands in front of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from dnd_sdk import __version__
+from dnd_sdk.errors import DndError, brief, shown
+from dnd_sdk.server import adapters, adapting, completing, models, status
+from dnd_sdk.server.guard import Guard, answer_of
+from dnd_sdk.server.problems import Problem, RequestError, problem_of
+from dnd_sdk.server.service import Service
+from dnd_sdk.server.settings import ServerSettings
+from dnd_sdk.session import DnD
+
+_ERROR: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+                "fix": {"type": "string"},
+            },
+        }
+    },
+}
+_STATUSES = {
+    400: "What was asked cannot be done",
+    401: "The API key is missing or wrong",
+    403: "Another host or site was meant",
+    404: "No such model, adapter or route",
+    405: "Another method is meant",
+    408: "The request came in too slowly",
+    409: "It contradicts what is there",
+    413: "The request is too large",
+    415: "Another content type is meant",
+    422: "What was sent is damaged",
+    429: "Too much waits; see Retry-After",
+    500: "The server failed",
+    503: "No slot is free, or the server is stopping",
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    code: {"description": text, "content": {"application/json": {"schema": _ERROR}}} for code, text in _STATUSES.items()
+}
+
+
+def create_app(dnd: DnD, settings: ServerSettings | None = None) -> FastAPI:
+    """A server of one session, for uvicorn or any ASGI server with one worker; the session stays the caller's."""
+    service = Service(dnd, settings or ServerSettings())
+    app = FastAPI(title="dnd", version=__version__, responses=_RESPONSES, docs_url=None, redoc_url=None)
+    app.state.service = service
+    for routes in (models, completing, adapting, adapters, status):
+        app.include_router(routes.router)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(DndError, _failed)
+    app.add_exception_handler(RequestError, _failed)
+    app.add_middleware(_guarding(service))
+    return app
+
+
+def _guarding(service: Service) -> Any:
+    def guard(app: ASGIApp) -> Guard:
+        return Guard(app, service)
+
+    return guard
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """What pydantic finds wrong with a body, its deepest finding first: of several forms one was meant."""
+    assert isinstance(error, RequestValidationError)
+    problem = max(error.errors(), key=lambda p: len(p["loc"]))
+    place = ".".join(str(part) for part in problem["loc"][1:] if not str(part).startswith(("list[", "function-")))
+    message = f"{place or 'the body'}: {problem['msg']}, got {shown(problem.get('input'))}"
+    return answer_of(Problem(400, brief(message), param=place[:200] or None, code="invalid_value"))
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    headers = error.headers or {}
+    return answer_of(Problem(error.status_code, brief(str(error.detail)), code=None, headers=headers))
+
+
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    return answer_of(problem_of(error))

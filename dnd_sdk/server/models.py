@@ -1,0 +1,82 @@
+"""Model ids: the base's name or `dnd:base`, `dnd:auto`, `dnd:ADAPTER` or its bare name; for vectors the encoder's."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from fastapi import APIRouter
+
+from dnd_sdk.adaptation import check_made_for
+from dnd_sdk.adapters import Adapter
+from dnd_sdk.errors import AdapterNotFoundError, ConfigError
+from dnd_sdk.server.problems import invalid, model_not_found
+from dnd_sdk.server.service import Service, TheService
+from dnd_sdk.session import AUTO, AdapterChoice, DnD
+
+PREFIX = "dnd:"
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("")
+async def ls(service: TheService) -> dict[str, Any]:
+    """Every id that a request may name."""
+    return {"object": "list", "data": await service.run(lambda: _models(service))}
+
+
+@router.get("/{model:path}")
+async def show(model: str, service: TheService) -> dict[str, Any]:
+    """One of them."""
+    return await service.run(lambda: _model(service, model))
+
+
+def chosen_by(dnd: DnD, model: str) -> AdapterChoice:
+    """Whom a model id means; raises `RequestError` (404) for nobody."""
+    name = model.removeprefix(PREFIX)
+    if model == dnd.base.name or model == f"{PREFIX}base":
+        return None
+    if model == PREFIX + AUTO:
+        return AUTO
+    if model == dnd.encoder.name:
+        raise invalid(f"{model!r} makes embeddings and does not answer", "model", "model_not_found", 404)
+    try:
+        found = dnd.store.get(name)
+    except (AdapterNotFoundError, ConfigError) as e:
+        raise model_not_found(model) from e
+    check_made_for(found, dnd.base)
+    return found
+
+
+def check_encoder(dnd: DnD, model: str) -> None:
+    """Raise `RequestError` (404) unless a model id is the encoder's."""
+    if model != dnd.encoder.name:
+        raise model_not_found(model)
+
+
+def _models(service: Service) -> list[dict[str, Any]]:
+    dnd, since = service.dnd, service.created
+    base = dnd.base.name
+    fixed = [_entry(base, since, base, None), _entry(PREFIX + AUTO, since, base, base)]
+    made = [_adapter_entry(a, base) for a in dnd.store.ls() if a.base_fingerprint == dnd.base.fingerprint]
+    return [*fixed, *made, _entry(dnd.encoder.name, since, dnd.encoder.name, None)]
+
+
+def _model(service: Service, model: str) -> dict[str, Any]:
+    dnd = service.dnd
+    if model in (dnd.encoder.name, f"{PREFIX}base"):
+        root = model if model == dnd.encoder.name else dnd.base.name
+        return _entry(model, service.created, root, None)
+    chosen = chosen_by(dnd, model)
+    if isinstance(chosen, Adapter):
+        return {**_adapter_entry(chosen, dnd.base.name), "id": model}
+    return _entry(model, service.created, dnd.base.name, None if chosen is None else dnd.base.name)
+
+
+def _adapter_entry(adapter: Adapter, base: str) -> dict[str, Any]:
+    created = int(datetime.fromisoformat(adapter.created).timestamp())
+    return _entry(PREFIX + adapter.name, created, adapter.name, base)
+
+
+def _entry(model: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": created, "owned_by": "dnd", "root": root, "parent": parent}

@@ -1,0 +1,115 @@
+"""Errors as OpenAI's clients know them: `{"error": {"message", "type", "param", "code"}}`.
+
+No answer tells a path of this machine or holds a traceback: what is unexpected goes to the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dnd_sdk.errors import (
+    AdapterCorruptError,
+    AdapterNotFoundError,
+    BankFullError,
+    BusyError,
+    ConfigError,
+    ContextLengthError,
+    DndError,
+    GeneratorError,
+    InputError,
+    LayoutMismatchError,
+    StorageError,
+    brief,
+)
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 2
+"""Seconds after which whoever came to a full queue may try again."""
+
+_INVALID = "invalid_request_error"
+_PATH = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]*)")
+
+
+class Problem(NamedTuple):
+    """One error as it is sent."""
+
+    status: int
+    message: str
+    type: str = _INVALID
+    param: str | None = None
+    code: str | None = None
+    fix: str | None = None
+    headers: Mapping[str, str] = {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The object of the answer."""
+        told = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": told if self.fix is None else {**told, "fix": self.fix}}
+
+
+class RequestError(Exception):
+    """What ends a request with this problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        super().__init__(problem.message)
+
+
+_KINDS: tuple[tuple[type[DndError], int, str, str | None], ...] = (
+    (AdapterNotFoundError, 404, _INVALID, "adapter_not_found"),
+    (ContextLengthError, 400, _INVALID, "context_length_exceeded"),
+    (AdapterCorruptError, 422, _INVALID, "adapter_corrupt"),
+    (LayoutMismatchError, 409, _INVALID, "layout_mismatch"),
+    (GeneratorError, 409, _INVALID, "no_generator"),
+    (InputError, 400, _INVALID, "invalid_input"),
+    (ConfigError, 400, _INVALID, "invalid_value"),
+    (BusyError, 429, "rate_limit_error", "busy"),
+    (BankFullError, 503, "server_error", "slots_full"),
+    (StorageError, 500, "server_error", "storage"),
+    (DndError, 500, "server_error", "failed"),
+)
+"""The first that fits counts."""
+
+
+def problem_of(error: BaseException) -> Problem:
+    """How an error is told to a client."""
+    if isinstance(error, RequestError):
+        return error.problem
+    for kind, status, name, code in _KINDS:
+        if isinstance(error, kind):
+            if status >= 500 and status != 503:
+                log.error("a request failed: %s", error)
+            headers = {"Retry-After": str(RETRY_S)} if status in (429, 503) else {}
+            fix = None if error.fix is None else without_paths(error.fix)
+            message = without_paths(error.message)
+            return Problem(status, message, name, None, code, fix, headers)
+    log.error("a request failed", exc_info=error)
+    return Problem(500, "the server failed; its log says how", "server_error", None, "internal_error")
+
+
+def without_paths(text: str) -> str:
+    """The text with each absolute path cut to its last part."""
+    return _PATH.sub(lambda match: match[1] or "/", text)
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> RequestError:
+    """An error of the request's own."""
+    return RequestError(Problem(status, brief(message), param=param, code=code))
+
+
+def model_not_found(name: str) -> RequestError:
+    """No model of that id."""
+    return RequestError(
+        Problem(
+            404,
+            brief(f"the model {name[:200]!r} does not exist"),
+            param="model",
+            code="model_not_found",
+            fix="GET /v1/models lists them",
+        )
+    )

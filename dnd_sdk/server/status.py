@@ -1,0 +1,80 @@
+"""`/health`, `/ready`, `/metrics`, `/dnd/status` and `/dnd/log`: how the server is and what it decided."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from dnd_sdk import __version__
+from dnd_sdk.routing import read_decisions
+from dnd_sdk.server.problems import Problem, RequestError, without_paths
+from dnd_sdk.server.service import Service, TheService
+
+router = APIRouter(tags=["status"])
+
+
+@router.get("/health")
+async def health(service: TheService) -> dict[str, Any]:
+    """That it runs, and which one it is."""
+    return {"status": "ok", "instance": service.instance, "version": __version__}
+
+
+@router.get("/ready")
+async def ready(service: TheService) -> dict[str, Any]:
+    """Whether it takes requests."""
+    if service.stopping:
+        raise RequestError(Problem(503, "the server is stopping", "server_error", None, "stopping"))
+    service.check_room()
+    return {"status": "ready"}
+
+
+@router.get("/metrics")
+async def metrics(service: TheService) -> Response:
+    """Counters and times, for Prometheus."""
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/dnd/status")
+async def status(service: TheService) -> dict[str, Any]:
+    """What it serves, with what, and what it is doing."""
+    return await service.run(lambda: _status(service))
+
+
+@router.get("/dnd/log")
+async def decisions(service: TheService, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
+    """The latest decisions of this home, newest first; they hold no prompt's text."""
+    found, _ = await service.run(lambda: read_decisions(service.dnd.home.logs))
+    return {"data": [asdict(decision) for decision in found[: -limit - 1 : -1]]}
+
+
+def _status(service: Service) -> dict[str, Any]:
+    dnd, settings = service.dnd, service.settings
+    local, engine = dnd.engine.local, dnd.engine
+    names = {a.id: a.name for a in dnd.store.ls()}
+    return {
+        "version": __version__,
+        "base": dnd.base.name,
+        "generator": None if dnd.generator is None else dnd.generator.id,
+        "encoder": dnd.encoder.name,
+        "device": None if local is None else str(local.base.model.device),
+        "dtype": None if local is None else str(local.base.model.dtype).removeprefix("torch."),
+        "context_tokens": engine.context_tokens,
+        "n_slots": None if local is None else local.bank.n_slots,
+        "resident": [names.get(i, i) for i in engine.resident()],
+        "running": engine.n_running,
+        "waiting": engine.n_waiting,
+        "uptime_s": round(time.monotonic() - service.started, 1),
+        "settings": {
+            "answer_tokens": settings.answer_tokens,
+            "max_waiting": settings.max_waiting,
+            "max_body_bytes": settings.max_body_bytes,
+            "max_upload_bytes": settings.max_upload_bytes,
+            "needs_key": bool(settings.keys),
+            "sampling": {k: v for k, v in settings.sampling.items() if v is not None},
+        },
+        "slow_because": without_paths(local.slow_because) if local is not None and local.slow_because else None,
+    }

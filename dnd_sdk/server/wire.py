@@ -1,0 +1,158 @@
+"""Bodies of requests in OpenAI's shapes; what is not named here is ignored, since clients send much of their own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from dnd_sdk.config import MAX_LOGPROBS
+
+MAX_CHOICES = 16
+MAX_INPUTS = 2048
+MAX_PROMPTS = 10_000
+"""In a list; files may hold more, of which a sample is taken."""
+
+Bias = Annotated[float | None, Field(ge=-2, le=2)]
+Seed = Annotated[int | None, Field(ge=-(2**63), lt=2**63)]
+Tokens = Annotated[int | None, Field(ge=1, le=2**31)]
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Stop = str | Annotated[list[str], Field(max_length=64)] | None
+
+
+class Adapting(BaseModel):
+    """Our own part of a request: prompts of the task, which the answer's adapter is chosen or made for."""
+
+    prompts: Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    mode: Literal["auto", "reuse", "generate", "base"] = "auto"
+
+
+class Sampled(BaseModel):
+    """What chats and completions have in common."""
+
+    model: Name
+    max_tokens: Tokens = None
+    temperature: Annotated[float | None, Field(ge=0, le=10)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=-1, le=2**31)] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
+    presence_penalty: Bias = None
+    frequency_penalty: Bias = None
+    """Both are taken and change nothing: the engine has none."""
+    seed: Seed = None
+    stop: Stop = None
+    n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    dnd: Adapting | None = None
+
+
+class StreamOptions(BaseModel):
+    """Of a stream."""
+
+    include_usage: bool | None = None
+
+
+class Part(BaseModel):
+    """Of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class Function(BaseModel):
+    """Of a call that was made before."""
+
+    name: Name
+    arguments: str | dict[str, Any] | None = None
+
+
+class Call(BaseModel):
+    """A call that was made before."""
+
+    id: str | None = None
+    type: str = "function"
+    function: Function
+
+
+class Message(BaseModel):
+    """One of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+
+class ToolFunction(BaseModel):
+    """What a tool is called and takes."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    """On offer."""
+
+    type: Literal["function"] = "function"
+    function: ToolFunction
+
+
+class ChosenFunction(BaseModel):
+    """By name."""
+
+    name: Name
+
+
+class ChosenTool(BaseModel):
+    """The one tool that may be called."""
+
+    type: Literal["function"] = "function"
+    function: ChosenFunction
+
+
+class JsonSchema(BaseModel):
+    """That an answer is held to."""
+
+    name: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+
+class ResponseFormat(BaseModel):
+    """What an answer looks like."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+
+class ChatRequest(Sampled):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_INPUTS)]
+    max_completion_tokens: Tokens = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+
+
+class CompletionRequest(Sampled):
+    """`POST /v1/completions`."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | list[int] | list[list[int]]
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    echo: bool | None = None
+
+
+class EmbeddingRequest(BaseModel):
+    """`POST /v1/embeddings`."""
+
+    model: Name
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int | None, Field(ge=1)] = None
