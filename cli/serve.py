@@ -36,7 +36,7 @@ def serve(
     ] = None,
     allowed_hosts: Annotated[
         list[str] | None,
-        typer.Option("--allowed-host", help="A name that requests may call it by; repeatable.", rich_help_panel=SERVER),
+        typer.Option("--allowed-hosts", help="Name that requests call it by; repeatable.", rich_help_panel=SERVER),
     ] = None,
     answer_tokens: Annotated[
         int | None,

@@ -94,7 +94,7 @@ def test_every_setting_has_a_flag_of_its_name() -> None:
     from dnd_sdk.cli.main import app
 
     commands = get_command(app).commands
-    flags = {option for name in ("run", "adapt") for p in commands[name].params for option in p.opts}
+    flags = {option for name in ("run", "adapt", "serve") for p in commands[name].params for option in p.opts}
     assert {"--" + name.replace("_", "-") for name in Settings.model_fields} <= flags
 
 

@@ -109,7 +109,7 @@ class Answers:
 
     async def _choice(self) -> AdapterChoice:
         service, asked = self._service, self._asked
-        choice = await service.run(partial(chosen_by, service.dnd, asked.model))
+        choice = await service.run(partial(chosen_by, service, asked.model))
         wanted = asked.adapting
         if wanted is None:
             return choice

@@ -37,7 +37,7 @@ async def complete(body: CompletionRequest, request: Request, service: TheServic
 async def embed(body: EmbeddingRequest, service: TheService) -> dict[str, Any]:
     """Vectors of texts, by the encoder that the router uses."""
     encoder = service.dnd.encoder
-    check_encoder(service.dnd, body.model)
+    check_encoder(service, body.model)
     texts = texts_of(body.input, "input")
     if body.dimensions not in (None, encoder.width):
         raise invalid(f"dimensions must be {encoder.width}, the encoder's, or left out", "dimensions")

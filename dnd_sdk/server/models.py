@@ -12,7 +12,7 @@ from dnd_sdk.adapters import Adapter
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError
 from dnd_sdk.server.problems import invalid, model_not_found
 from dnd_sdk.server.service import Service, TheService
-from dnd_sdk.session import AUTO, AdapterChoice, DnD
+from dnd_sdk.session import AUTO, AdapterChoice
 
 PREFIX = "dnd:"
 
@@ -31,14 +31,15 @@ async def show(model: str, service: TheService) -> dict[str, Any]:
     return await service.run(lambda: _model(service, model))
 
 
-def chosen_by(dnd: DnD, model: str) -> AdapterChoice:
+def chosen_by(service: Service, model: str) -> AdapterChoice:
     """Whom a model id means; raises `RequestError` (404) for nobody."""
+    dnd = service.dnd
     name = model.removeprefix(PREFIX)
-    if model == dnd.base.name or model == f"{PREFIX}base":
+    if model == service.base_id or model == f"{PREFIX}base":
         return None
     if model == PREFIX + AUTO:
         return AUTO
-    if model == dnd.encoder.name:
+    if model == service.encoder_id:
         raise invalid(f"{model!r} makes embeddings and does not answer", "model", "model_not_found", 404)
     try:
         found = dnd.store.get(name)
@@ -48,29 +49,28 @@ def chosen_by(dnd: DnD, model: str) -> AdapterChoice:
     return found
 
 
-def check_encoder(dnd: DnD, model: str) -> None:
+def check_encoder(service: Service, model: str) -> None:
     """Raise `RequestError` (404) unless a model id is the encoder's."""
-    if model != dnd.encoder.name:
+    if model != service.encoder_id:
         raise model_not_found(model)
 
 
 def _models(service: Service) -> list[dict[str, Any]]:
     dnd, since = service.dnd, service.created
-    base = dnd.base.name
+    base, encoder = service.base_id, service.encoder_id
     fixed = [_entry(base, since, base, None), _entry(PREFIX + AUTO, since, base, base)]
     made = [_adapter_entry(a, base) for a in dnd.store.ls() if a.base_fingerprint == dnd.base.fingerprint]
-    return [*fixed, *made, _entry(dnd.encoder.name, since, dnd.encoder.name, None)]
+    return [*fixed, *made, _entry(encoder, since, encoder, None)]
 
 
 def _model(service: Service, model: str) -> dict[str, Any]:
-    dnd = service.dnd
-    if model in (dnd.encoder.name, f"{PREFIX}base"):
-        root = model if model == dnd.encoder.name else dnd.base.name
-        return _entry(model, service.created, root, None)
-    chosen = chosen_by(dnd, model)
+    base = service.base_id
+    if model == service.encoder_id:
+        return _entry(model, service.created, model, None)
+    chosen = chosen_by(service, model)
     if isinstance(chosen, Adapter):
-        return {**_adapter_entry(chosen, dnd.base.name), "id": model}
-    return _entry(model, service.created, dnd.base.name, None if chosen is None else dnd.base.name)
+        return {**_adapter_entry(chosen, base), "id": model}
+    return _entry(model, service.created, base, None if chosen is None else base)
 
 
 def _adapter_entry(adapter: Adapter, base: str) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import anyio
@@ -41,6 +43,8 @@ class Service:
     def __init__(self, dnd: DnD, settings: ServerSettings) -> None:
         self.dnd, self.settings = dnd, settings
         self.metrics = Metrics(dnd)
+        self.base_id, self.encoder_id = _shown_name(dnd.base.name), _shown_name(dnd.encoder.name)
+        """What both are called by clients."""
         self.instance = uuid.uuid4().hex
         """Tells this run of the server from any other."""
         self.created = int(time.time())
@@ -83,6 +87,11 @@ class Service:
         """How it was used."""
         with self._lock:
             return self._uses.get(adapter, Use())
+
+
+def _shown_name(name: str) -> str:
+    """Of a folder its last part: no path of this machine is told to anybody."""
+    return Path(name).name if os.path.isabs(name) or name.startswith((".", "~")) else name
 
 
 def _service(request: Request) -> Service:

@@ -54,12 +54,13 @@ async def decisions(service: TheService, limit: Annotated[int, Query(ge=1, le=10
 def _status(service: Service) -> dict[str, Any]:
     dnd, settings = service.dnd, service.settings
     local, engine = dnd.engine.local, dnd.engine
+    # ids of adapters that were removed while they are still in a slot are told as they are
     names = {a.id: a.name for a in dnd.store.ls()}
     return {
         "version": __version__,
-        "base": dnd.base.name,
+        "base": service.base_id,
         "generator": None if dnd.generator is None else dnd.generator.id,
-        "encoder": dnd.encoder.name,
+        "encoder": service.encoder_id,
         "device": None if local is None else str(local.base.model.device),
         "dtype": None if local is None else str(local.base.model.dtype).removeprefix("torch."),
         "context_tokens": engine.context_tokens,
