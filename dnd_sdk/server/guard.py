@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _OPEN = ("/health", "/ready", "/", "/favicon.ico")
 _OPEN_UNDER = "/page/"
+_LINGER_S, _LINGER_BYTES = 2.0, 32 * 2**20
+"""For how long, and how much of, a body is read on that is too large or too late."""
 _UPLOADS = ("/dnd/adapt", "/dnd/adapters")
 
 
@@ -38,11 +40,11 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        began, sending = time.monotonic(), _Sending(send, self._settings.body_timeout_s)
+        began, headers = time.monotonic(), Headers(scope=scope)
+        body = _Body(receive, self._limit(scope, headers), self._settings.body_timeout_s)
+        sending = _Sending(send, body, self._settings.body_timeout_s)
         try:
-            headers = Headers(scope=scope)
             self._check(scope, headers)
-            body = _Body(receive, self._limit(scope, headers), self._settings.body_timeout_s)
             body.check_length(headers)
             await self._app(scope, body, sending)
         except Exception as error:
@@ -78,7 +80,7 @@ class Guard:
             log.debug("an answer broke off", exc_info=error)
             raise error
         problem = problem_of(error)
-        await answer_of(problem, close=True)(scope, receive, send)
+        await answer_of(problem)(scope, receive, send)
 
     def _note(self, scope: Scope, status: int | None, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
@@ -87,10 +89,9 @@ class Guard:
         log_access(scope, status or 499, seconds)
 
 
-def answer_of(problem: Problem, *, close: bool = False) -> JSONResponse:
-    """The answer that tells a problem; `close`: the connection ends with it, since a body may still be coming."""
-    headers: Mapping[str, str] = {**problem.headers, **({"Connection": "close"} if close else {})}
-    return JSONResponse(problem.body, problem.status, headers)
+def answer_of(problem: Problem) -> JSONResponse:
+    """The answer that tells a problem."""
+    return JSONResponse(problem.body, problem.status, problem.headers)
 
 
 class _Body:
@@ -114,7 +115,7 @@ class _Body:
             async with asyncio.timeout(self._deadline - time.monotonic()):
                 message = await self._receive()
         except TimeoutError as e:
-            raise RequestError(Problem(408, "the request took too long to come in", code="timeout")) from e
+            raise _ended(408, "the request took too long to come in", "timeout") from e
         if message["type"] == "http.request":
             self._n += len(message.get("body", b""))
             self._whole = not message.get("more_body", False)
@@ -122,15 +123,31 @@ class _Body:
                 raise self._too_large()
         return message
 
+    async def pass_over(self) -> None:
+        """Read on for a moment, for nobody."""
+        n = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while not self._whole and n < _LINGER_BYTES:
+                    message = await self._receive()
+                    n += len(message.get("body", b""))
+                    self._whole = not message.get("more_body", False)
+
     def _too_large(self) -> RequestError:
-        return RequestError(Problem(413, f"the request is larger than {self._max_bytes} bytes", code="too_large"))
+        return _ended(413, f"the request is larger than {self._max_bytes} bytes", "too_large")
+
+
+def _ended(status: int, message: str, code: str) -> RequestError:
+    """The connection ends with it: the rest of the body may still be coming."""
+    return RequestError(Problem(status, message, code=code, headers={"connection": "close"}))
 
 
 class _Sending:
     """Sends an answer, and lets go of a client that takes nothing for too long."""
 
-    def __init__(self, send: Send, timeout_s: float) -> None:
-        self._send, self._timeout_s = send, timeout_s
+    def __init__(self, send: Send, body: _Body, timeout_s: float) -> None:
+        self._send, self._body, self._timeout_s = send, body, timeout_s
+        self._closes = False
         self.status: int | None = None
         """None: no answer has begun."""
 
@@ -138,6 +155,15 @@ class _Sending:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers: list[Any] = list(message.get("headers", []))
+            self._closes = (b"connection", b"close") in headers
             message = {**message, "headers": [*headers, (b"x-content-type-options", b"nosniff")]}
+        elif self._closes and not message.get("more_body", False):
+            # a connection that is closed while more comes in is reset, and the client may never read the answer
+            await self._pass({**message, "more_body": True})
+            await self._body.pass_over()
+            message = {"type": "http.response.body", "body": b""}
+        await self._pass(message)
+
+    async def _pass(self, message: Message) -> None:
         async with asyncio.timeout(self._timeout_s):
             await self._send(message)

@@ -6,9 +6,12 @@ No answer tells a path of this machine or holds a traceback: what is unexpected 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from starlette.exceptions import HTTPException
 
 from dnd_sdk.errors import (
     AdapterCorruptError,
@@ -31,7 +34,10 @@ RETRY_S = 2
 """Seconds after which whoever came to a full queue may try again."""
 
 _INVALID = "invalid_request_error"
-_PATH = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]*)")
+_ROOTS = "|".join(re.escape(name) for name in sorted(os.listdir(os.sep)))
+_PART = r"[^\s/'\",:;]"
+_PATH = re.compile(rf"(?<![\w.:/#])(?:~|/(?:{_ROOTS})(?![\w-]))(?:/{_PART}+)*/?|[A-Za-z]:\\\S+")
+"""An absolute path begins with what lies in the root; a JSON pointer or a fraction does not."""
 
 
 class Problem(NamedTuple):
@@ -52,12 +58,12 @@ class Problem(NamedTuple):
         return {"error": told if self.fix is None else {**told, "fix": self.fix}}
 
 
-class RequestError(Exception):
-    """What ends a request with this problem."""
+class RequestError(HTTPException):
+    """What ends a request with this problem; of a kind that frameworks let through wherever it is raised."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        super().__init__(problem.message)
+        super().__init__(problem.status, problem.message)
 
 
 _KINDS: tuple[tuple[type[DndError], int, str, str | None], ...] = (
@@ -94,7 +100,7 @@ def problem_of(error: BaseException) -> Problem:
 
 def without_paths(text: str) -> str:
     """The text with each absolute path cut to its last part."""
-    return _PATH.sub(lambda match: match[1] or "/", text)
+    return _PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> RequestError:
