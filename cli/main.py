@@ -180,6 +180,9 @@ bench_app.command("store", epilog=_examples("dnd bench store --sizes 10,100", "d
 bench_app.command("engine", epilog=_examples("dnd bench engine --quick", "dnd bench engine --device cuda --json"))(
     command(engine.bench_engine)
 )
+bench_app.command("serve", epilog=_examples("dnd bench serve", "dnd bench serve --clients 16 --json"))(
+    command(serve.bench_serve)
+)
 app.add_typer(bench_app, name="bench")
 
 models_app = _group("The weights dnd works with.")

@@ -69,6 +69,28 @@ def serve(
     serve(lambda: models.load(out), server, listening=lambda now: _told(out, now.url, settings))
 
 
+def bench_serve(
+    out: Output,
+    models: ModelOptions,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Streams at once.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of either way.")] = 5,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each answer.")] = 32,
+) -> None:
+    """Time the same streams by turns from threads of a program and over HTTP."""
+    from dnd_sdk.server import bench_serve as measure
+    from dnd_sdk.server import render_serve
+
+    with models.load(out) as dnd, out.progress("measuring") as report:
+        result = measure(
+            dnd,
+            clients=clients,
+            rounds=rounds,
+            tokens=tokens,
+            progress=lambda done, total, about: report(done, total, about, None),
+        )
+    out.emit(result, lambda: render_serve(result))
+
+
 def _told(out: Output, url: str, settings: Settings) -> None:
     out.emit({"url": url, "pid": os.getpid()}, "")
     sys.stdout.flush()
