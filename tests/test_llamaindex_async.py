@@ -14,8 +14,7 @@ from llamaindex_parts import Pace, aread, call, cancel_after, endless, events, g
 from tiny_world import World
 
 from dnd_sdk.integrations.llamaindex import DnDEmbedding, DnDLLM
-from dnd_sdk.integrations.llamaindex.calls import MAX_THREADS
-from dnd_sdk.session import DnD
+from dnd_sdk.session import MAX_THREADS, DnD
 
 ASYNC = ("acomplete", "achat", "astream_complete", "astream_chat")
 SYNC_STREAMS = ("stream_complete", "stream_chat")

@@ -259,7 +259,7 @@ def test_structured_output_by_a_tool_and_predict_and_call() -> None:
 
 def test_neither_a_tools_result_nor_a_request_with_tools_is_observed(dnd: DnD, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(DnDLLM, "_observed", lambda self, text: seen.append(text))
+    monkeypatch.setattr("dnd_sdk.session.calls._observed", lambda _, text: seen.append(text))
     llm = DnDFunctionCallingLLM(dnd, observe=True, max_new_tokens=2)
     block = ToolCallBlock(tool_call_id="c1", tool_name="add", tool_kwargs={})
     question, called = ChatMessage("2 + 3?"), ChatMessage(role="assistant", blocks=[block])

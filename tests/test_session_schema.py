@@ -13,9 +13,10 @@ from engine_parts import chat_ids
 from helpers import read_bytes
 from pydantic import BaseModel, Field, field_serializer
 from tiny_world import World, prompts_of
-from tool_parts import ADD
+from tool_parts import ADD, HERMES_TEMPLATE
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dnd_sdk.chat import call_schema, read_answer
 from dnd_sdk.engine.forward import FlatForward
 from dnd_sdk.errors import ConfigError, DndError
 from dnd_sdk.session import CompletionStream, DnD
@@ -170,12 +171,25 @@ def test_a_bad_schema_is_refused_before_anything_runs(
     assert not seen
 
 
-def test_a_schema_and_tools_exclude_each_other(dnd: DnD) -> None:
-    for call in (dnd.complete, dnd.stream):
-        with pytest.raises(ConfigError, match="schema and tools exclude each other"):
-            call("hello", schema=PAIR, tools=[ADD])
+def test_a_schema_holds_with_tools_on_offer_too(dnd: DnD) -> None:
+    dnd.base.tokenizer.chat_template = HERMES_TEMPLATE
+    shown = dnd.complete("hello", schema=PAIR, tools=[ADD], max_new_tokens=ROOM)
+    assert fits_pair(shown.text) and shown.usage["prompt_tokens"] > len(json.dumps(ADD))
+    with dnd.stream("hello", schema=PAIR, tools=[ADD], max_new_tokens=ROOM) as stream:
+        assert stream.result == shown
     assert fits_pair(dnd.complete("hello", schema=PAIR, tools=[], max_new_tokens=ROOM).text)
     assert dnd.complete("hello", schema=None, max_new_tokens=4) == dnd.complete("hello", max_new_tokens=4)
+
+
+def test_a_schema_of_calls_makes_the_answer_a_call(dnd: DnD) -> None:
+    dnd.base.tokenizer.chat_template = HERMES_TEMPLATE
+    bounded = {"type": "object", "properties": {"place": {"$ref": "#/$defs/place"}}, "required": ["place"]}
+    place = {"type": "object", "properties": {"floor": {"enum": [1, 2]}}, "required": ["floor"]}
+    go = {"type": "function", "function": {"name": "go", "parameters": {**bounded, "$defs": {"place": place}}}}
+    answer = dnd.complete("hello", schema=call_schema([go]), tools=[go], max_new_tokens=ROOM)
+    [call] = read_answer(answer.text, [go]).calls
+    assert call.name == "go" and call.arguments["place"].keys() == {"floor"}
+    assert call.arguments["place"]["floor"] in (1, 2)
 
 
 def written(dnd: DnD, plain: PreTrainedModel, prompt: str, n: int, **how: Any) -> tuple[int, torch.Tensor]:

@@ -14,6 +14,7 @@ from dnd_sdk.adaptation import Limits, Parts
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.engine import Engine, FakeBackend
+from dnd_sdk.engine.fake import Answer
 from dnd_sdk.generator.generator import Generator, GeneratorConfig
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.models import BaseCard
@@ -110,13 +111,13 @@ class World(NamedTuple):
         parts = Parts(base, made, encoder, store, router, engine, self.home, DecisionLog(self.home.logs))
         return DnD(parts, stream_settings=stream, limits=vetting)
 
-    def elsewhere(self) -> DnD:
-        """A session whose base runs in no process at all."""
+    def elsewhere(self, answer: Answer | None = None) -> DnD:
+        """A session whose base runs in no process at all; `answer` as for `FakeBackend`."""
         encoder, made = Encoder.load(str(self.encoder), self.home), Generator.from_pretrained(self.generator)
         base, store = BaseCard("elsewhere", made.config.base_fingerprint), AdapterStore(self.home)
         limits = Thresholds(reuse=0.999, reuse_single=0.99, support=-1.0)
         router = Router(store, encoder.name, encoder.fingerprint, base.fingerprint, limits, folder=self.home.index)
-        engine, log = FakeBackend(made.layout), DecisionLog(self.home.logs)
+        engine, log = FakeBackend(made.layout, answer), DecisionLog(self.home.logs)
         return DnD(Parts(base, made, encoder, store, router, engine, self.home, log))
 
     @property

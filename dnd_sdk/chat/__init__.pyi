@@ -2,6 +2,7 @@ from .messages import Prompt as Prompt, last_user_text as last_user_text, with_r
 from .schema import (
     MAX_SCHEMA_BYTES as MAX_SCHEMA_BYTES,
     checked_schema as checked_schema,
+    closed_schema as closed_schema,
     schema_places as schema_places,
 )
 from .template import (
@@ -18,6 +19,8 @@ from .template import (
 from .tool_calls import (
     Reading as Reading,
     ToolCall as ToolCall,
+    new_call_id as new_call_id,
     plain_so_far as plain_so_far,
     read_answer as read_answer,
 )
+from .tool_choice import ToolOffer as ToolOffer, call_schema as call_schema, choose_tools as choose_tools

@@ -35,6 +35,15 @@ def checked_schema(value: object) -> str:
     return text
 
 
+def closed_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with no further fields in its objects than it names, unless it says so: who reads them ignores others."""
+    copied: dict[str, Any] = json.loads(json.dumps(schema))
+    for _, value in list(schema_places(copied)):
+        if isinstance(value, dict) and value.get("type") == "object" and isinstance(value.get("properties"), dict):
+            value.setdefault("additionalProperties", False)
+    return copied
+
+
 def schema_places(schema: object) -> Iterator[tuple[str, Any]]:
     """(JSON pointer, value) of everything in a schema, outer before inner."""
     todo: list[tuple[str, Any]] = [("", schema)]
@@ -56,7 +65,7 @@ def _read(value: object) -> object:
     if describe is None:
         return value
     try:
-        return _closed(describe())
+        return closed_schema(describe())
     except Exception as e:  # a field that JSON has no type for, or what the class itself raises
         raise ConfigError(f"schema: {shown(value)} cannot be described as a JSON schema: {e}") from e
 
@@ -70,14 +79,6 @@ def _parsed(text: str) -> object:
         raise _too_deep() from e
     except ValueError as e:
         raise ConfigError(f"schema must be {_ACCEPTED}, got text that is no JSON: {e}") from e
-
-
-def _closed(schema: Any) -> Any:
-    """A class's schema with no further fields in its objects: pydantic leaves them out and would ignore them."""
-    for _, value in list(schema_places(schema)):
-        if isinstance(value, dict) and value.get("type") == "object" and isinstance(value.get("properties"), dict):
-            value.setdefault("additionalProperties", False)
-    return schema
 
 
 def _text(schema: dict[Any, Any]) -> str:

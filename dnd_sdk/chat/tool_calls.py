@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +50,11 @@ def read_answer(text: str, tools: Tools | None) -> Reading:
     bare = _bare_call(text, None if tools is None else parameters)
     said, calls = _tagged_calls(text) if bare is None else Reading("", (bare,))
     return Reading(said, tuple(ToolCall(c.name, typed(c.arguments, parameters.get(c.name, {}))) for c in calls))
+
+
+def new_call_id() -> str:
+    """An id for a call: models write none, frameworks want one."""
+    return uuid.uuid4().hex[:9]  # Mistral's templates insist on nine characters
 
 
 def plain_so_far(text: str) -> str:

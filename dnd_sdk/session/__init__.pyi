@@ -1,5 +1,20 @@
+from .calls import (
+    MAX_THREADS as MAX_THREADS,
+    Call as Call,
+    Lazy as Lazy,
+    Part as Part,
+    check_whole as check_whole,
+    in_thread as in_thread,
+    who_answers as who_answers,
+)
 from .choosing import AUTO as AUTO, AdapterChoice as AdapterChoice
-from .options import ALIASES as ALIASES, call_options as call_options, check_known as check_known, renamed as renamed
+from .options import (
+    ALIASES as ALIASES,
+    as_config_error as as_config_error,
+    call_options as call_options,
+    check_known as check_known,
+    renamed as renamed,
+)
 from .results import (
     AdaptResult as AdaptResult,
     Completion as Completion,

@@ -86,11 +86,9 @@ def check_choice(adapter: object) -> None:
         raise InputError(f"adapter must be an Adapter, a name or None, got {type(adapter).__name__}")
 
 
-def sampling_options(sampling: dict[str, Any], tools: Tools | None) -> SamplingOptions:
+def sampling_options(sampling: dict[str, Any]) -> SamplingOptions:
     """The options of a call; raises `ConfigError` for one that there is not or that is out of range."""
     if sampling.get("schema") is not None:
-        if tools:
-            raise ConfigError("a schema and tools exclude each other: calls have a form of their own", fix="pass one")
         sampling = {**sampling, "schema": checked_schema(sampling["schema"])}
     try:
         return SamplingOptions(**sampling)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import ValidationError
+
 from dnd_sdk.chat import checked_schema
 from dnd_sdk.config import PER_CALL, SAMPLING, SamplingOptions
-from dnd_sdk.errors import ConfigError
+from dnd_sdk.errors import ConfigError, shown
 from dnd_sdk.session.choosing import AdapterChoice, check_choice
 
 ALIASES = {"max_tokens": "max_new_tokens"}
@@ -51,3 +54,13 @@ def call_options(
         merged["schema"] = checked_schema(merged["schema"])
     own_or_default = {k: merged[k] for k in (*SAMPLING, *PER_CALL) if k in merged}
     return merged["adapter"], asdict(SamplingOptions(**own_or_default))
+
+
+@contextlib.contextmanager
+def as_config_error(owner: str) -> Iterator[None]:
+    """Raise what pydantic finds wrong with the fields of `owner` as `ConfigError`."""
+    try:
+        yield
+    except ValidationError as e:
+        told = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}, got {shown(p['input'])}" for p in e.errors()[:4])
+        raise ConfigError(f"{owner} refuses {'; '.join(told)}") from e

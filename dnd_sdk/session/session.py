@@ -165,6 +165,7 @@ class DnD:
                 text, the way the base writes them. None: none. `ConfigError` if that template shows no tools.
             sampling: Fields of `SamplingOptions`; `schema`, which the answer is held to, may also be a dict or a
                 pydantic class. With `max_new_tokens` too small for it the text ends in the middle, reason `"length"`.
+                With tools it holds all the same: `chat.call_schema` is one that makes the answer a call.
 
         Raises `AdapterNotFoundError` for an unknown name, `LayoutMismatchError` for an adapter of another base.
         """
@@ -183,7 +184,7 @@ class DnD:
 
         `role`, `tools` and `sampling` are for all; with a `seed`, row i draws with `seed + i`.
         """
-        options, under = sampling_options(sampling, tools), as_role(role)
+        options, under = sampling_options(sampling), as_role(role)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InputError("prompts must be a list", fix="use complete() for a single prompt")
         if isinstance(adapters, str) or not isinstance(adapters, Sequence | None):
@@ -217,7 +218,7 @@ class DnD:
         if cancel is not None and not isinstance(cancel, threading.Event):
             raise ConfigError(f"cancel must be a threading.Event or None, got {type(cancel).__name__}")
         cancel = cancel or threading.Event()
-        options = sampling_options(sampling, tools)
+        options = sampling_options(sampling)
         request, chosen = self._choosing.request(prompt, adapter, as_role(role), tools, options)
         return CompletionStream(self.engine.stream(replace(request, cancel=cancel)), cancel, chosen)
 
@@ -242,7 +243,7 @@ class DnD:
         if deadline_s is not None:
             deadline_s = real_number("deadline_s", deadline_s, "0 or more", lambda x: x >= 0.0)
         may_clip, emit = flag("may_clip", may_clip), callable_of("emit", emit)
-        options = sampling_options(sampling, tools)
+        options = sampling_options(sampling)
         request, chosen = self._choosing.request(prompt, adapter, as_role(role), tools, options)
         request = replace(request, may_clip=may_clip, deadline_s=deadline_s)
         return Submitted(self.engine.submit(request, emit), chosen)

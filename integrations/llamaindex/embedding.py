@@ -8,9 +8,8 @@ from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from dnd_sdk.config import Home
-from dnd_sdk.integrations.llamaindex.calls import Lazy, as_config_error, in_thread
 from dnd_sdk.models import DEFAULT_ENCODER, Encoder
-from dnd_sdk.session import DnD, check_known
+from dnd_sdk.session import DnD, Lazy, as_config_error, check_known, in_thread
 
 
 class DnDEmbedding(BaseEmbedding):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LLMMetadata, MessageRole, ToolCallBlock
@@ -11,18 +10,15 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools import BaseTool
 
-from dnd_sdk.chat import Tools, plain_so_far, read_answer, tools_not_shown
-from dnd_sdk.errors import ConfigError, InputError
-from dnd_sdk.integrations.llamaindex.calls import Call, Part
+from dnd_sdk.chat import choose_tools, tools_not_shown
+from dnd_sdk.errors import InputError
 from dnd_sdk.integrations.llamaindex.llm import DnDLLM
 from dnd_sdk.integrations.llamaindex.messages import to_tool_chat
-from dnd_sdk.session import CompletionStream, DnD
-
-_ANY_TOOL = (None, "auto", "any", "required")
+from dnd_sdk.session import Call, DnD
 
 
 class DnDFunctionCallingLLM(DnDLLM, FunctionCallingLLM):
-    """`DnDLLM` for `FunctionAgent` and `predict_and_call`; a `schema` and tools exclude each other.
+    """`DnDLLM` for `FunctionAgent` and `predict_and_call`.
 
     Tools, calls and results are rendered by the base's own chat template; calls are read from the answer as
     `tool_calls` says. A base whose template does not render tools raises `ConfigError`: at once when it is resident,
@@ -83,58 +79,10 @@ class DnDFunctionCallingLLM(DnDLLM, FunctionCallingLLM):
             messages.append(said)
         # the limit on a description's length is OpenAI's own
         schemas = [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
-        offered = _chosen(schemas, kwargs.pop("tool_choice", None))
+        offered = choose_tools(schemas, kwargs.pop("tool_choice", None)).tools
         return {"messages": messages, "tools": offered, "parallel_tool_calls": allow_parallel_tool_calls, **kwargs}
 
     def _chat_call(self, messages: Sequence[ChatMessage], given: dict[str, Any]) -> Call:
         options = dict(given)
         tools, parallel = options.pop("tools", None) or (), options.pop("parallel_tool_calls", True)
-        chat = to_tool_chat(messages)
-        if not tools:
-            return self._call(chat, options)
-        return _ToolCall(self._start(chat, options, tools=tools), tools, parallel)
-
-
-class _ToolCall(Call):
-    """A request with tools on offer: the calls leave the text and go beside it."""
-
-    def __init__(self, start: Callable[[threading.Event], CompletionStream], tools: Tools, parallel: bool) -> None:
-        super().__init__(start)
-        self._tools, self._parallel = tools, parallel
-
-    def answer(self) -> Part:
-        """The whole answer."""
-        return self._read(super().answer())
-
-    def parts(self) -> Iterator[Part]:
-        """What is plain text for sure as it comes, then the rest of the text, then once more whole with the calls."""
-        shown = ""
-        for part in super().parts():
-            whole = None if part.completion is None else self._read(part)
-            text = plain_so_far(part.text) if whole is None else whole.text
-            if len(text) > len(shown):
-                yield Part(text, text[len(shown) :])
-                shown = text
-            if whole is not None:
-                yield whole
-
-    def _read(self, part: Part) -> Part:
-        text, calls = read_answer(part.text, self._tools)
-        return part._replace(text=text, calls=calls if self._parallel else calls[:1])
-
-
-def _names(tools: Sequence[dict[str, Any]]) -> list[str]:
-    return [tool["function"]["name"] for tool in tools]
-
-
-def _chosen(tools: list[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:
-    """The tools to offer under LlamaIndex's or OpenAI's `tool_choice`; raises `ConfigError` for one that is unknown."""
-    name = choice.get("function", {}).get("name") if isinstance(choice, dict) else choice
-    if name in _ANY_TOOL or name == "none":
-        return [] if name == "none" else tools
-    if name not in _names(tools):
-        raise ConfigError(
-            f"tool_choice {choice!r} is no tool on offer",
-            fix=f"use one of {', '.join(['auto', 'none', 'required', *_names(tools)])}",
-        )
-    return [t for t in tools if t["function"]["name"] == name]
+        return self._call(to_tool_chat(messages), options, tools, parallel=parallel)

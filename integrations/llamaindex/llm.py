@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -28,13 +27,7 @@ from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import Tools
 from dnd_sdk.config import SAMPLING, SamplingOptions
 from dnd_sdk.errors import ConfigError
-from dnd_sdk.integrations.llamaindex.calls import (
-    Call,
-    Lazy,
-    aends_with_its_reader,
-    as_config_error,
-    ends_with_its_reader,
-)
+from dnd_sdk.integrations.llamaindex.calls import aends_with_its_reader, ends_with_its_reader, reader_leaves
 from dnd_sdk.integrations.llamaindex.messages import (
     Chat,
     chat_part,
@@ -45,10 +38,19 @@ from dnd_sdk.integrations.llamaindex.messages import (
     user_message,
 )
 from dnd_sdk.models import DEFAULT_BASE
-from dnd_sdk.prompts import user_text
-from dnd_sdk.session import ALIASES, AUTO, AdapterChoice, CompletionStream, DnD, call_options, check_known, renamed
-
-log = logging.getLogger(__name__)
+from dnd_sdk.session import (
+    ALIASES,
+    AUTO,
+    Call,
+    CompletionStream,
+    DnD,
+    Lazy,
+    as_config_error,
+    call_options,
+    check_known,
+    renamed,
+    who_answers,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -256,34 +258,13 @@ class DnDLLM(CustomLLM):
     def _chat_call(self, messages: Sequence[ChatMessage], given: dict[str, Any]) -> Call:
         return self._call(to_chat(messages), given)
 
-    def _call(self, chat: Chat, given: dict[str, Any]) -> Call:
-        return Call(self._start(chat, given), held=given.get("schema") is not None)
-
-    def _start(
-        self, chat: Chat, given: dict[str, Any], tools: Tools | None = None
-    ) -> Callable[[threading.Event], CompletionStream]:
-        """How a call begins, its options checked already."""
+    def _call(self, chat: Chat, given: dict[str, Any], tools: Tools = (), *, parallel: bool = True) -> Call:
+        """The call, its options checked already."""
         adapter, sampling = call_options(self._defaults(), given, self.class_name())
-        return lambda end: self.dnd.stream(
-            chat, self._choose(chat, adapter, tools), tools=tools, cancel=end, **sampling
-        )
 
-    def _choose(self, chat: Chat, adapter: AdapterChoice, tools: Tools | None) -> AdapterChoice:
-        if isinstance(adapter, Adapter) or adapter != AUTO:
-            return adapter
-        text = user_text(chat) or ""
-        if not text.strip():  # nothing to route by
-            return None
-        # a tool's result is no request, and with tools on offer no adapter answers
-        return self._observed(text) if self.observe and not tools and chat[-1]["role"] != "tool" else AUTO
+        def start(end: threading.Event) -> CompletionStream:
+            who = who_answers(self.dnd, chat, adapter, tools, observe=self.observe)
+            return self.dnd.stream(chat, who, tools=tools or None, cancel=end, **sampling)
 
-    def _observed(self, text: str) -> Adapter | None:
-        """The adapter of the request's task. It may be made here, in the thread that answers this request alone."""
-        try:
-            adapter = self.dnd.observe(text).adapter
-            if adapter is not None:
-                self.dnd.make_resident(adapter)
-        except Exception as error:  # whatever goes wrong with adapting, the request is to be answered
-            log.warning("adapting failed, the base answers: %s", error, exc_info=True)
-            return None
-        return adapter
+        held = given.get("schema") is not None
+        return Call(start, tools=tools, parallel=parallel, held=held, end=reader_leaves())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +14,9 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from dnd_sdk.chat import ToolCall
+from dnd_sdk.chat import ToolCall, new_call_id
 from dnd_sdk.errors import InputError
-from dnd_sdk.integrations.llamaindex.calls import Part
-from dnd_sdk.session import Completion
+from dnd_sdk.session import Completion, Part
 
 Chat = list[dict[str, Any]]
 """Messages of `role` and `content`, oldest first; see `chat.template.Messages`."""
@@ -92,7 +90,7 @@ def _without_calls(message: ChatMessage) -> ChatMessage:
 def _wire_call(block: ToolCallBlock) -> dict[str, Any]:
     return {
         "type": "function",
-        "id": block.tool_call_id or _call_id(),
+        "id": block.tool_call_id or new_call_id(),
         "function": {"name": block.tool_name, "arguments": block.tool_kwargs},
     }
 
@@ -103,11 +101,7 @@ def _assistant(part: Part) -> ChatMessage:
 
 
 def _block(call: ToolCall) -> ToolCallBlock:
-    return ToolCallBlock(tool_call_id=_call_id(), tool_name=call.name, tool_kwargs=call.arguments)
-
-
-def _call_id() -> str:
-    return uuid.uuid4().hex[:9]  # Mistral's templates insist on nine characters
+    return ToolCallBlock(tool_call_id=new_call_id(), tool_name=call.name, tool_kwargs=call.arguments)
 
 
 def _raw(answer: Completion | None) -> dict[str, Any] | None:
