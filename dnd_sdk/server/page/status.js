@@ -1,0 +1,86 @@
+/** The server itself: its models, slots and settings, and its counters with how fast they grow. */
+
+import { KeyedList, byId, el, fill, setText } from "./dom.js";
+import { count, duration, plain } from "./format.js";
+import { families, total } from "./metrics.js";
+import { facts } from "./verdict.js";
+
+const MOST_CELLS = 128;
+
+/** What /dnd/status says. */
+export function statusPanel() {
+  let shown = "";
+  return {
+    show(status) {
+      setText(byId("base-name"), status.base);
+      setText(byId("slots-text"), `${status.resident.length} of ${count(status.n_slots)} slots hold an adapter`);
+      setText(byId("load-text"), `${count(status.running)} answering, ${count(status.waiting)} waiting`);
+      setText(byId("uptime-text"), `up ${duration(status.uptime_s)}`);
+      const lasting = JSON.stringify({ ...status, uptime_s: 0, running: 0, waiting: 0 });
+      if (lasting === shown) return; // what the reader has selected stays so
+      shown = lasting;
+      drawSlots(byId("slots"), status.resident, status.n_slots);
+      fill(byId("status-facts"), facts(described(status)));
+      fill(byId("status-settings"), facts(Object.entries(status.settings ?? {}).map(([name, value]) => [name, plain(value)])));
+    },
+  };
+}
+
+function described(status) {
+  return [
+    ["Base", status.base],
+    ["Generator", plain(status.generator)],
+    ["Encoder", status.encoder],
+    ["Runs on", `${status.device}, ${status.dtype}`],
+    ["Context", `${count(status.context_tokens)} tokens`],
+    ["In slots", status.resident.join(", ") || "none"],
+    ["Version", status.version],
+  ];
+}
+
+/** A cell a slot, in the order of the list; of very many, a share. */
+function drawSlots(node, resident, nSlots) {
+  const cells = Math.min(nSlots, MOST_CELLS);
+  const filled = nSlots > MOST_CELLS ? Math.ceil((resident.length / nSlots) * cells) : resident.length;
+  const title = (i) => (nSlots > MOST_CELLS ? null : resident[i]);
+  fill(node, Array.from({ length: cells }, (_, i) => el("i", { class: i < filled ? "filled" : null, title: title(i) })));
+}
+
+/** What /metrics says, with the growth since it was read before. */
+export function counters() {
+  const list = new KeyedList(byId("counters-rows"), (family) => family.name, counterRow);
+  return {
+    show(text) {
+      const found = families(text);
+      byId("counters-empty").hidden = found.length > 0;
+      list.show(found);
+    },
+  };
+}
+
+function counterRow() {
+  let before = null;
+  const [label, value, note] = [el("dt"), el("dd", { class: "value" }), el("dd", { class: "note" })];
+  const node = el("div", {}, label, value, note);
+  return {
+    node,
+    update(family) {
+      const now = { at: performance.now(), ...total(family) };
+      setText(label, family.help.replace(/\.$/, ""));
+      label.title = family.name;
+      setText(value, count(now.value));
+      const seconds = before && (now.at - before.at) / 1000;
+      const growing = family.type === "counter" && before && now.value > before.value;
+      if (growing) setText(note, `${count((now.value - before.value) / seconds)}/s`);
+      else setText(note, Number.isFinite(now.mean) ? `${duration(now.mean)} on average` : parts(family));
+      before = now;
+    },
+  };
+}
+
+/** "200: 31, 404: 2", where a family is split by labels. */
+function parts(family) {
+  if (family.type === "histogram" || family.samples.length < 2) return "";
+  const named = family.samples.filter((s) => s.value).slice(0, 4);
+  return named.map((s) => `${Object.values(s.labels).join(" ")}: ${count(s.value)}`).join(", ");
+}
