@@ -27,27 +27,61 @@ def adapter(name: str, **more: Any) -> dict[str, Any]:
 def stub(key: str | None = None) -> FastAPI:
     app = FastAPI()
     app.include_router(router)
-    state: dict[str, Any] = {"adapters": {n: adapter(n) for n in ("tickets", "deadlines")}, "log": [], "requests": 0}
+    state: dict[str, Any] = {"adapters": {n: adapter(n) for n in ("upper", "lower")}, "log": [], "requests": 0}
     app.state.dnd = state
-    state["adapters"]["deadlines"].update(role="You schedule meetings for a busy team and answer with the day alone.", resident=False, source="imported", origin="peft")
+    state["adapters"]["lower"].update(
+        role="You schedule meetings for a busy team and answer with the day alone.",
+        resident=False,
+        source="imported",
+        origin="peft",
+    )
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Any:
         path = request.url.path
-        if key and path not in OPEN and not path.startswith("/page/") and request.headers.get("authorization") != f"Bearer {key}":
-            return JSONResponse({"error": {"message": "no valid API key", "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}}, 401)
+        if (
+            key
+            and path not in OPEN
+            and not path.startswith("/page/")
+            and request.headers.get("authorization") != f"Bearer {key}"
+        ):
+            return JSONResponse(
+                {
+                    "error": {
+                        "message": "no valid API key",
+                        "type": "invalid_request_error",
+                        "param": None,
+                        "code": "invalid_api_key",
+                    }
+                },
+                401,
+            )
         state["requests"] += 1
         return await call_next(request)
 
     @app.get("/dnd/status")
     def status() -> Any:
-        return {"version": "0.1.0", "base": "qwen2.5-coder-0.5b", "generator": "qwen2.5-coder-0.5b", "encoder": "all-minilm-l6-v2", "device": "cpu", "dtype": "float32",
-                "context_tokens": 32768, "n_slots": 64, "resident": [a["name"] for a in state["adapters"].values() if a["resident"]], "running": 0, "waiting": 0, "uptime_s": 754.2,
-                "settings": {"max_tokens": 1024, "host": "127.0.0.1", "limits": {"queue": 64}}}
+        return {
+            "version": "0.1.0",
+            "base": "qwen2.5-coder-0.5b",
+            "generator": "qwen2.5-coder-0.5b",
+            "encoder": "all-minilm-l6-v2",
+            "device": "cpu",
+            "dtype": "float32",
+            "context_tokens": 32768,
+            "n_slots": 64,
+            "resident": [a["name"] for a in state["adapters"].values() if a["resident"]],
+            "running": 0,
+            "waiting": 0,
+            "uptime_s": 754.2,
+            "settings": {"max_tokens": 1024, "host": "127.0.0.1", "limits": {"queue": 64}},
+        }
 
     @app.get("/metrics")
     def metrics() -> Any:
-        return PlainTextResponse(f'# HELP dnd_requests_total Requests answered.\n# TYPE dnd_requests_total counter\ndnd_requests_total{{code="200"}} {state["requests"]}\n# HELP dnd_completion_tokens_total Tokens generated.\n# TYPE dnd_completion_tokens_total counter\ndnd_completion_tokens_total 812\n# HELP dnd_ttft_seconds Time to first token.\n# TYPE dnd_ttft_seconds histogram\ndnd_ttft_seconds_bucket{{le="+Inf"}} 4\ndnd_ttft_seconds_sum 0.6\ndnd_ttft_seconds_count 4\n')
+        return PlainTextResponse(
+            f'# HELP dnd_requests_total Requests answered.\n# TYPE dnd_requests_total counter\ndnd_requests_total{{code="200"}} {state["requests"]}\n# HELP dnd_completion_tokens_total Tokens generated.\n# TYPE dnd_completion_tokens_total counter\ndnd_completion_tokens_total 812\n# HELP dnd_ttft_seconds Time to first token.\n# TYPE dnd_ttft_seconds histogram\ndnd_ttft_seconds_bucket{{le="+Inf"}} 4\ndnd_ttft_seconds_sum 0.6\ndnd_ttft_seconds_count 4\n'
+        )
 
     @app.get("/dnd/adapters")
     def adapters() -> Any:
@@ -71,14 +105,35 @@ def stub(key: str | None = None) -> FastAPI:
         return state["adapters"][name]
 
     def decide(text: str) -> dict[str, Any]:
-        return {"decision": "reuse", "score": 0.91, "adapter": "tickets", "neighbours": [{"name": "tickets", "score": 0.91}, {"name": "deadlines", "score": 0.33}],
-                "reason": f"the nearest adapter is near enough for {text[:20]!r}", "probability": 0.97, "in_distribution": None}
+        return {
+            "decision": "reuse",
+            "score": 0.91,
+            "adapter": "upper",
+            "neighbours": [{"name": "upper", "score": 0.91}, {"name": "lower", "score": 0.33}],
+            "reason": f"the nearest adapter is near enough for {text[:20]!r}",
+            "probability": 0.97,
+            "in_distribution": None,
+        }
 
     def note(kind: str) -> None:
         d = decide("x")
-        state["log"].insert(0, {**d, "kind": kind, "prompts": str(time.time()), "n_prompts": 1, "neighbours": [["tickets", 0.91]], "support": None,
-                                "thresholds": {"reuse": 0.7, "reuse_single": 0.6, "support": 0.1}, "rule": "single", "mode": "auto", "by": "scores", "cluster": None,
-                                "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())})
+        state["log"].insert(
+            0,
+            {
+                **d,
+                "kind": kind,
+                "prompts": str(time.time()),
+                "n_prompts": 1,
+                "neighbours": [["upper", 0.91]],
+                "support": None,
+                "thresholds": {"reuse": 0.7, "reuse_single": 0.6, "support": 0.1},
+                "rule": "single",
+                "mode": "auto",
+                "by": "scores",
+                "cluster": None,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            },
+        )
 
     @app.get("/dnd/log")
     def log(limit: int = 100) -> Any:
@@ -108,8 +163,22 @@ def stub(key: str | None = None) -> FastAPI:
                 return
             name = str(body.get("name") or "made")
             state["adapters"][name] = adapter(name, created="2026-11-28T10:00:00+00:00")
-            result = {**decide("x"), "decision": "generate", "adapter": {"name": name, "source": "generated"}, "n_prompts": 3, "notes": ["2 blank prompts were dropped"],
-                      "timings_s": {"encode": 0.2, "route": 0.001, "generate": 0.5, "validate": 1.2, "store": 0.03, "swap": 0.004, "total": 2}}
+            result = {
+                **decide("x"),
+                "decision": "generate",
+                "adapter": {"name": name, "source": "generated"},
+                "n_prompts": 3,
+                "notes": ["2 blank prompts were dropped"],
+                "timings_s": {
+                    "encode": 0.2,
+                    "route": 0.001,
+                    "generate": 0.5,
+                    "validate": 1.2,
+                    "store": 0.03,
+                    "swap": 0.004,
+                    "total": 2,
+                },
+            }
             yield f"event: result\ndata: {json.dumps(result)}\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")

@@ -37,7 +37,10 @@ export function adaptation({ changed, compare }) {
 
 /** The lines that are prompts. */
 export function promptLines(text) {
-  return text.split("\n").map((line) => line.trim()).filter(Boolean);
+  return text
+    .split("\n")
+    .map((line) => line.trim())
+    .filter(Boolean);
 }
 
 function noted(prompts) {
@@ -68,7 +71,13 @@ async function adapted(body, progress) {
 
 /** The file to adapt to: dropped on the form or picked, until it is taken away again. */
 function fileChoice() {
-  const [input, zone, label, away, paste] = ["adapt-file", "adapt-zone", "adapt-file-name", "adapt-away", "adapt-paste"].map(byId);
+  const [input, zone, label, away, paste] = [
+    "adapt-file",
+    "adapt-zone",
+    "adapt-file-name",
+    "adapt-away",
+    "adapt-paste",
+  ].map(byId);
   let file = null;
   const choose = (next) => {
     file = next;
@@ -90,7 +99,10 @@ function fileChoice() {
   }
   document.addEventListener("dragover", () => zone.classList.add("over"));
   for (const kind of ["dragleave", "drop"]) {
-    document.addEventListener(kind, (event) => (kind === "drop" || !event.relatedTarget) && zone.classList.remove("over"));
+    document.addEventListener(
+      kind,
+      (event) => (kind === "drop" || !event.relatedTarget) && zone.classList.remove("over"),
+    );
   }
   document.addEventListener("drop", (event) => event.dataTransfer.files[0] && choose(event.dataTransfer.files[0]));
   choose(null);

@@ -11,7 +11,11 @@ const MOST_ROWS = 200;
 export function adaptersTable({ changed, compare }) {
   let all = [];
   const filter = byId("adapters-filter");
-  const list = new KeyedList(byId("adapters-rows"), (adapter) => adapter.id ?? adapter.name, () => row({ changed, compare }));
+  const list = new KeyedList(
+    byId("adapters-rows"),
+    (adapter) => adapter.id ?? adapter.name,
+    () => row({ changed, compare }),
+  );
 
   const draw = () => {
     const wanted = filter.value.trim().toLowerCase();
@@ -25,7 +29,9 @@ export function adaptersTable({ changed, compare }) {
   filter.addEventListener("input", draw);
   return {
     show(adapters) {
-      all = [...adapters].sort((a, b) => (b.created ?? "").localeCompare(a.created ?? "") || a.name.localeCompare(b.name));
+      all = [...adapters].sort(
+        (a, b) => (b.created ?? "").localeCompare(a.created ?? "") || a.name.localeCompare(b.name),
+      );
       setText(byId("adapters-count"), all.length ? count(all.length) : "");
       draw();
     },
@@ -39,7 +45,11 @@ function noted(matching, stored) {
 
 function row({ changed, compare }) {
   let current;
-  const [name, about, role] = [el("span", { class: "name" }), el("span", { class: "about" }), el("span", { class: "about" })];
+  const [name, about, role] = [
+    el("span", { class: "name" }),
+    el("span", { class: "about" }),
+    el("span", { class: "about" }),
+  ];
   const cells = Object.fromEntries(["Size", "Hits", "Last used"].map((label) => [label, figureCell(label)]));
   const states = el("td", { role: "cell", class: "states" });
   const resident = el("span", { class: "state resident" }, "resident");
@@ -47,7 +57,11 @@ function row({ changed, compare }) {
   states.append(resident, pinned);
   const beside = el("button", { type: "button", class: "quiet", onclick: () => compare(current.name) }, "Compare");
   const pin = el("button", { type: "button", class: "quiet", onclick: () => togglePin(pin, current, changed) });
-  const remove = el("button", { type: "button", class: "quiet danger", onclick: () => erase(remove, current, changed) }, "Delete");
+  const remove = el(
+    "button",
+    { type: "button", class: "quiet danger", onclick: () => erase(remove, current, changed) },
+    "Delete",
+  );
   const node = el(
     "tr",
     { role: "row" },
@@ -70,7 +84,8 @@ function row({ changed, compare }) {
       cells["Last used"].title = adapter.last_used ?? "since the server started";
       [resident.hidden, pinned.hidden] = [!adapter.resident, !adapter.pinned];
       setText(pin, adapter.pinned ? "Unpin" : "Pin");
-      for (const button of [beside, pin, remove]) button.setAttribute("aria-label", `${button.textContent} ${adapter.name}`);
+      for (const button of [beside, pin, remove])
+        button.setAttribute("aria-label", `${button.textContent} ${adapter.name}`);
     },
   };
 }
@@ -89,13 +104,18 @@ function described(adapter) {
 
 async function togglePin(button, adapter, changed) {
   const method = adapter.pinned ? "DELETE" : "PUT";
-  if (!(await during(button, () => getJson(`dnd/adapters/${encodeURIComponent(adapter.name)}/pin`, { method })))) return;
+  if (!(await during(button, () => getJson(`dnd/adapters/${encodeURIComponent(adapter.name)}/pin`, { method }))))
+    return;
   tell(adapter.pinned ? `${adapter.name} is no longer pinned.` : `${adapter.name} stays in its slot.`);
   changed();
 }
 
 async function erase(button, adapter, changed) {
-  const text = ["The adapter ", el("span", { class: "name" }, adapter.name), " leaves its slot and the store, for good."];
+  const text = [
+    "The adapter ",
+    el("span", { class: "name" }, adapter.name),
+    " leaves its slot and the store, for good.",
+  ];
   if (!(await confirmed({ title: "Delete this adapter?", text, action: "Delete" }))) return;
   const path = `dnd/adapters/${encodeURIComponent(adapter.name)}`;
   if (!(await during(button, () => getJson(path, { method: "DELETE" })))) return;

@@ -8,9 +8,9 @@ let locked = () => {};
 
 /** A refusal, or no answer at all (status 0). */
 export class ApiError extends Error {
-  constructor(message, { status = 0, code = null, retryAfter = null } = {}) {
+  constructor(message, { status = 0, fix = null, retryAfter = null } = {}) {
     super(message);
-    Object.assign(this, { name: "ApiError", status, code, retryAfter });
+    Object.assign(this, { name: "ApiError", status, fix, retryAfter });
   }
 }
 
@@ -68,7 +68,7 @@ export async function* getEvents(path, options) {
 /** The error that an `error` object of the server stands for. */
 export function asError(error, status = 0, retryAfter = null) {
   const words = error?.message || (status ? `The server answered ${status}.` : "The server gave up, without a word.");
-  return new ApiError(words, { status, code: error?.code ?? null, retryAfter });
+  return new ApiError(words, { status, fix: error?.fix, retryAfter });
 }
 
 async function refused(response) {

@@ -20,7 +20,11 @@ export function comparison({ answered }) {
     if (running || !form.reportValidity()) return;
     running = new AbortController();
     stop.hidden = false;
-    const body = { messages: [{ role: "user", content: prompt.value }], max_tokens: Number(limit.value), temperature: 0 };
+    const body = {
+      messages: [{ role: "user", content: prompt.value }],
+      max_tokens: Number(limit.value),
+      temperature: 0,
+    };
     const told = await Promise.all(sides.map((side) => side.answer(body, running.signal)));
     if (document.activeElement === stop) prompt.focus();
     stop.hidden = true;
@@ -62,7 +66,11 @@ class Side {
   offer(names) {
     const values = [BASE, AUTO, ...names.map((name) => `dnd:${name}`)];
     const shown = [...this.select.options].map((option) => option.value);
-    if (values.join("\n") !== shown.join("\n")) fill(this.select, values.map((v) => el("option", { value: v }, v)));
+    if (values.join("\n") !== shown.join("\n"))
+      fill(
+        this.select,
+        values.map((v) => el("option", { value: v }, v)),
+      );
     this.choose(values.includes(this.model) ? this.model : BASE);
   }
 
@@ -104,7 +112,15 @@ class Side {
 /** Times one stream and keeps what its chunks say of it. */
 class Watch {
   constructor(changed) {
-    Object.assign(this, { changed, started: performance.now(), first: null, last: null, usage: null, reason: null, dnd: null });
+    Object.assign(this, {
+      changed,
+      started: performance.now(),
+      first: null,
+      last: null,
+      usage: null,
+      reason: null,
+      dnd: null,
+    });
     changed([el("span", {}, "waiting")]);
   }
 

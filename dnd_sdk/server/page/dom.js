@@ -1,5 +1,5 @@
 /**
- * Elements. Text enters the page as text nodes and attributes only: nothing here, nor in any file beside it, reads HTML.
+ * Elements. Text enters the page as text nodes and attributes only: no file of the page reads HTML.
  */
 
 /** The element with this id. */
@@ -8,7 +8,7 @@ export function byId(id) {
 }
 
 /**
- * A new element. Attributes: a function is a listener ("onclick"), true and false are present and absent, null is absent.
+ * A new element. Attributes: a function is a listener ("onclick"), true and false mean present and absent.
  * Children: nodes, texts, numbers and lists of them; null and false are left out.
  */
 export function el(tag, attributes = {}, ...children) {

@@ -4,7 +4,12 @@ export const NONE = "–";
 const COUNT = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const COMPACT = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const AGO = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "short" });
-const STEPS = [[60, "second"], [60, "minute"], [24, "hour"], [Infinity, "day"]];
+const STEPS = [
+  [60, "second"],
+  [60, "minute"],
+  [24, "hour"],
+  [Infinity, "day"],
+];
 
 /** 12,345 or 1.2M. */
 export function count(value) {
@@ -62,7 +67,9 @@ export function clock(iso) {
   const then = new Date(iso);
   if (Number.isNaN(then.getTime())) return NONE;
   const today = then.toDateString() === new Date().toDateString();
-  return today ? then.toLocaleTimeString("en-GB") : then.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+  return today
+    ? then.toLocaleTimeString("en-GB")
+    : then.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
 }
 
 /** Any JSON value in one line. */

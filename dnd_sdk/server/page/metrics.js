@@ -37,7 +37,10 @@ function family(found, sample) {
 }
 
 function labelled(text) {
-  const pairs = [...text.matchAll(LABEL)].map(([, name, value]) => [name, value.replace(/\\(.)/g, (_, c) => ESCAPED[c] ?? c)]);
+  const pairs = [...text.matchAll(LABEL)].map(([, name, value]) => [
+    name,
+    value.replace(/\\(.)/g, (_, c) => ESCAPED[c] ?? c),
+  ]);
   return Object.fromEntries(pairs);
 }
 

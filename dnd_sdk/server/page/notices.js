@@ -16,9 +16,10 @@ export function complain(error) {
   add("notice error", worded(error), byId("alarms"));
 }
 
-/** An error in words. */
+/** An error in the server's words: what is wrong, and what to do. */
 export function worded(error) {
-  return error.retryAfter ? `${error.message} Try again in ${error.retryAfter} s.` : error.message;
+  const advice = error.retryAfter ? `try again in ${error.retryAfter} s` : error.fix;
+  return advice ? `${error.message}\n${advice}` : error.message;
 }
 
 /** Run `job` with a button out of use, unless it is so already. Resolves to whether it was run and went well. */

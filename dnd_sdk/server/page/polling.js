@@ -1,4 +1,4 @@
-/** Asks again and again: while the page is seen and nobody has paused it, never twice at a time, seldom while it fails. */
+/** Asks again and again while the page is seen and not paused: one round at a time, slower while it fails. */
 
 const EVERY_MS = 2000;
 const SLOWEST = 16;

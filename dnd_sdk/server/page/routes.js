@@ -9,8 +9,8 @@ import { bar, chip, facts, neighbours, verdict } from "./verdict.js";
 
 /** The form that asks the router; nothing is changed by it. */
 export function routeTester() {
-  const [form, send, text, several, role, outcome] = ["form", "send", "text", "several", "role", "outcome"].map((name) =>
-    byId(`route-${name}`),
+  const [form, send, text, several, role, outcome] = ["form", "send", "text", "several", "role", "outcome"].map(
+    (name) => byId(`route-${name}`),
   );
   const ask = async () => {
     const prompts = several.checked ? promptLines(text.value) : text.value;

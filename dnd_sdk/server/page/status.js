@@ -21,7 +21,10 @@ export function statusPanel() {
       shown = lasting;
       drawSlots(byId("slots"), status.resident, status.n_slots);
       fill(byId("status-facts"), facts(described(status)));
-      fill(byId("status-settings"), facts(Object.entries(status.settings ?? {}).map(([name, value]) => [name, plain(value)])));
+      fill(
+        byId("status-settings"),
+        facts(Object.entries(status.settings ?? {}).map(([name, value]) => [name, plain(value)])),
+      );
     },
   };
 }
@@ -43,7 +46,10 @@ function drawSlots(node, resident, nSlots) {
   const cells = Math.min(nSlots, MOST_CELLS);
   const filled = nSlots > MOST_CELLS ? Math.ceil((resident.length / nSlots) * cells) : resident.length;
   const title = (i) => (nSlots > MOST_CELLS ? null : resident[i]);
-  fill(node, Array.from({ length: cells }, (_, i) => el("i", { class: i < filled ? "filled" : null, title: title(i) })));
+  fill(
+    node,
+    Array.from({ length: cells }, (_, i) => el("i", { class: i < filled ? "filled" : null, title: title(i) })),
+  );
 }
 
 /** What /metrics says, with the growth since it was read before. */
@@ -78,9 +84,12 @@ function counterRow() {
   };
 }
 
-/** "200: 31, 404: 2", where a family is split by labels. */
+/** "prompt: 310, completion: 42": a family that is split, by the last of its labels. */
 function parts(family) {
-  if (family.type === "histogram" || family.samples.length < 2) return "";
-  const named = family.samples.filter((s) => s.value).slice(0, 4);
-  return named.map((s) => `${Object.values(s.labels).join(" ")}: ${count(s.value)}`).join(", ");
+  const sums = new Map();
+  for (const { labels, value } of family.samples) {
+    const label = Object.values(labels).at(-1);
+    if (label !== undefined && value) sums.set(label, (sums.get(label) ?? 0) + value);
+  }
+  return family.type === "histogram" ? "" : [...sums].map(([label, value]) => `${label}: ${count(value)}`).join(", ");
 }

@@ -15,7 +15,8 @@ export function chip(decision) {
 export function bar(value) {
   const shape = (kind, length) => {
     const line = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    for (const [name, v] of Object.entries({ class: kind, width: length, height: 4, rx: 2 })) line.setAttribute(name, v);
+    for (const [name, v] of Object.entries({ class: kind, width: length, height: 4, rx: 2 }))
+      line.setAttribute(name, v);
     return line;
   };
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -34,7 +35,13 @@ export function neighbours(found) {
     "ul",
     { class: "neighbours", "aria-label": "Nearest adapters" },
     rows.map((row) =>
-      el("li", {}, el("span", { class: "name" }, row.name), bar(row.score), el("span", { class: "figure" }, score(row.score))),
+      el(
+        "li",
+        {},
+        el("span", { class: "name" }, row.name),
+        bar(row.score),
+        el("span", { class: "figure" }, score(row.score)),
+      ),
     ),
   );
 }
@@ -42,14 +49,23 @@ export function neighbours(found) {
 /** Pairs of a term and its value; those without a value are left out. */
 export function facts(pairs) {
   const known = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return el("dl", { class: "facts" }, known.map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, value))));
+  return el(
+    "dl",
+    { class: "facts" },
+    known.map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, value))),
+  );
 }
 
 /** All of it; `result` is what /dnd/route or /dnd/adapt answers. */
 export function verdict(result) {
   const name = result.adapter?.name ?? result.adapter;
   return [
-    el("p", { class: "headline" }, chip(result.decision), name ? el("span", { class: "name" }, name) : "the base model"),
+    el(
+      "p",
+      { class: "headline" },
+      chip(result.decision),
+      name ? el("span", { class: "name" }, name) : "the base model",
+    ),
     result.reason && el("p", { class: "reason" }, result.reason),
     facts([
       ["Score", optional(result.score)],
@@ -58,7 +74,13 @@ export function verdict(result) {
       ["Used", result.n_prompts && plural(result.n_prompts, "prompt")],
     ]),
     neighbours(result.neighbours),
-    result.notes?.length ? el("ul", { class: "notes" }, result.notes.map((note) => el("li", {}, note))) : null,
+    result.notes?.length
+      ? el(
+          "ul",
+          { class: "notes" },
+          result.notes.map((note) => el("li", {}, note)),
+        )
+      : null,
   ];
 }
 
