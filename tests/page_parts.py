@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import Queue
 from typing import Any
 
 import pytest
-import uvicorn
-from fastapi import FastAPI
+from tiny_world import World, prompts_of
+
+from dnd_sdk.server import ServerSettings, serve
+from dnd_sdk.server.running import Listening
+from dnd_sdk.session import DnD
+
+Open = Callable[..., "Watched"]
 
 ROLES = ("button", "checkbox", "combobox", "link", "searchbox", "spinbutton", "textbox", "table", "dialog", "region")
 """What a screen reader has to have a name for."""
@@ -32,17 +37,19 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The address of a server in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
+def listening(dnd: DnD, **settings: Any) -> Iterator[str]:
+    """The address of a server of this session, which is closed with it."""
+    told: Queue[Listening] = Queue()
+    given = ServerSettings(port=0, **settings)
+    thread = threading.Thread(target=lambda: serve(lambda: dnd, given, listening=told.put), name="served")
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(10)
+    server = told.get(timeout=30)
+    try:
+        yield f"{server.url}/"
+    finally:
+        server.stop()
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 class Watched:
@@ -75,6 +82,105 @@ class Watched:
 def nameless(snapshot: str) -> list[str]:
     """The lines of an accessibility tree that are controls or landmarks without a name."""
     return re.findall(rf"^\s*- (?:{'|'.join(ROLES)})(?! \").*$", snapshot, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """The system's Chromium, for one module: playwright's loop must not run beside those of other tests."""
+    with browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def dnd(world: World) -> DnD:
+    """A session without a model, which says "NAME: " and what it was asked, and has two adapters."""
+    session = world.elsewhere()
+    for name in ("upper", "lower"):
+        session.adapt(prompts_of(name), name=name, calibrate=False)
+    return session
+
+
+@pytest.fixture
+def url(dnd: DnD) -> Iterator[str]:
+    """The address of its server."""
+    with listening(dnd) as url:
+        yield url
+
+
+@pytest.fixture
+def opened(chromium: Any) -> Iterator[Open]:
+    """Opens the page; whatever it complains of fails the test."""
+    contexts, pages = [], []
+
+    def open_page(at: str, before: Callable[[Any], None] | None = None, **context: Any) -> Watched:
+        contexts.append(chromium.new_context(**{"reduced_motion": "reduce", **context}))
+        watched = Watched(contexts[-1].new_page())
+        pages.append(watched)
+        watched.page.set_default_timeout(10_000)
+        if before is not None:
+            before(watched.page)
+        watched.page.goto(at)
+        return watched
+
+    yield open_page
+    complaints = [complaint for watched in pages for complaint in watched.complaints]
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+@pytest.fixture
+def page(opened: Open, url: str) -> Any:
+    """The page of that server, with what it has read."""
+    page = opened(url).page
+    page.wait_for_selector("#adapters-rows tr")
+    return page
+
+
+def see(page: Any, selector: str, text: str | re.Pattern[str]) -> None:
+    """Wait until an element says `text`."""
+    page.locator(selector).filter(has_text=text).first.wait_for()
+
+
+def until(page: Any, holds: Callable[[], bool]) -> None:
+    """Wait for it, 10 s at most. The browser cannot: the page's policy has it run no text."""
+    for _ in range(200):
+        if holds():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("it never held")
+
+
+def row(page: Any, name: str) -> Any:
+    """An adapter's row in the table."""
+    return page.locator("#adapters-rows tr").filter(has=page.locator("th .name", has_text=re.compile(f"^{name}$")))
+
+
+def answer_with(page: Any, pattern: str, body: Any) -> None:
+    """Have the browser answer requests itself, as a server would that says `body`."""
+    page.route(re.compile(pattern), lambda route: route.fulfill(json=body))
+
+
+def see_adapted(page: Any, name: str) -> None:
+    """Wait until an adaptation has come to an adapter of that name, every step done or left out."""
+    see(page, "#adapt-outcome .headline", name)
+    row(page, name).wait_for()
+    states = page.locator("#adapt-steps li").all_inner_texts()
+    assert len(states) >= 6 and any(": done" in state for state in states)
+    assert not any("at work" in state or "to come" in state for state in states)
+
+
+def fill_everything(page: Any) -> None:
+    """Have every part of the page show something."""
+    page.fill("#adapt-text", "0 + 1 = ?")
+    page.locator("#adapt-start").click()
+    page.fill("#route-text", "QUESTION 3 ABOUT THE ORDER")
+    page.locator("#route-send").click()
+    page.fill("#compare-prompt", "HELLO")
+    page.get_by_role("button", name="Answer with both").click()
+    for place in ("#adapt-outcome .chip", "#route-outcome .chip", "#side-left .chip", "#log-rows li"):
+        page.wait_for_selector(place)
+    page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
 
 
 CONTRASTS = """() => {

@@ -9,21 +9,23 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra server")
 
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from tiny_world import World
 
 import dnd_sdk
-from dnd_sdk.server.pages import CONTENT_TYPES, page_files, router
+from dnd_sdk.server import create_app
+from dnd_sdk.server.pages import CONTENT_TYPES, page_files
 
 FOLDER = Path(dnd_sdk.__file__).parent / "server" / "page"
-SINKS = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|srcdoc|setHTML|eval\(|new Function"
+SINKS = (
+    r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|srcdoc|setHTML"
+    r"|eval\(|new Function"
+)
 
 
 @pytest.fixture
-def client() -> TestClient:
-    app = FastAPI()
-    app.include_router(router)
-    return TestClient(app)
+def client(world: World) -> TestClient:
+    return TestClient(create_app(world.elsewhere()), base_url="http://127.0.0.1")
 
 
 def test_the_page_and_each_of_its_files_are_served_under_their_types(client: TestClient) -> None:

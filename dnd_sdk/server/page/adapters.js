@@ -13,7 +13,7 @@ export function adaptersTable({ changed, compare }) {
   const filter = byId("adapters-filter");
   const list = new KeyedList(
     byId("adapters-rows"),
-    (adapter) => adapter.id ?? adapter.name,
+    (adapter) => adapter.name,
     () => row({ changed, compare }),
   );
 

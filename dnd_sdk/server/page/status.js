@@ -1,7 +1,7 @@
 /** The server itself: its models, slots and settings, and its counters with how fast they grow. */
 
 import { KeyedList, byId, el, fill, setText } from "./dom.js";
-import { count, duration, plain } from "./format.js";
+import { count, duration, plain, plural } from "./format.js";
 import { families, total } from "./metrics.js";
 import { facts } from "./verdict.js";
 
@@ -13,13 +13,13 @@ export function statusPanel() {
   return {
     show(status) {
       setText(byId("base-name"), status.base);
-      setText(byId("slots-text"), `${status.resident.length} of ${count(status.n_slots)} slots hold an adapter`);
+      setText(byId("slots-text"), slotsText(status.resident.length, status.n_slots));
       setText(byId("load-text"), `${count(status.running)} answering, ${count(status.waiting)} waiting`);
       setText(byId("uptime-text"), `up ${duration(status.uptime_s)}`);
       const lasting = JSON.stringify({ ...status, uptime_s: 0, running: 0, waiting: 0 });
       if (lasting === shown) return; // what the reader has selected stays so
       shown = lasting;
-      drawSlots(byId("slots"), status.resident, status.n_slots);
+      drawSlots(byId("slots"), status.resident, status.n_slots ?? 0);
       fill(byId("status-facts"), facts(described(status)));
       fill(
         byId("status-settings"),
@@ -29,14 +29,21 @@ export function statusPanel() {
   };
 }
 
+/** A base that runs elsewhere has no slots of ours. */
+function slotsText(resident, nSlots) {
+  if (nSlots === null) return `${plural(resident, "adapter")} resident`;
+  return `${resident} of ${count(nSlots)} slots hold an adapter`;
+}
+
 function described(status) {
   return [
     ["Base", status.base],
     ["Generator", plain(status.generator)],
     ["Encoder", status.encoder],
-    ["Runs on", `${status.device}, ${status.dtype}`],
+    ["Runs on", status.device && `${status.device}, ${status.dtype}`],
     ["Context", `${count(status.context_tokens)} tokens`],
     ["In slots", status.resident.join(", ") || "none"],
+    ["Slow because", status.slow_because],
     ["Version", status.version],
   ];
 }
