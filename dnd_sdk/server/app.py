@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from dnd_sdk import __version__
 from dnd_sdk.errors import DndError, brief, shown
-from dnd_sdk.server import adapters, adapting, completing, models, status
+from dnd_sdk.server import adapters, adapting, completing, models, pages, status
 from dnd_sdk.server.guard import Guard, answer_of
 from dnd_sdk.server.problems import Problem, RequestError, problem_of
 from dnd_sdk.server.service import Service
@@ -62,7 +62,7 @@ def create_app(dnd: DnD, settings: ServerSettings | None = None) -> FastAPI:
     service = Service(dnd, settings or ServerSettings())
     app = FastAPI(title="dnd", version=__version__, responses=_RESPONSES, docs_url=None, redoc_url=None)
     app.state.service = service
-    for routes in (models, completing, adapting, adapters, status):
+    for routes in (models, completing, adapting, adapters, status, pages):
         app.include_router(routes.router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
