@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-MAX_ANSWER_BYTES = 64 * 2**20
+MAX_ANSWER_BYTES, MAX_LINE_BYTES = 64 * 2**20, 16 * 2**20
 CONNECT_TIMEOUT_S = 3.0
+
+
+class Event(NamedTuple):
+    """One server-sent event."""
+
+    name: str
+    data: str
 
 
 def connect(url: str, timeout_s: float = CONNECT_TIMEOUT_S) -> HTTPConnection:
@@ -19,29 +27,34 @@ def connect(url: str, timeout_s: float = CONNECT_TIMEOUT_S) -> HTTPConnection:
     return connection
 
 
-def get_json(url: str, path: str, *, timeout_s: float, key: str | None = None) -> dict[str, Any]:
-    """What `GET path` answers; raises `OSError` for anything but a JSON object with status 200."""
-    connection = connect(url, timeout_s)
+def get_json(url: str, path: str, *, timeout_s: float) -> dict[str, Any]:
+    """What `GET path` answers to anybody; raises `OSError` for anything but a JSON object with status 200."""
     try:
-        connection.request("GET", path, headers=authorization(key))
-        response = connection.getresponse()
-        return read_object(response) if response.status == 200 else _refused(response)
+        connection = connect(url, timeout_s)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise OSError(f"status {response.status}")
+            return read_object(response)
+        finally:
+            connection.close()
     except HTTPException as e:
         raise OSError(f"no HTTP answer: {e!r}") from e
-    finally:
-        connection.close()
-
-
-def authorization(key: str | None) -> dict[str, str]:
-    """The header that shows the key; None: no header."""
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def read_object(response: HTTPResponse) -> dict[str, Any]:
-    """The JSON object that an answer holds; raises `OSError`."""
+    """The JSON object that an answer holds; raises `OSError`, and `HTTPException` where the answer ends too soon."""
     raw = response.read(MAX_ANSWER_BYTES + 1)
+    if len(raw) > MAX_ANSWER_BYTES:
+        raise OSError("the answer is too long")
+    return object_of(raw)
+
+
+def object_of(raw: bytes | str) -> dict[str, Any]:
+    """The JSON object of this text; raises `OSError`."""
     try:
-        data = json.loads(raw) if len(raw) <= MAX_ANSWER_BYTES else None
+        data = json.loads(raw)
     except (ValueError, RecursionError) as e:
         raise OSError(f"the answer is not JSON: {str(e)[:200]}") from e
     if not isinstance(data, dict):
@@ -49,5 +62,17 @@ def read_object(response: HTTPResponse) -> dict[str, Any]:
     return data
 
 
-def _refused(response: HTTPResponse) -> dict[str, Any]:
-    raise OSError(f"status {response.status}")
+def read_events(response: HTTPResponse) -> Iterator[Event]:
+    """The server-sent events of an answer, as they come; raises like `read_object`."""
+    name, data = "message", ""
+    while raw := response.readline(MAX_LINE_BYTES):
+        if not raw.endswith(b"\n"):
+            raise OSError("the answer ends within a line, or one is too long")
+        field, _, value = raw.decode("utf-8", "replace").rstrip("\r\n").partition(":")
+        if field == "data":
+            data += value.removeprefix(" ")
+        elif field == "event":
+            name = value.removeprefix(" ")
+        elif not field and not value and data:  # not a comment, which keeps the connection alive
+            yield Event(name, data)
+            name, data = "message", ""

@@ -43,7 +43,7 @@ class Presence:
     @property
     def is_running(self) -> bool:
         """Whether this very server answers."""
-        return _is_alive(self.pid) and self._answers()
+        return is_alive(self.pid) and self._answers()
 
     def _answers(self) -> bool:
         try:
@@ -129,7 +129,8 @@ def _is_plain_url(url: str) -> bool:
         return False
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of that id; where that cannot be asked, it is taken for alive."""
     if os.name == "nt":  # there, asking would end the process
         return True
     try:
