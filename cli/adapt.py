@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dnd_sdk.cli.options import Field, ModelOptions, RoleFile, read_role_option
+from dnd_sdk.cli.answering import answering
+from dnd_sdk.cli.options import Field, ModelOptions, RoleFile, ServerOptions, read_role_option
 from dnd_sdk.cli.output import Output, confidence
+from dnd_sdk.config import Home
 
 if TYPE_CHECKING:
-    from dnd_sdk.adaptation import AdaptResult
+    from dnd_sdk.cli.answering import AnyAdapted
 
 
 class Mode(StrEnum):
@@ -27,6 +29,7 @@ class Mode(StrEnum):
 def adapt(
     out: Output,
     models: ModelOptions,
+    server: ServerOptions,
     prompts: Annotated[
         str,
         typer.Argument(
@@ -54,11 +57,11 @@ def adapt(
     from dnd_sdk.prompts import read_prompts
 
     prompt_set, under = read_prompts(prompts, column=column, field=field), read_role_option(role)
-    with models.load(out) as dnd:
-        with out.step(f"adapting to {len(prompt_set.prompts)} prompts"):
-            result = dnd.adapt(prompt_set, mode=mode.value, name=name, role=under, top_k=top_k, calibrate=calibrate)
-        if out_dir is not None and result.adapter is not None:
-            dnd.store.export(result.adapter.name, out_dir)
+    result: AnyAdapted
+    with answering(out, models, server) as dnd, out.step(f"adapting to {len(prompt_set.prompts)} prompts"):
+        result = dnd.adapt(prompt_set, mode=mode.value, name=name, role=under, top_k=top_k, calibrate=calibrate)
+    if out_dir is not None and result.adapter is not None:
+        _export(out.find_home(), result.adapter.name, out_dir)
     for line in result.notes:
         out.note(f"note: {line}")
     if out_dir is not None and result.adapter is None:
@@ -66,7 +69,21 @@ def adapt(
     out.emit(_payload(result, explain), lambda: _text(result, explain, out, out_dir))
 
 
-def _payload(result: AdaptResult, explain: bool) -> dict[str, Any]:
+def _export(home: Home, name: str, folder: Path) -> None:
+    from dnd_sdk.adapters import AdapterStore
+
+    AdapterStore(home).export(name, folder)
+
+
+def _payload(result: AnyAdapted, explain: bool) -> dict[str, Any]:
+    made = result.adapter
+    payload = {
+        "decision": result.decision,
+        "score": result.score,
+        "adapter": made and {"name": made.name, "path": str(made.path), "source": made.source},
+        "n_prompts": result.n_prompts,
+        "timings_s": dict(result.timings_s),
+    }
     more = {
         "reason": result.reason,
         "neighbours": [{"name": n, "score": s} for n, s in result.neighbours],
@@ -74,10 +91,10 @@ def _payload(result: AdaptResult, explain: bool) -> dict[str, Any]:
         "probability": result.probability,
         "in_distribution": result.in_distribution,
     }
-    return {**result.to_dict(), **(more if explain else {})}
+    return {**payload, **(more if explain else {})}
 
 
-def _text(result: AdaptResult, explain: bool, out: Output, out_dir: Path | None) -> str:
+def _text(result: AnyAdapted, explain: bool, out: Output, out_dir: Path | None) -> str:
     if out.quiet:
         return result.adapter.name if result.adapter else "base"
     lines = [f"decision: {result.decision}"]

@@ -24,6 +24,7 @@ from dnd_sdk.cli import (
     logs,
     models,
     plot,
+    ps,
     run,
     serve,
     store,
@@ -129,6 +130,8 @@ app.command("serve", epilog=_examples(
     "DND_API_KEY=agents=a-long-secret dnd serve --host 0.0.0.0 --port 8080",
     "curl http://127.0.0.1:8000/v1/models",
 ))(command(serve.serve))  # fmt: skip
+app.command("ps", epilog=_examples("dnd ps", "dnd ps --json"))(command(ps.ps))
+app.command("stop", epilog=_examples("dnd stop", "dnd stop --timeout 5"))(command(ps.stop))
 app.command("logs", epilog=_examples("dnd logs --since 2h", "dnd logs --replay --json"))(command(logs.logs))
 
 adapters_app = _group("List, inspect, move and check stored adapters.")

@@ -60,9 +60,11 @@ RoleFile = Annotated[Path | None, typer.Option("--role", help="A role (LangGPT m
 
 def read_role_option(path: Path | None) -> Role | None:
     """The role in the file that `--role` names; raises `InputError`."""
+    if path is None:
+        return None
     from dnd_sdk.prompts import read_role
 
-    return None if path is None else read_role(path)
+    return read_role(path)
 
 
 SchemaOption = Annotated[
@@ -78,10 +80,10 @@ def read_schema_option(schema: str | None) -> str | None:
 
     Raises `InputError` for a file that cannot be read, `ConfigError` for what is no schema within limits.
     """
-    from dnd_sdk.chat import checked_schema
-
     if schema is None:
         return None
+    from dnd_sdk.chat import checked_schema
+
     return checked_schema(schema if schema.lstrip().startswith("{") else _schema_file(Path(schema)))
 
 
@@ -128,6 +130,13 @@ class ModelOptions:
 
             quiet_libraries(out)
             return DnD.load(**settings.load_arguments(), progress=note)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Whether the server that runs for the home may answer."""
+
+    no_server: bool = False
 
 
 @contextmanager
@@ -193,6 +202,11 @@ GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
             "--deterministic/--no-deterministic",
             panel=MODEL,
             text="Let no answer depend, by a rounding, on what runs beside it; slower.",
+        ),
+    ),
+    ServerOptions: (
+        _option(
+            "no_server", bool, False, "--no-server", panel=MODEL, text="Load models here, even where a server runs."
         ),
     ),
     SamplingFlags: (

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dnd_sdk.cli.answering import AUTO, BASE, answering, check_usable, chosen_by
 from dnd_sdk.cli.completion import adapter_choices
 from dnd_sdk.cli.options import (
     ModelOptions,
     RoleFile,
     SamplingFlags,
     SchemaOption,
+    ServerOptions,
     read_role_option,
     read_schema_option,
 )
@@ -21,11 +23,8 @@ from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, DndError
 
 if TYPE_CHECKING:
-    from dnd_sdk.adapters import AdapterStore
+    from dnd_sdk.cli.answering import Answering, AnyAnswer, AnyRouted, AnyStream
     from dnd_sdk.prompts import Role
-    from dnd_sdk.session import Completion, CompletionStream, DnD
-
-BASE = "base"
 
 AdapterOption = Annotated[
     str,
@@ -36,6 +35,7 @@ AdapterOption = Annotated[
 def run(
     out: Output,
     models: ModelOptions,
+    server: ServerOptions,
     sampling: SamplingFlags,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt, or - for stdin.")],
     adapter: AdapterOption = "auto",
@@ -44,21 +44,20 @@ def run(
     compare: Annotated[str | None, typer.Option("--compare", help="base: also show the base model's answer.")] = None,
 ) -> None:
     """Answer one prompt with an adapter, a routed one, or the base model; under --role, else the adapter's own role."""
-    from dnd_sdk.adapters import AdapterStore
-
     if compare not in (None, BASE):
         raise ConfigError(f"--compare takes {BASE!r}, got {compare!r}", fix="leave it out or write --compare base")
     prompt = read_text(text)
-    settings = models.settings(out, sampling)
-    store = AdapterStore(Home.find(settings.home))
-    chosen = _known(store, adapter, settings.base)  # before the slow part
-    # the adapter's own role holds for the base it is compared with, too; routing never picks one that brings a role
-    under = read_role_option(role) or (None if chosen in (None, "auto") else store.get(chosen).role)
+    settings, under, chosen = models.settings(out, sampling), read_role_option(role), chosen_by(adapter)
     options = {**settings.sampling(), "schema": read_schema_option(schema)}
-    with models.load(out) as dnd:
+    answer: AnyAnswer
+    other: AnyAnswer | None
+    with answering(out, models, server, adapter) as dnd:
         if out.json or compare:
-            answer = dnd.complete(prompt, adapter=chosen, role=under, **options)
-            other = dnd.complete(prompt, adapter=None, role=under, **options) if compare else None
+            answer, other = dnd.complete(prompt, adapter=chosen, role=under, **options), None
+            if compare:
+                # the adapter's own role holds for the base, too; routing never picks one that brings a role
+                same = under or _role_of(Home.find(settings.home), chosen)
+                other = dnd.complete(prompt, adapter=None, role=same, **options)
             out.emit(_payload(answer, other), lambda: _text(answer, other))
         else:
             answer = _stream(dnd.stream(prompt, adapter=chosen, role=under, **options), out)
@@ -66,15 +65,18 @@ def run(
 
 
 def chat(
-    out: Output, models: ModelOptions, sampling: SamplingFlags, adapter: AdapterOption = BASE, role: RoleFile = None
+    out: Output,
+    models: ModelOptions,
+    server: ServerOptions,
+    sampling: SamplingFlags,
+    adapter: AdapterOption = BASE,
+    role: RoleFile = None,
 ) -> None:
     """Talk to the model. /adapter NAME switches, /base goes back, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
-    from dnd_sdk.adapters import AdapterStore
-
     settings, under = models.settings(out, sampling), read_role_option(role)
-    chosen = _known(AdapterStore(Home.find(settings.home)), adapter, settings.base)
-    with models.load(out) as dnd:
-        talk = Conversation(dnd, out, chosen, settings.sampling(), under)
+    with answering(out, models, server, adapter) as dnd:
+        check_usable(dnd, adapter)
+        talk = Conversation(dnd, out, chosen_by(adapter), settings.sampling(), under)
         out.note("/adapter NAME, /base, /exit; Ctrl-C stops an answer")
         while talk.turn():
             pass
@@ -84,6 +86,7 @@ def chat(
 def route(
     out: Output,
     models: ModelOptions,
+    server: ServerOptions,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="A prompt, or - for stdin (one prompt a line).")],
     role: RoleFile = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the nearest adapters and the reason.")] = False,
@@ -91,7 +94,8 @@ def route(
     """Show which adapter would serve a prompt, without making or changing anything."""
     prompts = [line for line in read_text(text).splitlines() if line.strip()] if text == "-" else [read_text(text)]
     under = read_role_option(role)
-    with models.load(out) as dnd:
+    decision: AnyRouted
+    with answering(out, models, server) as dnd:
         decision = dnd.route(prompts, role=under)
     payload: dict[str, Any] = {
         "decision": decision.decision,
@@ -113,7 +117,9 @@ def route(
 class Conversation:
     """What was said, and who answers."""
 
-    def __init__(self, dnd: DnD, out: Output, adapter: str | None, sampling: dict[str, Any], role: Role | None) -> None:
+    def __init__(
+        self, dnd: Answering, out: Output, adapter: str | None, sampling: dict[str, Any], role: Role | None
+    ) -> None:
         self.dnd, self.out, self.adapter, self.sampling, self.role = dnd, out, adapter, sampling, role
         self.messages: list[dict[str, str]] = []
 
@@ -138,32 +144,25 @@ class Conversation:
         if line == "/base":
             self.adapter = None
         elif line.startswith("/adapter"):
-            self.adapter = self._switched(line.removeprefix("/adapter").strip() or "auto")
+            name = line.removeprefix("/adapter").strip() or AUTO
+            check_usable(self.dnd, name)
+            self.adapter = chosen_by(name)
         elif line.startswith("/"):
             raise ConfigError(f"unknown command {line.split()[0]}", fix="use /adapter NAME, /base or /exit")
         elif line:
             self._answer(line)
 
-    def _switched(self, name: str) -> str | None:
-        from dnd_sdk.adaptation import check_made_for
-
-        chosen = _known(self.dnd.store, name, self.dnd.base.name)
-        if chosen not in (None, "auto"):
-            check_made_for(self.dnd.store.get(chosen), self.dnd.base)
-        return chosen
-
     def _answer(self, line: str) -> None:
         asked = [*self.messages, {"role": "user", "content": line}]
-        stream = self.dnd.stream(asked, adapter=self.adapter, role=self.role, **self.sampling)
         try:
-            answer = _stream(stream, self.out)
+            answer = _stream(self.dnd.stream(asked, adapter=self.adapter, role=self.role, **self.sampling), self.out)
         except KeyboardInterrupt:
             self.out.note("\n[stopped, not kept in the conversation]")
             return
         self.messages = [*asked, {"role": "assistant", "content": answer.text}]
 
 
-def _stream(stream: CompletionStream, out: Output) -> Completion:
+def _stream(stream: AnyStream, out: Output) -> AnyAnswer:
     """Print an answer as it is made."""
     with stream:  # whatever happens, the thread that makes the answer ends
         for piece in stream:
@@ -174,25 +173,20 @@ def _stream(stream: CompletionStream, out: Output) -> Completion:
         return stream.result
 
 
-def _known(store: AdapterStore, adapter: str, base: str) -> str | None:
-    """`base` is None, `auto` stays, a name must be in the store (`AdapterNotFoundError`) and not another base's."""
-    from dnd_sdk.adaptation import check_known_base
+def _role_of(home: Home, adapter: str | None) -> Role | None:
+    """What a named adapter of the home is used under."""
+    from dnd_sdk.adapters import AdapterStore
+    from dnd_sdk.prompts import as_role
 
-    if adapter == BASE:
-        return None
-    if adapter == "auto":
-        return adapter
-    found = store.get(adapter)
-    check_known_base(found, base)
-    return found.name
+    return None if adapter in (None, AUTO) else as_role(AdapterStore(home).get(adapter).role)
 
 
-def _payload(answer: Completion, other: Completion | None) -> dict[str, Any]:
+def _payload(answer: AnyAnswer, other: AnyAnswer | None) -> dict[str, Any]:
     payload = {"text": answer.text, "adapter": answer.adapter, "decision": answer.decision, "usage": answer.usage}
     return payload if other is None else {**payload, "base": {"text": other.text}}
 
 
-def _text(answer: Completion, other: Completion | None) -> str:
+def _text(answer: AnyAnswer, other: AnyAnswer | None) -> str:
     if other is None:
         return answer.text
     return f"--- {answer.adapter or BASE}\n{answer.text}\n--- {BASE}\n{other.text}"

@@ -12,6 +12,7 @@ DndError
 ├── StorageError(OSError)              the home folder cannot be read or written
 ├── BankFullError(RuntimeError)        every adapter slot is pinned or in use
 ├── BusyError(RuntimeError)            too many requests wait
+├── ServerError(ConnectionError)       a running server that has ended, or answers as none of ours does
 └── MissingExtraError(ImportError)     an optional package is not installed
 
 Catch `DndError` for all of them; each also is the built-in named in brackets.
@@ -118,6 +119,10 @@ class BankFullError(DndError, RuntimeError):
 
 class BusyError(DndError, RuntimeError):
     """More requests wait already than may."""
+
+
+class ServerError(DndError, ConnectionError):
+    """A running server that has ended, refuses whoever asks, or answers as none of ours does."""
 
 
 class MissingExtraError(DndError, ImportError):

@@ -36,7 +36,7 @@ ROWS = {
             "adaptation training",
             "observing",
             "session",
-            "evaluation bench doctor",
+            "evaluation bench doctor client",
             "server",
             "cli integrations",
         )

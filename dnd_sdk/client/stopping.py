@@ -1,0 +1,44 @@
+"""Telling a server to end, and waiting until it has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from dnd_sdk.client.presence import Presence, is_alive, read_presence
+from dnd_sdk.config import Home
+from dnd_sdk.errors import ServerError
+
+POLL_S = 0.05
+
+
+def stop_server(server: Presence, home: Home, *, timeout_s: float) -> float:
+    """Ask a running server to end and wait for it; the seconds it took.
+
+    It ends what it answers first, within its own limit. Raises `ServerError` when it may not be asked, or still runs
+    after `timeout_s`.
+    """
+    began = time.monotonic()
+    try:
+        os.kill(server.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return 0.0
+    except PermissionError as e:
+        raise ServerError(f"process {server.pid} is another user's", fix="stop it as the user who started it") from e
+    while not _has_ended(server, home):
+        if time.monotonic() - began >= timeout_s:
+            raise ServerError(
+                f"the server (process {server.pid}) still runs {timeout_s:g} s after it was told to stop",
+                fix=f"it may be answering: wait for it with a longer --timeout, or end it with: kill -9 {server.pid}",
+            )
+        time.sleep(POLL_S)
+    return time.monotonic() - began
+
+
+def _has_ended(server: Presence, home: Home) -> bool:
+    if not is_alive(server.pid):
+        return True
+    # of a parent that does not care for its children, the process stays as a name
+    told = read_presence(home)
+    return (told is None or told.instance != server.instance) and not server.is_running
