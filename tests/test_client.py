@@ -15,7 +15,7 @@ import pytest
 from stub_server import Asked, Stub, stub_server
 
 from dnd_sdk import errors
-from dnd_sdk.client import Presence, ServerClient, StoredAdapter
+from dnd_sdk.client import Presence, ServerClient
 from dnd_sdk.client.http import read_events
 from dnd_sdk.config import Home
 from dnd_sdk.prompts import PromptSet, Role

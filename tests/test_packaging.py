@@ -18,7 +18,7 @@ from dnd_sdk.models import EMBEDDED
 
 ROOT = Path(dnd_sdk.__file__).parents[1]
 TREES = {"dnd_sdk": "dnd_sdk", "cli": "dnd_sdk/cli", "integrations": "dnd_sdk/integrations"}
-SHIPPED = (".py", ".pyi", ".json", ".md", ".toml", ".safetensors")
+SHIPPED = (".py", ".pyi", ".json", ".md", ".toml", ".safetensors", ".html", ".css", ".js", ".svg")
 NOT_SHIPPED = ("__pycache__", "*.pyc", "*.egg-info")
 
 
@@ -126,7 +126,10 @@ def test_constraints_pin_every_direct_dependency_exactly() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pinned = {line.split("==")[0] for line in lines if re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line)}
     assert len(pinned) == len(lines)
-    wanted = [*project()["dependencies"], *project()["optional-dependencies"]["dev"]]
+    extras = project()["optional-dependencies"]
+    own = {f"dnd-sdk[{name}]": wanted for name, wanted in extras.items()}
+    dev = [w for entry in extras["dev"] for w in own.get(entry, [entry])]
+    wanted = [*project()["dependencies"], *dev]
     assert {re.split(r"[^A-Za-z0-9-]", w)[0] for w in wanted} <= pinned
 
 

@@ -10,6 +10,7 @@ import pytest
 from server_parts import CHAT, Served, chat_body, serving, streamed
 from tiny_world import World, prompts_of
 
+from dnd_sdk.chat import call_schema, checked_schema
 from dnd_sdk.engine import FakeBackend
 from dnd_sdk.session import DnD
 
@@ -224,8 +225,10 @@ def test_which_tools_are_on_offer(calling: Served) -> None:
 
     assert offered() is None and offered(tools=TOOLS, tool_choice="none") is None
     assert offered(tools=TOOLS) == offered(tools=TOOLS, tool_choice="required") == ["weather", "news"]
+    assert calling.dnd.engine.requests[-1].options.schema == checked_schema(call_schema(TOOLS))  # type: ignore[attr-defined]
     named = {"type": "function", "function": {"name": "news"}}
     assert offered(tools=TOOLS, tool_choice=named) == ["news"]
+    assert calling.dnd.engine.requests[-1].options.schema == checked_schema(call_schema(TOOLS[1:]))  # type: ignore[attr-defined]
     named["function"]["name"] = "nothing"  # type: ignore[index]
     status, error = calling.problem("POST", CHAT, json=chat_body("hi", tools=TOOLS, tool_choice=named))
     assert (status, error["param"]) == (400, "tool_choice")

@@ -129,7 +129,7 @@ class Answers:
         return self._service.dnd.submit(
             asked.prompts[i // asked.n],
             choice,
-            tools=asked.tools,
+            tools=asked.tools or None,
             emit=(lambda text: self._tell(partial(Piece, i, text))) if asked.stream else None,
             may_clip=asked.may_clip,
             **sampling,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dnd_sdk.chat import ToolOffer, call_schema, choose_tools
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.server.problems import invalid
 from dnd_sdk.server.settings import ServerSettings
@@ -25,7 +26,8 @@ class Asked:
     """What a session takes as a prompt, each to be answered `n` times."""
     sampling: dict[str, Any]
     n: int
-    tools: list[dict[str, Any]] | None
+    tools: list[dict[str, Any]]
+    """That the model may call; empty: none."""
     one_call: bool = False
     """Whether an answer may hold one call of a tool at most."""
     may_clip: bool = False
@@ -45,14 +47,15 @@ class Asked:
 def read_chat(request: ChatRequest, settings: ServerSettings) -> Asked:
     """A chat; raises our errors or `RequestError` for what cannot be answered."""
     limit = request.max_completion_tokens or request.max_tokens
-    tools = _tools(request)
-    more: dict[str, Any] = {"schema": _schema(request)}
+    offer = _offer(request)
+    held = _schema(request)
+    more: dict[str, Any] = {"schema": call_schema(offer.tools) if offer.must_call and held is None else held}
     if request.logprobs:
         more["logprobs"] = request.top_logprobs or 0
     elif request.top_logprobs:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
     one_call = request.parallel_tool_calls is False
-    return _asked(request, [_chat(request.messages)], limit, settings, more, tools=tools, one_call=one_call)
+    return _asked(request, [_chat(request.messages)], limit, settings, more, tools=offer.tools, one_call=one_call)
 
 
 def read_completion(request: CompletionRequest, settings: ServerSettings) -> Asked:
@@ -77,7 +80,7 @@ def _asked(
     settings: ServerSettings,
     more: dict[str, Any],
     *,
-    tools: list[dict[str, Any]] | None = None,
+    tools: Sequence[dict[str, Any]] = (),
     one_call: bool = False,
     echo: Sequence[str] = (),
 ) -> Asked:
@@ -101,7 +104,7 @@ def _asked(
         prompts=prompts,
         sampling={**settings.sampling, **sampling, "max_new_tokens": limit or settings.answer_tokens},
         n=request.n or 1,
-        tools=tools,
+        tools=list(tools),
         one_call=one_call,
         may_clip=limit is None,
         stream=bool(request.stream),
@@ -139,18 +142,14 @@ def _text(content: str | Sequence[Part] | None, row: int) -> str:
     return "\n".join(part.text or "" for part in content)
 
 
-def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
-    """The tools that may be called: none, one that was chosen, or all."""
-    if not request.tools or request.tool_choice == "none":
-        return None
-    offered = [tool.model_dump(exclude_none=True) for tool in request.tools]
-    if not isinstance(request.tool_choice, ChosenTool):
-        return offered
-    wanted = request.tool_choice.function.name
-    chosen = [tool for tool in offered if tool["function"]["name"] == wanted]
-    if not chosen:
-        raise invalid(f"tool_choice names {wanted[:80]!r}, which is not among the tools", "tool_choice")
-    return chosen
+def _offer(request: ChatRequest) -> ToolOffer:
+    """The tools that the model is shown, and whether it must call one."""
+    choice = request.tool_choice
+    wrapped = choice.model_dump() if isinstance(choice, ChosenTool) else choice
+    try:
+        return choose_tools([tool.model_dump(exclude_none=True) for tool in request.tools or ()], wrapped)
+    except ConfigError as e:
+        raise invalid(e.message, "tool_choice") from e
 
 
 def _schema(request: ChatRequest) -> Any:
