@@ -22,7 +22,7 @@ from dnd_sdk.config import Home
 from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.evaluation import read_report, write_plots
-from dnd_sdk.lora import use_lora
+from dnd_sdk.lora import Packing, tables_from_flat, use_lora
 from dnd_sdk.session import DnD
 
 TINY = Sizes(
@@ -64,7 +64,7 @@ def work(session: DnD) -> Iterator[Workload]:
 def test_the_report_holds_every_measurement(report: dict[str, Any], session: DnD) -> None:
     assert (report["schema_version"], report["kind"], report["rounds"]) == (1, "engine", 1)
     assert {"cpu", "cores", "torch", "device", "dtype", "base", "gpu"} <= set(report["machine"])
-    assert list(report["swap"]) == ["host", "disk"], "on a CPU the device's memory is the host's"
+    assert list(report["swap"]) == ["kept", "host", "disk"], "on a CPU the device's memory is the host's"
     for block in report["swap"].values():
         assert [b["n"] for b in block["registered"]] == [1, 5] and block["registered"][0]["over_one"] == 1.0
         assert block["peft_ms"] > 0 and block["peft_over_ours"] > 0
@@ -81,7 +81,15 @@ def test_rivals_do_the_same_work(report: dict[str, Any]) -> None:
 
 def test_the_table_names_every_figure(report: dict[str, Any]) -> None:
     text = render_engine(report)
-    for words in ("swap from host", "swap from disk", "hot-swap", "8 rows, 8 adapters", "3 clients", "one by one"):
+    for words in (
+        "swap from kept",
+        "swap from host",
+        "swap from disk",
+        "hot-swap",
+        "8 rows, 8 adapters",
+        "3 clients",
+        "one by one",
+    ):
         assert words in text
     assert "in one call" in text and "beside a long prompt" in text and "under 8 decoding rows" in text
     on_gpu = report | {"machine": report["machine"] | {"gpu": "Big GPU"}}
@@ -166,15 +174,31 @@ def test_rows_decode_while_the_first_token_is_waited_for(work: Workload) -> None
     assert rows.running[0] >= N_ADAPTERS - 2, "made-up models may end an answer early"
 
 
-def test_a_swap_that_did_not_happen_is_not_timed(work: Workload, tmp_path: Path) -> None:
+def test_a_swap_does_the_work_of_its_source(work: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = swapping._Registered(work, work.weights(), tmp_path, 2, None)
     assert [a.name for a in AdapterStore(Home(tmp_path)).ls()] == ["other-1", "swapped"]
-    for source in ("host", "disk", "device"):
+    packed, read = counted(monkeypatch, Packing, "pack"), counted(monkeypatch, AdapterStore, "load")
+    for source, n_packed, n_read in (("host", 1, 0), ("disk", 1, 1), ("device", 1, 0), ("kept", 1, 1), ("kept", 0, 0)):
+        packed.clear()
+        read.clear()
         stored.swap(source)
-        assert stored.adapter.id in work.engine.bank.resident()
-        stored.free()
+        assert (len(packed), len(read)) == (n_packed, n_read), source
+        assert stored.bank.resident() == [stored.adapter.id]
+        stored.free(source)
     with pytest.raises(RuntimeError, match="not in a slot"):
-        stored.free()
+        stored.free("host")
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> list[object]:
+    """A list with an entry for each call of a method from now on."""
+    calls, plain = list[object](), getattr(owner, method)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, counting)
+    return calls
 
 
 def test_the_rivals_share_the_bases_weights_and_nothing_else() -> None:
@@ -182,12 +206,12 @@ def test_the_rivals_share_the_bases_weights_and_nothing_else() -> None:
     layout = tiny_layout(base)
     ids = torch.tensor([[5, 6, 7]])
     plain = base.model(ids).logits
-    engine = Engine(base, layout)
+    Engine(base, layout)
     twin = rivals.sharing_weights(base.model)
     assert torch.equal(twin(ids).logits, plain)
     own, theirs = dict(twin.named_parameters()), dict(base.model.named_parameters())
     assert own.keys() == theirs.keys() and all(own[n].data_ptr() == theirs[n].data_ptr() for n in own)
-    with use_lora(engine.bank.tables, 0):
+    with use_lora(tables_from_flat(layout, strong(layout, 0)[None]), 0):
         assert not any("forward" in vars(m) for m in twin.modules())
 
 

@@ -28,7 +28,7 @@ from dnd_sdk.engine import CompletionRequest, Engine
 from dnd_sdk.engine.forward import FlatForward
 from dnd_sdk.engine.sampling import Sampler
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, InputError, LayoutMismatchError
-from dnd_sdk.lora.linear import use_lora
+from dnd_sdk.lora import using
 
 SHORT = SamplingOptions(max_new_tokens=8)
 LONG = SamplingOptions(max_new_tokens=400)
@@ -256,9 +256,9 @@ def test_an_error_in_the_model_frees_lease_and_turn(engine: Engine, monkeypatch:
     engine.bank.load("a", strong(engine.layout, 0))
 
 
-def test_leases_and_tables_serve_a_hand_written_forward(engine: Engine) -> None:
+def test_a_lease_serves_a_hand_written_forward(engine: Engine) -> None:
     ids = chat_ids(engine.base, "hi")
-    with engine.bank.lease(["b"]) as rows, use_lora(engine.bank.tables, rows), torch.no_grad():
+    with engine.bank.lease(["b"]) as rows, using(engine.bank.adapted(rows)), torch.no_grad():
         got = engine.base.model(input_ids=ids).logits
     assert torch.equal(got, logits(engine, ["hi"], ["b"]))
 

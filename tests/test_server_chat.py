@@ -229,6 +229,7 @@ def test_which_tools_are_on_offer(calling: Served) -> None:
     named = {"type": "function", "function": {"name": "news"}}
     assert offered(tools=TOOLS, tool_choice=named) == ["news"]
     assert calling.dnd.engine.requests[-1].options.schema == checked_schema(call_schema(TOOLS[1:]))  # type: ignore[attr-defined]
+    assert offered(tools=TOOLS, tool_choice={"name": "news"}) == ["news"]  # as some write it
     named["function"]["name"] = "nothing"  # type: ignore[index]
     status, error = calling.problem("POST", CHAT, json=chat_body("hi", tools=TOOLS, tool_choice=named))
     assert (status, error["param"]) == (400, "tool_choice")

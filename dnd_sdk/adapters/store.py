@@ -286,6 +286,10 @@ class AdapterStore:
         """The adapters of these weights, by name: one for each name and role they were stored under."""
         return self._folders.catalogue.with_id(adapter_id)
 
+    def has_id(self, adapter_id: str, *, base_fingerprint: str) -> bool:
+        """Whether these weights are stored as an adapter of that base; raises `StorageError`."""
+        return any(adapter.base_fingerprint == base_fingerprint for adapter in self.with_id(adapter_id))
+
     def _commit(self, adapter: Adapter, fill: Callable[[Path], None]) -> Adapter:
         """Publish what `fill` writes, or return the same adapter that is there already."""
         while True:  # a commit fails only when another process took the name first: then its folder decides

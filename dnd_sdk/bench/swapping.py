@@ -1,6 +1,9 @@
-"""How long it takes to have an adapter in a slot: from the device's memory, the host's, and disk, beside peft's swap.
+"""How long it takes to have an adapter in a slot, by where it comes from, beside peft's swap from there.
 
-* A swap is `bank.load` of an adapter that is in no slot; from disk, the store reads and checks it by its id first.
+* kept: it has been in a slot and lost it; the bank still has it in host memory. peft has its state in host memory.
+* device, host: its flat vector lies there and was in no slot yet: checked and packed on its way.
+* disk: the store finds it by its id, reads and checks it before that.
+* Each is into a bank of one slot, so that whoever is in there goes into host memory when a kept one comes.
 * What is registered lies as folders in the store: one adapter of the base's layout, the others small ones of another.
 * The files were read before, so that disk is the page cache: what is compared is the work, not the drive.
 """
@@ -23,6 +26,7 @@ from dnd_sdk.bench.rivals import Peft, state_of
 from dnd_sdk.bench.timing import Timed, in_turn, ratio
 from dnd_sdk.bench.workload import Workload
 from dnd_sdk.config import Home
+from dnd_sdk.engine import SlotBank
 from dnd_sdk.lora import LoraLayout
 
 _RIVAL = "swapped"
@@ -42,11 +46,14 @@ def time_swaps(work: Workload, storing: Callable[[int, int], None] | None = None
 
 
 def _sources(work: Workload) -> tuple[str, ...]:
-    return ("host", "disk") if work.device.type == "cpu" else ("device", "host", "disk")
+    return ("kept", "host", "disk") if work.device.type == "cpu" else ("kept", "device", "host", "disk")
 
 
 def _compared(work: Workload, source: str, stores: list[_Registered], rival: Peft, flat: Tensor) -> dict[str, Any]:
-    calls = [(partial(s.swap, source), s.free) for s in stores]
+    calls = [(partial(s.swap, source), partial(s.free, source)) for s in stores]
+    for stored in stores:  # what the source before this one left is gone then
+        stored.swap("host")
+        stored.free(source)
     *ours, peft = in_turn(
         *calls, _hotswap(work, source, rival, flat, stores[0]), repeats=work.sizes.swap_rounds, clock=work.clock
     )
@@ -85,9 +92,20 @@ class _Registered:
         self, work: Workload, flat: Tensor, root: Path, n: int, storing: Callable[[int, int], None] | None
     ) -> None:
         self.n, self._work, self._flat = n, work, flat
+        engine = work.engine
         self._on_device = flat.to(work.device)
-        self._store = AdapterStore(Home(root))
-        self.adapter: Adapter = self._put("swapped", flat, work.engine.layout, work.engine.base.fingerprint)
+        store = self._store = AdapterStore(Home(root))
+        of_base = {"base_fingerprint": engine.base.fingerprint}
+        self.bank = SlotBank(
+            engine.layout,
+            1,
+            work.device,
+            engine.bank.packed(0).dtype,
+            fetch=partial(store.load_by_id, layout=engine.layout, **of_base),
+            is_stored=partial(store.has_id, **of_base),
+            kept_bytes=2 * engine.bank.packed(0).nbytes,
+        )
+        self.adapter: Adapter = self._put("swapped", flat, engine.layout, engine.base.fingerprint)
         small = LoraLayout.from_model(nn.ModuleDict({"q_proj": nn.Linear(8, 8)}), r=1, target_modules=["q_proj"])
         for i in range(1, n):
             self._put(f"other-{i}", torch.full((small.n_parameters,), float(i)), small, "0" * 64)
@@ -95,22 +113,22 @@ class _Registered:
                 storing(i + 1, n)
 
     def swap(self, source: str) -> None:
-        """Have the adapter in a slot, and wait for it."""
-        bank, adapter_id = self._work.engine.bank, self.adapter.id
-        if source == "disk":
-            bank.ensure(adapter_id, self._read)
-        else:
-            bank.load(adapter_id, self._on_device if source == "device" else self._flat)
+        """Have the adapter in its slot, and wait for it."""
+        if source in ("device", "host"):
+            self.bank.load(self.adapter.id, self._on_device if source == "device" else self._flat)
+        with self.bank.lease([self.adapter.id]) as row:
+            assert isinstance(row, int)
+            self.bank.views(row)
         self._work.synchronize()
 
-    def free(self) -> None:
-        """Take it out again; raises where it was not in a slot, for then nothing was swapped."""
-        if not self._work.engine.bank.evict(self.adapter.id):
+    def free(self, source: str) -> None:
+        """Have it where it came from only; raises where it was not in its slot, for then nothing was swapped."""
+        if self.bank.resident() != [self.adapter.id]:
             raise RuntimeError("the adapter was not in a slot after its swap")
-
-    def _read(self) -> Tensor:
-        base = self._work.engine.base
-        return self._store.load_by_id(self.adapter.id, self._work.engine.layout, base_fingerprint=base.fingerprint)
+        if source == "kept":
+            self.bank.load("other", self._flat)
+        else:
+            self.bank.evict(self.adapter.id)
 
     def _put(self, name: str, flat: Tensor, layout: LoraLayout, base_fingerprint: str) -> Adapter:
         return self._store.put(

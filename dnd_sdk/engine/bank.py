@@ -1,8 +1,10 @@
-"""The slot bank: every resident adapter is one row of one contiguous arena, and a swap is one copy into a row.
+"""The slot bank: every resident adapter is one packed vector in a slot, and who lost his comes back without work.
 
-* Arena `(S+1, P)` of packed vectors (`lora/packing.py`); every matrix is a view of it. Row 0 is zeros: the base.
-* Weights are validated, then written into a row nobody reads, then published: a reader never sees a torn adapter and a
-  refused one changes nothing.
+* A slot's row is a packed vector (`slot_memory.py`, `lora/packing.py`), its matrices views of it. Row 0 is the base.
+* Weights are validated and packed, then put into a row nobody reads, then published: a reader never sees a torn adapter
+  and a refused one changes nothing.
+* Who loses the slot to another goes to host memory as he is (`host_tier.py`): on the host itself that and the way back
+  move a reference, on a device they are a copy each.
 * One writer at a time, so an id is loaded once however many threads ask for it; running requests never wait for it.
 """
 
@@ -17,8 +19,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from dnd_sdk.engine.host_tier import HostTier
+from dnd_sdk.engine.slot_memory import Packed, slot_memory
 from dnd_sdk.engine.slot_table import SlotTable
-from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, BankFullError, ConfigError, LayoutMismatchError
+from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, BankFullError, LayoutMismatchError
 from dnd_sdk.lora import GroupViews, LoraLayout, Packing, Segment, SegmentedLora, TokenSegment
 
 Loader = Callable[[], Tensor]
@@ -26,6 +30,9 @@ Loader = Callable[[], Tensor]
 
 Fetch = Callable[[str], Tensor]
 """Brings it by the adapter's id; raises `AdapterNotFoundError` for one it does not know."""
+
+IsStored = Callable[[str], bool]
+"""Whether there still is an adapter of that id, so that what is kept of it may be used."""
 
 WAIT_S = 30.0
 """How long a load waits for a running request to free a slot."""
@@ -42,22 +49,22 @@ class SlotBank:
         dtype: torch.dtype = torch.float32,
         *,
         fetch: Fetch | None = None,
+        is_stored: IsStored | None = None,
+        kept_bytes: int = 0,
         wait_s: float = WAIT_S,
     ) -> None:
-        """`fetch` brings back what lost its slot when it is leased; None: an adapter must be resident by then."""
-        self.layout, self._fetch = layout, fetch
+        """Of adapters that lose their slot as many as `kept_bytes` hold are kept in host memory.
+
+        `fetch` brings the others back when they are leased; None: an adapter must be resident or kept by then.
+        `is_stored` None: what is kept may always be used. Raises `ConfigError` when the device has not enough memory.
+        """
+        self.layout, self._fetch, self._is_stored = layout, fetch, is_stored
         self.packing = Packing(layout)
         self._table, self.wait_s = SlotTable(n_slots, wait_s), wait_s
-        try:
-            with torch.inference_mode(False):  # an inference tensor could not be written to later
-                self._arena = torch.zeros(self.n_slots + 1, layout.n_parameters, device=device, dtype=dtype)
-        except (RuntimeError, MemoryError) as e:  # torch has no error of its own for a CPU without memory
-            raise ConfigError(f"{self.n_slots} slots do not fit the memory of {device}", fix="lower n_slots") from e
-        self.tables = self.packing.tables(self._arena)
-        """Module name -> (A `(S+1, r, in)`, B `(S+1, out, r)`), for `use_lora`."""
+        self._dtype = dtype
+        self._memory = slot_memory(self.packing, self.n_slots, torch.device(device), dtype)
+        self._kept = HostTier(kept_bytes)
         self._writing = threading.RLock()
-        self._views: dict[int, tuple[GroupViews, ...]] = {}
-        self._pinned: Tensor | None = None
 
     @property
     def n_slots(self) -> int:
@@ -74,7 +81,7 @@ class SlotBank:
         self.ensure(adapter_id, lambda: flat)
 
     def ensure(self, adapter_id: str, loader: Loader) -> None:
-        """Like `load`, with `loader` called only when the adapter is not resident; it is not kept."""
+        """Like `load`, with `loader` called only when the adapter is neither resident nor kept, and not held on to."""
         if not self._table.touch(adapter_id):
             with self._writing:
                 self._bring_in(adapter_id, loader)
@@ -88,8 +95,8 @@ class SlotBank:
         """Keep these adapters in place inside the block; yields the bank row per batch row for `adapted` or `use_lora`.
 
         None is the base. Yields an int when all rows use one adapter (0: all base), else one int per batch row.
-        Raises `AdapterNotFoundError` for an id that is neither resident nor can be fetched, `BankFullError` when the
-        adapters do not fit beside the pinned ones.
+        Raises `AdapterNotFoundError` for an id that is not resident and cannot be brought back, `BankFullError` when
+        the adapters do not fit beside the pinned ones.
         """
         distinct = list(dict.fromkeys(i for i in adapter_ids if i is not None))
         rows = self._table.lease(distinct)
@@ -152,13 +159,11 @@ class SlotBank:
 
     def views(self, row: int) -> tuple[GroupViews, ...] | None:
         """The matrices of the adapter in a leased row; None for row 0, the base."""
-        if row not in self._views:  # the arena stays where it is, so a row's views are made once
-            self._views[row] = self.packing.views(self._arena[row])
-        return self._views[row] if row else None
+        return self._memory[row].views if row else None
 
     def packed(self, row: int) -> Tensor:
         """The leased row itself, `(P,)` in packed order."""
-        return self._arena[row]
+        return self._memory[row].values
 
     def pin(self, adapter_id: str) -> None:
         """Never evict this resident adapter; at most `n_slots - 1` can be pinned."""
@@ -169,13 +174,34 @@ class SlotBank:
         self._table.pin(adapter_id, False)
 
     def evict(self, adapter_id: str) -> bool:
-        """Free an adapter's slot; False when it was not resident. Raises `BankFullError` while it is used."""
+        """Free an adapter's slot and what is kept of it; False when it was not resident.
+
+        Raises `BankFullError` while it is used.
+        """
         with self._writing:
-            return self._table.evict(adapter_id)
+            self._unkeep(adapter_id)
+            row = self._table.evict(adapter_id)
+            if row is not None:
+                self._memory.free(row)
+            return row is not None
+
+    def clear(self) -> None:
+        """Free every slot that is not used, and all that is kept."""
+        with self._writing:
+            for adapter_id in self.resident():
+                with suppress(BankFullError):  # a running request, or one that is just ending, still has it
+                    self.evict(adapter_id)
+            self._kept.clear()
+            self._memory.release()
 
     def resident(self) -> list[str]:
         """Ids of the resident adapters, least recently used first."""
         return self._table.ids()
+
+    def kept(self) -> list[str]:
+        """Ids of the adapters that lost their slot and are kept in host memory, in the order in which they will go."""
+        with self._writing:
+            return self._kept.ids()
 
     def _lease_missing(self, distinct: list[str]) -> dict[str, int]:
         # only a writer waits while it holds leases, and there is one writer: no two requests can wait for each other
@@ -200,44 +226,57 @@ class SlotBank:
         # the caller holds `_writing`
         if self._table.touch(adapter_id):
             return
-        if loader is None:
-            raise AdapterNotFoundError(
-                f"adapter {adapter_id!r} is not in a slot", fix="load it (again), or pin it so that it stays"
-            )
-        flat = self._checked(adapter_id, loader())
-        row = self._table.take_row(spare, wait=wait)
+        packed = self._kept_or_packed(adapter_id, loader)
         try:
-            self._write(flat, self._arena[row])
+            row, loser = self._table.take_row(spare, wait=wait)
+        except BaseException:
+            if self._kept.get(adapter_id) is None:
+                self._memory.reuse(packed)
+            raise
+        try:
+            self._exchange(adapter_id, packed, row, loser)
         except BaseException:
             self._table.give_back(row)
             raise
         self._table.publish(adapter_id, row)
 
-    def _write(self, flat: Tensor, row: Tensor) -> None:
-        if flat.device == row.device:
-            self.packing.pack(flat, row)
-            return
-        if self._pinned is None:  # packed here, so that what crosses to the device is one copy
-            with torch.inference_mode(False):
-                self._pinned = torch.empty(row.shape, dtype=row.dtype, pin_memory=row.is_cuda)
-        self.packing.pack(flat.cpu(), self._pinned)
-        row.copy_(self._pinned, non_blocking=True)
-        if row.is_cuda:  # the buffer is used again by the next load
-            torch.cuda.current_stream(row.device).synchronize()
+    def _exchange(self, adapter_id: str, packed: Packed, row: int, loser: str | None) -> None:
+        self._kept.drop(adapter_id)
+        if loser is not None:
+            for gone in self._kept.keep(loser, self._memory.take(row)):
+                self._memory.reuse(gone)
+        self._memory.put(row, packed)
+
+    def _kept_or_packed(self, adapter_id: str, loader: Loader | None) -> Packed:
+        kept = self._kept.get(adapter_id)
+        if kept is not None:
+            if self._is_stored is None or self._is_stored(adapter_id):
+                return kept
+            self._unkeep(adapter_id)  # what was removed is gone; the loader says so, or has it anew
+        if loader is None:
+            raise AdapterNotFoundError(
+                f"adapter {adapter_id!r} is not in a slot", fix="load it (again), or pin it so that it stays"
+            )
+        return self._memory.pack(self._checked(adapter_id, loader()))
+
+    def _unkeep(self, adapter_id: str) -> None:
+        packed = self._kept.drop(adapter_id)
+        if packed is not None:
+            self._memory.reuse(packed)
 
     def _checked(self, adapter_id: str, flat: Tensor) -> Tensor:
-        """The vector, if all of it is finite in the arena's dtype, scaled too."""
+        """The vector, if all of it is finite in the bank's dtype, scaled too."""
         if flat.dim() != 1:
             raise LayoutMismatchError(f"adapter {adapter_id!r}: expected a flat vector, got shape {tuple(flat.shape)}")
         self.layout.check_size(flat.numel())
         flat = flat.detach()
-        limit = torch.finfo(self._arena.dtype).max / max(1.0, abs(self.layout.scaling))
+        limit = torch.finfo(self._dtype).max / max(1.0, abs(self.layout.scaling))
         low, high = torch.stack(torch.aminmax(flat)).tolist()
         if -limit <= low and high <= limit:  # False for NaN too
             return flat
         broken = next(s for s in self.layout.segments if not _within(flat[s.start : s.stop], limit))
         raise AdapterCorruptError(
-            f"adapter {adapter_id!r}: {_describe(broken)} has values that are not finite in {self._arena.dtype}",
+            f"adapter {adapter_id!r}: {_describe(broken)} has values that are not finite in {self._dtype}",
             fix="make or fetch the adapter again",
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from queue import SimpleQueue
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from dnd_sdk.chat import Messages, renders_tools
 from dnd_sdk.config import whole_number
-from dnd_sdk.engine.bank import Fetch, Loader
+from dnd_sdk.engine.bank import Fetch, IsStored, Loader
 from dnd_sdk.engine.choosing import forward_for
 from dnd_sdk.engine.constraint import Constraints
 from dnd_sdk.engine.forward import FlatForward
@@ -31,7 +30,6 @@ from dnd_sdk.engine.scheduler import Scheduler
 from dnd_sdk.engine.scoring import option_logprobs
 from dnd_sdk.engine.stream import Emit, Ended, TextFeed, TextStream, resolving
 from dnd_sdk.engine.text import Generation
-from dnd_sdk.errors import BankFullError
 from dnd_sdk.lora import LoraLayout
 from dnd_sdk.models import Base
 
@@ -53,6 +51,7 @@ class Engine(Resident):
         *,
         n_slots: int | None = None,
         fetch: Fetch | None = None,
+        is_stored: IsStored | None = None,
         max_batch: int = 16,
         max_waiting: int = 4096,
         deterministic: bool = False,
@@ -62,12 +61,12 @@ class Engine(Resident):
         `deterministic`: every request is computed in shapes that do not depend on the others, so its text does not,
         even where two tokens are equally likely but for a rounding; slower, and nothing is shared between prompts.
         `n_slots` as for `Resident`; `fetch` brings an adapter's flat vector by its id when a request finds that others
-        took its slot.
+        took its slot and it is not kept, or is no longer what `is_stored` knows (None: whatever is kept may be used).
         Raises `ConfigError` for sizes that are out of range.
         """
         self.max_batch = whole_number("max_batch", max_batch, 1, 4096)
         max_waiting = whole_number("max_waiting", max_waiting, 1)
-        super().__init__(base, layout, n_slots=n_slots, fetch=fetch)
+        super().__init__(base, layout, n_slots=n_slots, fetch=fetch, is_stored=is_stored)
         memory = free_bytes(base.model.device)
         store_bytes = 0 if deterministic else memory // 16
         forward, self.slow_because = forward_for(base.model, self.bank, store_bytes=store_bytes)
@@ -134,18 +133,16 @@ class Engine(Resident):
             self.bank.unpin(adapter_id)
 
     def forget(self, adapter_id: str) -> None:
-        """Free its slot, if it has one; raises `BankFullError` while a request uses it."""
+        """Free its slot, if it has one, and what is kept of it; raises `BankFullError` while a request uses it."""
         self.bank.evict(adapter_id)
 
     def close(self) -> None:
-        """Free every slot but those that running requests use, and what is kept of past prompts.
+        """Free every slot but those that running requests use, and what is kept of other adapters and past prompts.
 
         Whatever is held again is brought in again.
         """
         self._scheduler.forget()
-        for adapter_id in self.bank.resident():
-            with suppress(BankFullError):  # a running request, or one that is just ending, still has it
-                self.bank.evict(adapter_id)
+        self.bank.clear()
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Generation]:
         """Answer requests together; each comes out as it would alone, in the given order.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dnd_sdk.chat import Messages, Tools, prompt_ids
-from dnd_sdk.engine.bank import Fetch, SlotBank
+from dnd_sdk.engine.bank import Fetch, IsStored, SlotBank
 from dnd_sdk.engine.turns import Turn, Turns
 from dnd_sdk.errors import ContextLengthError, shown
 from dnd_sdk.lora import LoraLayout, SegmentedLora, TokenSegment, attach_lora, using
@@ -31,14 +31,28 @@ class Resident:
     """A base with LoRA attached; thread-safe."""
 
     def __init__(
-        self, base: Base, layout: LoraLayout, *, n_slots: int | None = None, fetch: Fetch | None = None
+        self,
+        base: Base,
+        layout: LoraLayout,
+        *,
+        n_slots: int | None = None,
+        fetch: Fetch | None = None,
+        is_stored: IsStored | None = None,
     ) -> None:
         """`n_slots` adapters of `layout` can be in the bank at once, None: `MANY_SLOTS`, or what an eighth of the free
-        memory holds; `fetch` as for `SlotBank`.
+        memory holds; those that lose their slot are kept in another eighth of the host's. `fetch` and `is_stored` as
+        for `SlotBank`.
         """
         self.base, self.layout = base, layout
-        dtype = slot_dtype(base)
-        self.bank = SlotBank(layout, n_slots or default_slots(base, layout), base.model.device, dtype, fetch=fetch)
+        self.bank = SlotBank(
+            layout,
+            n_slots or default_slots(base, layout),
+            base.model.device,
+            slot_dtype(base),
+            fetch=fetch,
+            is_stored=is_stored,
+            kept_bytes=available_bytes() // 8,
+        )
         self.turns = Turns()
         attach_lora(base.model, layout)
 

@@ -80,10 +80,11 @@ class SlotTable:
                 self._slots[i].leases -= 1
             self._changed.notify_all()
 
-    def take_row(self, spare: Collection[str] = (), *, wait: bool = True) -> int:
+    def take_row(self, spare: Collection[str] = (), *, wait: bool = True) -> tuple[int, str | None]:
         """A row nobody reads: a free one, else the least recently used idle adapter's that is not in `spare`.
 
-        Waits for a running request to end, if it may. Raises `BankFullError` when none does in time.
+        Also who lost it; None: it was free. Waits for a running request to end, if it may; raises `BankFullError` when
+        none does in time.
         """
         with self._changed:
             self._n_awaited += wait
@@ -93,10 +94,10 @@ class SlotTable:
                 self._n_awaited -= wait
             if not found:
                 raise self.full()
-            if not self._free:
-                victim = next(i for i, slot in self._slots.items() if slot.idle and i not in spare)
-                self._free.append(self._slots.pop(victim).row)
-            return self._free.pop()
+            if self._free:
+                return self._free.pop(), None
+            victim = next(i for i, slot in self._slots.items() if slot.idle and i not in spare)
+            return self._slots.pop(victim).row, victim
 
     def full(self) -> BankFullError:
         """What is raised when no slot has become free in time."""
@@ -137,18 +138,21 @@ class SlotTable:
             self._slots[adapter_id] = Slot(row, self._loadings)
             self._changed.notify_all()
 
-    def evict(self, adapter_id: str) -> bool:
-        """Forget an adapter; False when it is not resident. Raises `BankFullError` while it is leased or pinned."""
+    def evict(self, adapter_id: str) -> int | None:
+        """Forget an adapter; the row it had, None when it is not resident.
+
+        Raises `BankFullError` while it is leased or pinned.
+        """
         with self._changed:
             slot = self._slots.get(adapter_id)
             if slot is None:
-                return False
+                return None
             if not slot.idle:
                 state = "pinned" if slot.pinned else f"used by {slot.leases} running request(s)"
                 raise BankFullError(f"adapter {adapter_id!r} is {state}", fix="unpin it or let the requests end")
             self._free.append(self._slots.pop(adapter_id).row)
             self._changed.notify_all()
-            return True
+            return slot.row
 
     def pin(self, adapter_id: str, pinned: bool) -> None:
         """Keep an adapter resident (at most n_slots - 1 of them, so that others can still come in), or stop that."""

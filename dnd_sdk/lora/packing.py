@@ -63,14 +63,6 @@ class Packing:
             out.append(GroupViews(A.transpose(-1, -2), tuple(Bs)))
         return tuple(out)
 
-    def tables(self, packed: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module name -> (A `(..., r, in)`, B `(..., out, r)`), views of packed vectors `(..., P)`, for `use_lora`."""
-        views, r = self.views(packed), self.layout.r
-        return {
-            name: (views[g].A[..., i * r : (i + 1) * r].transpose(-1, -2), views[g].B[i].transpose(-1, -2))
-            for name, (g, i) in self.places.items()
-        }
-
     def pack(self, flat: Tensor, out: Tensor) -> None:
         """Write the flat vector `(P,)` into the packed vector `(P,)` of the same device, in its dtype."""
         r, scaling = self.layout.r, self.layout.scaling

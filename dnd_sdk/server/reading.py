@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
+
 from dnd_sdk.chat import ToolOffer, call_schema, choose_tools
 from dnd_sdk.errors import ConfigError, InputError
 from dnd_sdk.server.problems import invalid
 from dnd_sdk.server.settings import ServerSettings
-from dnd_sdk.server.wire import Adapting, ChatRequest, ChosenTool, CompletionRequest, Message, Part, Sampled
+from dnd_sdk.server.wire import Adapting, ChatRequest, CompletionRequest, Message, Part, Sampled
 
 _ROLES = {"developer": "system", "function": "tool"}
 _ANY_OBJECT = json.dumps({"type": "object"})
@@ -145,7 +147,7 @@ def _text(content: str | Sequence[Part] | None, row: int) -> str:
 def _offer(request: ChatRequest) -> ToolOffer:
     """The tools that the model is shown, and whether it must call one."""
     choice = request.tool_choice
-    wrapped = choice.model_dump() if isinstance(choice, ChosenTool) else choice
+    wrapped = choice.model_dump() if isinstance(choice, BaseModel) else choice
     try:
         return choose_tools([tool.model_dump(exclude_none=True) for tool in request.tools or ()], wrapped)
     except ConfigError as e:

@@ -108,7 +108,7 @@ class ChosenFunction(BaseModel):
 
 
 class ChosenTool(BaseModel):
-    """The one tool that may be called."""
+    """The one tool that is to be called."""
 
     type: Literal["function"] = "function"
     function: ChosenFunction
@@ -136,7 +136,7 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
 

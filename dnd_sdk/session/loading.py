@@ -58,7 +58,8 @@ def load_parts(
     store = AdapterStore(home)
     router = _router(folder, encoder, base, layout, store, home)
     fetch = partial(store.load_by_id, layout=layout, base_fingerprint=base.fingerprint)
-    engine = Engine(base, layout, n_slots=n_slots, fetch=fetch, deterministic=deterministic)
+    is_stored = partial(store.has_id, base_fingerprint=base.fingerprint)
+    engine = Engine(base, layout, n_slots=n_slots, fetch=fetch, is_stored=is_stored, deterministic=deterministic)
     with suppress(StorageError):  # whoever needs the store will say so
         if told := made_elsewhere(store, base):
             (progress or log.warning)(told)
