@@ -146,10 +146,11 @@ class DnDChat(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """The model with answers that fit a pydantic class, TypedDict, tool or JSON schema; `kwargs` are call options.
+        """The model with answers that fit a pydantic class, TypedDict, tool or JSON schema.
 
         `json_schema` holds the text to it, `function_calling` makes it the call of a tool, `json_mode` holds the text
-        to some JSON object; `strict` is always so. Where `max_tokens` cuts an answer, `InputError` is raised.
+        to some JSON object; `strict` is always so. `kwargs` are options of the calls, none for `function_calling`.
+        Where `max_tokens` cuts an answer, `InputError` is raised.
         `include_raw`: the message as `raw`, the object as `parsed`, what went wrong as `parsing_error`.
         Raises `ConfigError` for what is no schema.
         """
@@ -241,7 +242,7 @@ class DnDChat(BaseChatModel):
             who = who_answers(self.dnd, chat, adapter, offer.tools, observe=self.observe)
             return self.dnd.stream(chat, who, tools=offer.tools or None, cancel=end, **sampling)
 
-        return Call(start, tools=offer.tools, parallel=parallel)
+        return Call(start, tools=offer.tools, parallel=parallel, held=offer.must_call)
 
     def _defaults(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in (*SAMPLING, "adapter") if name != "max_new_tokens"}
