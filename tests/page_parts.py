@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from dnd_sdk.server import ServerSettings, serve
-from dnd_sdk.server.running import Listening
+from dnd_sdk.server import Listening, ServerSettings, serve
 from dnd_sdk.session import DnD
 
 Open = Callable[..., "Watched"]
