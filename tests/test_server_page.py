@@ -22,7 +22,7 @@ from tiny_world import World
 from dnd_sdk.engine import CompletionRequest, FakeBackend
 from dnd_sdk.session import DnD
 
-pytest_plugins = ["page_parts"]
+pytest_plugins = ["page_fixtures"]
 
 # what it asks for
 

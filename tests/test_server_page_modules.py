@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra server")
 
-pytest_plugins = ["page_parts"]
+pytest_plugins = ["page_fixtures"]
 
 
 def test_events_are_read_however_the_stream_is_cut(page: Any) -> None:

@@ -15,7 +15,7 @@ from page_parts import Open, answer_with, listening, row, see, see_adapted, unti
 
 from dnd_sdk.session import DnD
 
-pytest_plugins = ["page_parts"]
+pytest_plugins = ["page_fixtures"]
 
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>"\'><b>bold</b>'
 KEY = "sesame-1234"

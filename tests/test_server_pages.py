@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from tiny_world import World
 
 import dnd_sdk
+from dnd_sdk.config import Home
 from dnd_sdk.server import create_app
 from dnd_sdk.server.pages import CONTENT_TYPES, page_files
 
@@ -23,8 +24,9 @@ SINKS = (
 )
 
 
-@pytest.fixture
-def client(world: World) -> TestClient:
+@pytest.fixture(scope="module")
+def client(tiny_folders: World, tmp_path_factory: pytest.TempPathFactory) -> TestClient:
+    world = tiny_folders._replace(home=Home(tmp_path_factory.mktemp("home")))
     return TestClient(create_app(world.elsewhere()), base_url="http://127.0.0.1")
 
 

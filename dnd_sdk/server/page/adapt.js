@@ -83,7 +83,8 @@ function fileChoice() {
     file = next;
     setText(label, file ? `${file.name}, ${bytes(file.size)}` : "Drop a prompt file here, or pick one");
     zone.classList.toggle("chosen", file !== null);
-    [away.hidden, paste.hidden] = [!file, Boolean(file)];
+    [away.hidden, paste.hidden, byId("adapt-kinds").hidden] = [!file, Boolean(file), Boolean(file)];
+    byId("adapt-text").required = !file;
     byId("adapt-column").hidden = !file?.name.toLowerCase().endsWith(".csv");
     byId("adapt-field").hidden = !file?.name.toLowerCase().endsWith(".jsonl");
   };

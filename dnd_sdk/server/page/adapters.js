@@ -78,6 +78,7 @@ function row({ changed, compare }) {
       setText(role, adapter.role ?? "");
       role.title = adapter.role ?? "";
       setText(about, described(adapter));
+      about.title = adapter.created ?? "";
       setText(cells.Size, bytes(adapter.bytes));
       setText(cells.Hits, count(adapter.hits));
       setText(cells["Last used"], adapter.last_used ? ago(adapter.last_used) : "not yet");

@@ -19,7 +19,7 @@ export function importDialog({ changed }) {
     const sent = async () => {
       const adapter = await getJson("dnd/adapters", { method: "POST", form: filled(form) });
       dialog.close();
-      tell(`${adapter.name} is imported.`);
+      tell(`${adapter.name} is imported.`, adapter.notes);
     };
     const failed = (failure) => {
       if (failure.status === 401) dialog.close();

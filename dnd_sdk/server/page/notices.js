@@ -4,10 +4,10 @@ import { byId, el, fill, setText } from "./dom.js";
 
 const SHOWN_MS = 6000;
 
-/** Say that something went well; it goes by itself. */
-export function tell(text) {
-  const notice = add("notice", text, byId("notices"));
-  setTimeout(() => notice.remove(), SHOWN_MS);
+/** Say that something went well; it goes by itself, unless there are notes to be read. */
+export function tell(text, notes = []) {
+  const notice = add("notice", [text, ...notes].join("\n"), byId("notices"));
+  if (!notes.length) setTimeout(() => notice.remove(), SHOWN_MS);
 }
 
 /** Say what went wrong, in the server's words; it stays until it is dismissed. */
