@@ -85,7 +85,7 @@ def _server(out: Output, settings: Settings, home: Home) -> ServerClient | None:
 
 def _misfit(settings: Settings, client: ServerClient) -> str | None:
     """Why a server is not what was asked for; None: it is. What is not asked for may be as it likes."""
-    from dnd_sdk.client import base_key
+    from dnd_sdk.client import PLACES, base_key
 
     if base_key(settings.base) != client.server.base:
         return f"serves {client.server.base}, not {settings.base}"
@@ -93,17 +93,9 @@ def _misfit(settings: Settings, client: ServerClient) -> str | None:
     asked = {name: value for name, value in asked.items() if value != type(settings).model_fields[name].default}
     if not asked:
         return None
-    status = client.status()
+    told, status = client.server.settings, client.status()
     for name, value in asked.items():
-        theirs = [told.get(name) for told in (status, status.get("settings") or {})]
-        if not any(_is_same(value, their) for their in theirs):
+        wanted = base_key(value) if name in PLACES else value
+        if wanted not in (told.get(name), status.get(name)):  # as it was told to, or as it then chose
             return f"was started without {name} = {value}"
     return None
-
-
-def _is_same(value: object, their: object) -> bool:
-    """Also of two ways to name a folder."""
-    from dnd_sdk.client import base_key
-
-    both_text = isinstance(value, str) and isinstance(their, str)
-    return value == their or (both_text and base_key(str(value)) == base_key(str(their)))

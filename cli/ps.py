@@ -45,7 +45,7 @@ def stop(
         out.emit({"stopped": None}, "" if out.quiet else f"no server runs for {home.root}")
         return
     with out.step(f"stopping the server at {found.url}"):
-        seconds = stop_server(found, home, timeout_s=timeout)
+        seconds = stop_server(found, timeout_s=timeout)
     ended = {"url": found.url, "pid": found.pid, "seconds": round(seconds, 3)}
     out.emit({"stopped": ended}, "" if out.quiet else f"stopped after {seconds:.1f} s")
 

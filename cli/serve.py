@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dnd_sdk.cli.options import ModelOptions, SamplingFlags
 from dnd_sdk.cli.output import Output
-from dnd_sdk.errors import MissingExtraError
+from dnd_sdk.client import remove_presence, write_presence
+from dnd_sdk.config import Home
+from dnd_sdk.errors import MissingExtraError, StorageError
 
 if TYPE_CHECKING:
+    from dnd_sdk.server import Listening
     from dnd_sdk.settings import Settings
 
 SERVER = "Server"
@@ -66,7 +70,37 @@ def serve(
         raise MissingExtraError(f"serving needs {e.name}", fix="pip install 'dnd-sdk[server]'") from e
     server = ServerSettings(**settings.serving())
     _log_to_stderr(out)
-    serve(lambda: models.load(out), server, listening=lambda now: _told(out, now.url, settings))
+    with Announced(out, settings, next(iter(server.keys.values()), None)) as announced:
+        serve(lambda: models.load(out), server, listening=announced.listening)
+
+
+class Announced:
+    """A server that commands of its home find as long as the block lasts."""
+
+    def __init__(self, out: Output, settings: Settings, key: str | None) -> None:
+        """`key` is one that the server takes, for these commands; None: it asks for none."""
+        self._out, self._settings, self._key = out, settings, key
+        self._home, self._instance = Home.find(settings.home), ""
+
+    def listening(self, now: Listening) -> None:
+        """It answers from now on."""
+        loaded, self._instance = self._settings.load_arguments(), now.instance
+        base, own = loaded.pop("base"), {name: value for name, value in loaded.items() if name != "home"}
+        try:
+            write_presence(self._home, url=now.url, key=self._key, base=base, instance=now.instance, settings=own)
+        except StorageError as e:  # it serves all the same
+            self._out.note(f"note: commands of this home will not find the server: {e.message}")
+        self._out.emit({"url": now.url, "pid": os.getpid()}, "")
+        sys.stdout.flush()
+        self._out.note(f"listening on {now.url}/v1 (base {base}); Ctrl-C stops")
+
+    def __enter__(self) -> Announced:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        remove_presence(self._home, self._instance)
 
 
 def bench_serve(
@@ -89,12 +123,6 @@ def bench_serve(
             progress=lambda done, total, about: report(done, total, about, None),
         )
     out.emit(result, lambda: render_serve(result))
-
-
-def _told(out: Output, url: str, settings: Settings) -> None:
-    out.emit({"url": url, "pid": os.getpid()}, "")
-    sys.stdout.flush()
-    out.note(f"listening on {url}/v1 (base {settings.base}); Ctrl-C stops")
 
 
 def _log_to_stderr(out: Output) -> None:

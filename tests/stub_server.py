@@ -6,6 +6,8 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email import message_from_bytes
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
@@ -17,6 +19,19 @@ class Asked(NamedTuple):
     path: str
     headers: dict[str, str]
     body: Any
+
+
+def read_body(headers: Message, raw: bytes) -> Any:
+    """JSON, or a form as the text of each part by its name."""
+    kind = headers.get("Content-Type", "")
+    if not kind.startswith("multipart/"):
+        return json.loads(raw) if raw else None
+    whole = message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + raw)
+    parts = [part for part in whole.get_payload() if isinstance(part, Message)]
+    return {
+        str(part.get_param("name", header="content-disposition")): part.get_payload(decode=True).decode()  # type: ignore[union-attr]
+        for part in parts
+    }
 
 
 Answer = Callable[["Asked", BaseHTTPRequestHandler], None]
@@ -72,7 +87,7 @@ def stub_server() -> Iterator[Stub]:
 
         def _answer(self) -> None:
             raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            asked = Asked(self.command, self.path, dict(self.headers), json.loads(raw) if raw else None)
+            asked = Asked(self.command, self.path, dict(self.headers), read_body(self.headers, raw))
             stub.asked.append(asked)
             answer = stub.answers.get((self.command, self.path))
             if answer is None:

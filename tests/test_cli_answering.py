@@ -27,7 +27,7 @@ STATUS: dict[str, Any] = {
     "running": 1,
     "waiting": 2,
     "uptime_s": 3723.4,
-    "settings": {"device": "auto", "n_slots": 8, "generator": "/made/here"},
+    "n_slots": 8,
 }
 
 
@@ -47,7 +47,10 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 def stub(home: Home) -> Iterator[Stub]:
     """The running server of the home."""
     with stub_server() as running:
-        write_presence(home, url=running.url, key="secret", base=DEFAULT_BASE, instance=running.instance)
+        loaded = {"generator": "/made/here", "n_slots": None, "r": 8, "deterministic": False}
+        write_presence(
+            home, url=running.url, key="secret", base=DEFAULT_BASE, instance=running.instance, settings=loaded
+        )
         running.streams(CHAT, whole("it ", "is", adapter="upper"))
         running.says("POST", ROUTE, DECISION)
         running.streams(ADAPT, [f"event: result\ndata: {json.dumps(ADAPTED)}\n"])
@@ -100,7 +103,7 @@ def test_route_and_adapt_are_answered_by_the_server(stub: Stub, home: Home, tmp_
     assert made["notes"] == ["removed 1 duplicate prompts", "calibrated"] and made["timings_s"] == {"total": 0.25}
     assert dnd("adapt", prompts, "-q", "--no-calibrate").stdout == "upper\n"
     body = stub.asked[-1].body
-    assert (body["prompts"], body["calibrate"], body["mode"]) == (["one", "two"], False, "auto")
+    assert (body["file"].count("prompt"), body["calibrate"], body["mode"]) == (2, "False", "auto")
     assert set(paths(stub)) == {ROUTE, ADAPT}
 
 
@@ -150,7 +153,19 @@ def test_a_setting_counts_as_a_flag_does(stub: Stub, monkeypatch: pytest.MonkeyP
 def test_what_the_server_has_is_not_loaded_here(
     stub: Stub, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--device", "cpu", "--n-slots", 8, "--generator", "/made/here", "--no-deterministic", "--dtype", "auto"]
+    words = [
+        "--device",
+        "cpu",
+        "--n-slots",
+        8,
+        "--r",
+        8,
+        "--generator",
+        "/made/here",
+        "--no-deterministic",
+        "--dtype",
+        "auto",
+    ]
     assert dnd("run", "-q", "hello", *words).stdout == "it is\n"
     (tmp_path / "model").mkdir()
     write_presence(home, url=stub.url, key=None, base=str(tmp_path / "model"), instance=stub.instance)

@@ -137,8 +137,13 @@ def test_an_adaptation_is_followed_step_by_step(client: ServerClient, stub: Stub
     assert (made.probability, made.in_distribution) == (None, 1)
     [asked] = stub.asked
     assert asked.headers["Accept"] == "text/event-stream"
-    wanted = {"prompts": ["a", "b"], "mode": "generate", "name": "upper", "top_k": 2, "calibrate": False}
-    assert asked.body == wanted
+    assert asked.body == {
+        "mode": "generate",
+        "name": "upper",
+        "top_k": "2",
+        "calibrate": "False",
+        "file": '{"prompt": "a"}\n{"prompt": "b"}\n',
+    }
 
 
 def test_routing_gives_what_the_router_gives(client: ServerClient, stub: Stub) -> None:
@@ -153,7 +158,7 @@ def test_routing_gives_what_the_router_gives(client: ServerClient, stub: Stub) -
     ("code", "kind"),
     [
         ("adapter_not_found", errors.AdapterNotFoundError),
-        ("context_length_exceeded", errors.InputError),
+        ("context_length_exceeded", errors.ContextLengthError),
         ("adapter_corrupt", errors.AdapterCorruptError),
         ("layout_mismatch", errors.LayoutMismatchError),
         ("no_generator", errors.GeneratorError),

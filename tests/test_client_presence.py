@@ -32,7 +32,7 @@ def test_what_is_written_is_read_and_is_for_its_owner_alone(home: Home) -> None:
     write_presence(home, url="http://127.0.0.1:8000", key="secret", base="tiny", instance="one")
     path = home.root / "server.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and [p.name for p in home.root.iterdir()] == ["server.json"]
-    assert read_presence(home) == Presence(os.getpid(), "http://127.0.0.1:8000", "secret", "tiny", "one")
+    assert read_presence(home) == Presence(os.getpid(), "http://127.0.0.1:8000", "secret", "tiny", "one", {})
     assert json.loads(path.read_text())["schema_version"] == 1
     write_presence(home, url="http://[::1]:9000", key=None, base="other", instance="two")
     found = read_presence(home)
@@ -44,9 +44,11 @@ def test_a_base_that_is_a_folder_is_told_by_its_place(
 ) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    write_presence(home, url="http://127.0.0.1:1", key=None, base="./model", instance="one")
+    settings = {"generator": "./model", "encoder": None, "device": "model", "r": 4}
+    write_presence(home, url="http://127.0.0.1:1", key=None, base="./model", instance="one", settings=settings)
     found = read_presence(home)
     assert found is not None and found.base == str(tmp_path / "model")
+    assert found.settings == {"generator": str(tmp_path / "model"), "device": "model", "r": 4}
 
 
 def test_only_its_own_presence_is_removed(home: Home) -> None:
@@ -85,6 +87,7 @@ def test_a_disk_that_refuses_is_told(home: Home) -> None:
         {"key": 5},
         {"base": ""},
         {"instance": "x" * 5000},
+        {"settings": ["device"]},
     ],
 )
 def test_what_is_not_as_we_write_it_is_not_believed(home: Home, changes: dict[str, Any]) -> None:

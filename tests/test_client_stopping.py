@@ -81,11 +81,11 @@ def test_one_that_has_just_gone_or_is_another_users(home: Home, monkeypatch: pyt
         assert found is not None
         process.terminate()
         process.wait(10)
-    assert stop_server(found, home, timeout_s=1) == 0.0
+    assert stop_server(found, timeout_s=1) == 0.0
 
     def refuse(*_: object) -> None:
         raise PermissionError
 
     monkeypatch.setattr("os.kill", refuse)
     with pytest.raises(ServerError, match="is another user's"):
-        stop_server(found, home, timeout_s=1)
+        stop_server(found, timeout_s=1)

@@ -1,6 +1,7 @@
 from .answers import Adapted as Adapted, Answer as Answer, Routed as Routed, StoredAdapter as StoredAdapter
 from .client import ServerClient as ServerClient
 from .presence import (
+    PLACES as PLACES,
     Presence as Presence,
     base_key as base_key,
     find_server as find_server,

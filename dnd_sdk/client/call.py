@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from types import TracebackType
 from typing import Any
 
-from dnd_sdk.client.http import connect, object_of, read_events, read_object
+from dnd_sdk.client.http import Body, connect, object_of, read_events, read_object
 from dnd_sdk.client.presence import Presence
 from dnd_sdk.client.refusals import refusal
 from dnd_sdk.errors import DndError, ServerError
@@ -26,19 +25,17 @@ _FIX = "its log tells why; --no-server works without one"
 class Call:
     """A request whose answer is read as it comes; a context manager that hangs up, which ends the server's work."""
 
-    def __init__(self, server: Presence, method: str, path: str, body: object = None, *, accept: str = "*/*") -> None:
-        """Send it; `body` is sent as JSON, None: there is none.
-
-        Raises `ServerError` for a server that cannot be reached, our other errors for what it refuses.
-        """
+    def __init__(
+        self, server: Presence, method: str, path: str, body: Body | None = None, *, accept: str = "*/*"
+    ) -> None:
+        """Send it; raises `ServerError` for a server that cannot be reached, our other errors for what it refuses."""
         self._server = server
         with self._told():
             self._connection = connect(server.url)
         self._watch = _Watch(server, self._connection)
         try:
             with self._told():
-                raw = None if body is None else json.dumps(body).encode()
-                self._connection.request(method, path, raw, _headers(server, accept))
+                self._connection.request(method, path, body and body.raw, _headers(server, body, accept))
                 self._response: HTTPResponse = self._connection.getresponse()
             if self._response.status >= 400:
                 raise refusal(self._response.status, self._error_body())
@@ -127,6 +124,7 @@ def cut_off(url: str, error: Exception | None = None) -> ServerError:
     return ServerError(f"the server at {url} does not answer to the end{why}", fix=_FIX)
 
 
-def _headers(server: Presence, accept: str) -> dict[str, str]:
+def _headers(server: Presence, body: Body | None, accept: str) -> dict[str, str]:
+    kind = {} if body is None else {"Content-Type": body.kind}
     key = {} if server.key is None else {"Authorization": f"Bearer {server.key}"}
-    return {"Accept": accept, "Content-Type": "application/json", "Connection": "close", **key}
+    return {"Accept": accept, "Connection": "close", **kind, **key}

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from dnd_sdk.client.answers import Adapted, Answer, Routed, read_adapted, read_routed
 from dnd_sdk.client.call import Call, cut_off
+from dnd_sdk.client.http import form_body, json_body
 from dnd_sdk.client.presence import Presence
 from dnd_sdk.client.stream import AnswerStream, Prompt, chat_body
 from dnd_sdk.config import Home, SamplingOptions
@@ -51,7 +52,7 @@ class ServerClient:
             adapter = self._routed(prompt, role)
         body = chat_body(prompt, adapter, role, options)
         with self._told_by_name(adapter):
-            return AnswerStream(Call(self.server, "POST", "/v1/chat/completions", body, accept=_EVENTS))
+            return AnswerStream(Call(self.server, "POST", "/v1/chat/completions", json_body(body), accept=_EVENTS))
 
     def adapt(
         self,
@@ -64,9 +65,11 @@ class ServerClient:
         calibrate: bool | None = None,
     ) -> Adapted:
         """As `DnD.adapt`."""
-        body = {"prompts": prompts.prompts, "mode": mode, "name": name, "top_k": top_k, "calibrate": calibrate}
-        body |= {"role": None if role is None else str(role)}
-        with Call(self.server, "POST", "/dnd/adapt", _given(body), accept=_EVENTS) as call:
+        fields = {"mode": mode, "name": name, "top_k": top_k, "calibrate": calibrate}
+        fields |= {"role": None if role is None else str(role)}
+        # as a file: of one, servers take far more
+        body = form_body(_given(fields), "prompts.jsonl", ({"prompt": text} for text in prompts.prompts))
+        with Call(self.server, "POST", "/dnd/adapt", body, accept=_EVENTS) as call:
             for event, value in call.events():
                 if event == "result" and isinstance(value, Mapping):
                     return read_adapted({**value, "notes": [*prompts.notes, *value.get("notes", ())]}, self.home)
@@ -75,7 +78,7 @@ class ServerClient:
     def route(self, prompts: Sequence[str], *, role: Role | None = None) -> Routed:
         """As `DnD.route`."""
         body = _given({"prompts": list(prompts), "role": None if role is None else str(role)})
-        with Call(self.server, "POST", "/dnd/route", body) as call:
+        with Call(self.server, "POST", "/dnd/route", json_body(body)) as call:
             return read_routed(call.object(), self.home)
 
     def check_adapter(self, adapter: str) -> None:

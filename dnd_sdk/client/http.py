@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 MAX_ANSWER_BYTES, MAX_LINE_BYTES = 64 * 2**20, 16 * 2**20
 CONNECT_TIMEOUT_S = 3.0
+
+
+class Body(NamedTuple):
+    """What a request sends."""
+
+    kind: str
+    """Its content type."""
+    raw: bytes
 
 
 class Event(NamedTuple):
@@ -76,3 +85,20 @@ def read_events(response: HTTPResponse) -> Iterator[Event]:
         elif not field and not value and data:  # not a comment, which keeps the connection alive
             yield Event(name, data)
             name, data = "message", ""
+
+
+def json_body(value: object) -> Body:
+    """An object as JSON."""
+    return Body("application/json", json.dumps(value).encode())
+
+
+def form_body(fields: Mapping[str, object], file_name: str, rows: Iterable[object]) -> Body:
+    """A form of these fields and a file of JSON lines."""
+    edge = uuid.uuid4().hex
+    file = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    parts = [(f'name="{name}"', str(value).encode()) for name, value in fields.items()]
+    parts.append((f'name="file"; filename="{file_name}"', file))
+    raw = b"".join(
+        f"--{edge}\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode() + data + b"\r\n" for head, data in parts
+    )
+    return Body(f"multipart/form-data; boundary={edge}", raw + f"--{edge}--\r\n".encode())

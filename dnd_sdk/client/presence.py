@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,8 @@ from dnd_sdk.errors import DndError
 from dnd_sdk.files import read_json, replacing, storage_errors
 
 FILE = "server.json"
+PLACES = ("generator", "encoder")
+"""Settings that may name a folder, beside the base."""
 _VERSION = 1
 _MAX_BYTES, _MAX_TEXT = 16_384, 4_096
 HEALTH_TIMEOUT_S = 3.0
@@ -39,6 +42,8 @@ class Presence:
     """Its base as `base_key` gives it."""
     instance: str
     """Drawn anew by each server."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else it was loaded with, as far as it says so; folders as `base_key` gives them."""
 
     @property
     def is_running(self) -> bool:
@@ -52,18 +57,25 @@ class Presence:
             return False
 
 
-def base_key(base: str) -> str:
-    """The name of a base for comparing: of a folder its place, since others may be named from elsewhere."""
+def base_key(name: str) -> str:
+    """The name of a model for comparing: of a folder its place, since others may name it from elsewhere."""
     try:
-        folder = Path(base).expanduser()
-        return str(folder.resolve()) if folder.is_dir() else base
+        folder = Path(name).expanduser()
+        return str(folder.resolve()) if folder.is_dir() else name
     except (OSError, ValueError, RuntimeError):  # no name of a folder at all
-        return base
+        return name
 
 
-def write_presence(home: Home, *, url: str, key: str | None, base: str, instance: str) -> None:
-    """Say that this process serves the home, in place of whoever said so before; raises `StorageError`."""
-    told = Presence(os.getpid(), url, key, base_key(base), instance)
+def write_presence(
+    home: Home, *, url: str, key: str | None, base: str, instance: str, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Say that this process serves the home, in place of whoever said so before; raises `StorageError`.
+
+    `settings` are those it was loaded with, for commands that ask for particular ones; None: none are told.
+    """
+    given = {name: value for name, value in (settings or {}).items() if value is not None}
+    loaded = {name: base_key(value) if name in PLACES else value for name, value in given.items()}
+    told = Presence(os.getpid(), url, key, base_key(base), instance, loaded)
     path = home.root / FILE
     with storage_errors("write", path):
         home.root.mkdir(parents=True, exist_ok=True)
@@ -118,7 +130,10 @@ def _checked(data: dict[str, Any]) -> Presence | None:
         return None
     if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
         return None
-    return Presence(pid, str(texts[0]), key, str(texts[1]), str(texts[2]))
+    settings = data.get("settings", {})
+    if not isinstance(settings, dict):
+        return None
+    return Presence(pid, str(texts[0]), key, str(texts[1]), str(texts[2]), settings)
 
 
 def _is_plain_url(url: str) -> bool:

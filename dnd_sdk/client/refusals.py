@@ -11,6 +11,7 @@ from dnd_sdk.errors import (
     BankFullError,
     BusyError,
     ConfigError,
+    ContextLengthError,
     DndError,
     GeneratorError,
     InputError,
@@ -22,7 +23,7 @@ from dnd_sdk.errors import (
 _KINDS: Mapping[str, type[DndError]] = {
     "adapter_not_found": AdapterNotFoundError,
     "model_not_found": AdapterNotFoundError,
-    "context_length_exceeded": InputError,
+    "context_length_exceeded": ContextLengthError,
     "adapter_corrupt": AdapterCorruptError,
     "layout_mismatch": LayoutMismatchError,
     "no_generator": GeneratorError,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
-from dnd_sdk.client.presence import Presence, is_alive, read_presence
-from dnd_sdk.config import Home
+from dnd_sdk.client.presence import Presence, is_alive
 from dnd_sdk.errors import ServerError
 
 POLL_S = 0.05
 
 
-def stop_server(server: Presence, home: Home, *, timeout_s: float) -> float:
+def stop_server(server: Presence, *, timeout_s: float) -> float:
     """Ask a running server to end and wait for it; the seconds it took.
 
     It ends what it answers first, within its own limit. Raises `ServerError` when it may not be asked, or still runs
@@ -26,7 +26,7 @@ def stop_server(server: Presence, home: Home, *, timeout_s: float) -> float:
         return 0.0
     except PermissionError as e:
         raise ServerError(f"process {server.pid} is another user's", fix="stop it as the user who started it") from e
-    while not _has_ended(server, home):
+    while is_alive(server.pid) and not _is_defunct(server.pid):
         if time.monotonic() - began >= timeout_s:
             raise ServerError(
                 f"the server (process {server.pid}) still runs {timeout_s:g} s after it was told to stop",
@@ -36,9 +36,9 @@ def stop_server(server: Presence, home: Home, *, timeout_s: float) -> float:
     return time.monotonic() - began
 
 
-def _has_ended(server: Presence, home: Home) -> bool:
-    if not is_alive(server.pid):
-        return True
-    # of a parent that does not care for its children, the process stays as a name
-    told = read_presence(home)
-    return (told is None or told.instance != server.instance) and not server.is_running
+def _is_defunct(pid: int) -> bool:
+    """Whether a process has ended and stays as a name only, since its parent does not ask how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):  # not told here
+        return False

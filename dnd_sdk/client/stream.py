@@ -78,11 +78,13 @@ def chat_body(prompt: Prompt, adapter: str | None, role: Role | None, options: S
     """What `/v1/chat/completions` is asked; raises `ConfigError` for log-probabilities, which are not read here."""
     if options.logprobs is not None:
         raise ConfigError("logprobs are not read from a server", fix="leave logprobs out")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    under = [] if role is None else [{"role": "system", "content": str(role)}]
-    body = {
+    if role is not None:
+        from dnd_sdk.chat import with_role
+
+        prompt = with_role(prompt, role, None)
+    body: dict[str, Any] = {
         "model": f"dnd:{adapter or 'base'}",
-        "messages": [*under, *messages],
+        "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt),
         "stream": True,
         "max_tokens": options.max_new_tokens,
         "temperature": options.temperature,
