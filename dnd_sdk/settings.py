@@ -27,7 +27,7 @@ from dnd_sdk.models import DEFAULT_BASE
 PREFIX = "DND_"
 PROJECT_FILE = Path("dnd.toml")
 """Read from the working folder."""
-OTHER_VARIABLES = frozenset({"DND_DEBUG", "DND_TEST_HOME"})
+OTHER_VARIABLES = frozenset({"DND_DEBUG", "DND_TEST_HOME", "DND_URL"})
 """Variables with our prefix that are no settings."""
 MAX_FILE_BYTES = 1 << 20
 _LIKE_A_SETTING = 0.75
