@@ -295,3 +295,22 @@ def test_pinned_slots_make_smaller_batches_and_no_error() -> None:
     assert [a.text for a in answers] == [ask(engine, "hi", n, options).text for n in names]
     scores = engine.option_logprobs(["hi"] * 5, names, ["yes", "no"])
     torch.testing.assert_close(scores, torch.cat([engine.option_logprobs(["hi"], [n], ["yes", "no"]) for n in names]))
+
+
+def test_after_a_refused_adapter_all_others_answer_as_before_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = adapted_engine(n_slots=1)  # "b" has the slot, "a" is kept
+    chats, names = ["hi", "so"], ["a", "b", None]
+    want = {name: logits(engine, chats, [name] * 2) for name in names}
+    broken = strong(engine.layout, 2)
+    broken[-1] = torch.nan
+    for _ in range(3):
+        with pytest.raises(AdapterCorruptError):
+            engine.bank.load("c", broken)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.bank.packing, "pack", lambda *_: (_ for _ in ()).throw(MemoryError()))
+            with pytest.raises(MemoryError):
+                engine.bank.load("c", strong(engine.layout, 2))
+            for name in names:
+                assert torch.equal(logits(engine, chats, [name] * 2), want[name])
+    engine.bank.load("c", strong(engine.layout, 2))
+    assert all(torch.equal(logits(engine, chats, [name] * 2), want[name]) for name in names)

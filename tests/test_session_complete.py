@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,9 +14,14 @@ from llamaindex_parts import roomy
 from tiny_world import World, prompts_of
 from tool_parts import ADD, HERMES_TEMPLATE
 
+from dnd_sdk.adapters import AdapterStore
+from dnd_sdk.config import SamplingOptions
+from dnd_sdk.engine import CompletionRequest
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, InputError
 from dnd_sdk.routing import read_decisions
 from dnd_sdk.session import DnD
+
+NAMES = ("upper", "lower", "digits")
 
 
 @pytest.fixture
@@ -32,6 +38,40 @@ def test_completions_name_their_adapter(dnd: DnD) -> None:
     assert by_name.usage["prompt_tokens"] == plain.usage["prompt_tokens"] > 5
     assert 1 <= by_name.usage["completion_tokens"] <= 8
     assert dnd.complete([{"role": "user", "content": "hello"}], max_new_tokens=8) == plain
+
+
+def test_a_removed_adapter_is_not_answered_with_from_what_is_kept_of_it(world: World) -> None:
+    dnd, how = world.session(n_slots=1), {"max_new_tokens": 4}
+    made = {name: dnd.adapt(prompts_of(name), name=name).adapter for name in NAMES}
+    want = {name: dnd.complete("hello", adapter=name, **how) for name in made}
+    bank, upper = dnd.engine.bank, made["upper"]
+    assert bank.resident() == [made["digits"].id] and set(bank.kept()) == {upper.id, made["lower"].id}
+    AdapterStore(world.home).rm("upper")  # as another process does it
+    request = CompletionRequest("hello", upper.id, SamplingOptions(**how))
+    calls: list[Callable[[], Any]] = [
+        lambda: dnd.complete("hello", adapter="upper", **how),
+        lambda: dnd.complete("hello", adapter=upper, **how),
+        lambda: dnd.stream("hello", adapter=upper, **how),
+        lambda: dnd.engine.complete([request]),
+        lambda: dnd.engine.stream(request),
+        lambda: dnd.engine.submit(request).result(),
+    ]
+    for call in calls:
+        with pytest.raises(AdapterNotFoundError):
+            call()
+    assert bank.kept() == [made["lower"].id]
+    for name in ("lower", "digits", "lower"):
+        assert dnd.complete("hello", adapter=name, **how) == want[name]
+
+
+def test_who_comes_back_from_what_is_kept_is_not_read_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    dnd, how = world.session(n_slots=1), {"max_new_tokens": 4}
+    want = {name: dnd.adapt(prompts_of(name), name=name) and dnd.complete("hello", name, **how) for name in NAMES}
+    monkeypatch.setattr(AdapterStore, "load", lambda *_, **__: pytest.fail("it was read"))
+    for name in (*NAMES, *NAMES):
+        assert dnd.complete("hello", adapter=name, **how) == want[name]
+    dnd.close()
+    assert (dnd.engine.bank.resident(), dnd.engine.bank.kept()) == ([], [])
 
 
 def test_auto_routes_a_single_prompt(world: World) -> None:

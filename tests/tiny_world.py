@@ -107,7 +107,8 @@ class World(NamedTuple):
         router = Router(store, encoder.name, encoder.fingerprint, base.fingerprint, limits, folder=self.home.index)
         made = Generator.from_pretrained(self.generator) if generator else None
         fetch = partial(store.load_by_id, layout=layout, base_fingerprint=base.fingerprint)
-        engine = Engine(base, layout, n_slots=n_slots, fetch=fetch)
+        is_stored = partial(store.has_id, base_fingerprint=base.fingerprint)
+        engine = Engine(base, layout, n_slots=n_slots, fetch=fetch, is_stored=is_stored)
         parts = Parts(base, made, encoder, store, router, engine, self.home, DecisionLog(self.home.logs))
         return DnD(parts, stream_settings=stream, limits=vetting)
 
