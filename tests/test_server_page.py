@@ -132,6 +132,12 @@ def test_pasted_prompts_become_an_adapter_step_by_step(page: Any) -> None:
     assert page.evaluate("document.activeElement.id") == "compare-prompt"
 
 
+def test_without_prompts_nothing_is_sent(page: Any) -> None:
+    page.locator("#adapt-start").click()
+    assert page.evaluate("document.activeElement.id") == "adapt-text"
+    assert not page.locator("#adapt-steps").is_visible()
+
+
 def test_a_prompt_file_is_picked_or_taken_away_again(page: Any, tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text("ask\n0 + 1 = ?\n0 + 2 = ?\n")
@@ -141,6 +147,7 @@ def test_a_prompt_file_is_picked_or_taken_away_again(page: Any, tmp_path: Path) 
     page.get_by_role("button", name="Remove file").click()
     assert page.locator("#adapt-text").is_visible()
     page.set_input_files("#adapt-file", file)
+    page.get_by_text("More", exact=True).click()
     page.get_by_label("Column of the prompts").fill("ask")
     page.fill("#adapt-name", "digits")
     page.locator("#adapt-start").click()
