@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_HOME ?= $(CURDIR)/.cache/dnd-home
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check clients clean
 
 install: $(STAMP)
 
@@ -22,6 +22,11 @@ demo: install
 
 test: install
 	DND_TEST_HOME='$(TEST_HOME)' $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+# CLIENTS="openai-3 llm" runs these alone; uv installs several times faster than pip
+clients: install
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv || true
+	$(BIN)/python tests/clients/run.py $(CLIENTS)
 
 check: install
 	$(BIN)/ruff check .

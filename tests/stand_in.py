@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from helpers import tiny_model, tiny_tokenizer
-from tiny_world import prompts_of, save_encoder, save_generator
+from tiny_world import ENCODER_WIDTH, prompts_of, save_encoder, save_generator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dnd_sdk.config import Home
 from dnd_sdk.generator import finding
@@ -28,14 +29,28 @@ def shortened(recipe: str) -> str:
     return re.sub(r"(?m)^held_out = \d+", "held_out = 1", re.sub(r"(?m)^steps = \d+", "steps = 2", recipe))
 
 
-def install(root: Path, patch: pytest.MonkeyPatch) -> Home:
-    """Tiny models under the default names, which every part of the SDK takes for the default ones."""
-    home = Home(root / "home")
-    save_encoder(home.models / DEFAULT_ENCODER)
+def long_model() -> PreTrainedModel:
+    """To the tiny tokenizer an ordinary prompt is long: one token a byte."""
     model = tiny_model(layers=1)
-    model.config.max_position_embeddings = 16_384  # to its tokenizer an ordinary prompt is long: one token a byte
-    for part, base in itertools.product((model, tiny_tokenizer()), (DEFAULT_BASE, SMALL_BASE)):
-        part.save_pretrained(home.models / base)
+    model.config.max_position_embeddings = 16_384
+    return model
+
+
+def install(
+    root: Path,
+    patch: pytest.MonkeyPatch,
+    base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    *,
+    encoder_width: int = ENCODER_WIDTH,
+) -> Home:
+    """Tiny models under the default names, which every part of the SDK takes for the default ones.
+
+    `base` is a model and its tokenizer, None a random one.
+    """
+    home = Home(root / "home")
+    save_encoder(home.models / DEFAULT_ENCODER, width=encoder_width)
+    for part, name in itertools.product(base or (long_model(), tiny_tokenizer()), (DEFAULT_BASE, SMALL_BASE)):
+        part.save_pretrained(home.models / name)
     for name in (DEFAULT_BASE, SMALL_BASE, DEFAULT_ENCODER):
         known, folder = EMBEDDED[name], home.models / name
         files = sorted(folder.iterdir())

@@ -34,11 +34,11 @@ def save_base(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def save_encoder(folder: Path) -> Path:
+def save_encoder(folder: Path, *, width: int = ENCODER_WIDTH) -> Path:
     """A tiny random sentence encoder with its tokenizer."""
     config = BertConfig(
         vocab_size=260,
-        hidden_size=ENCODER_WIDTH,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=48,
@@ -64,7 +64,7 @@ def prompts_of(task: str, n: int = 20) -> list[str]:
 def save_generator(folder: Path, base: Base, encoder: Encoder, *, r: int = 4) -> Path:
     """A tiny untrained generator whose adapters differ from prompt set to prompt set and change the tiny base."""
     config = GeneratorConfig(
-        encoder_width=ENCODER_WIDTH,
+        encoder_width=encoder.width,
         n_prompts=4,
         state_tokens=8,
         width=8,
