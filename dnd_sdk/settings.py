@@ -3,7 +3,8 @@
 * One name everywhere: `n_slots` in a file is `DND_N_SLOTS` in the environment and `--n-slots` on the command line.
 * A name that does not exist is refused, with the nearest one that does; of variables only those close to a setting,
   since the prefix is not ours alone.
-* pydantic-settings merges the sources; asking each of them which names it has tells where a value stands.
+* pydantic checks the values. Their sources are merged here: the library for that takes as long to import as all else
+  that a command needs to be answered by a running server.
 * The library reads no settings file: `DnD.load` takes arguments, and `Settings.load_arguments` are these.
 """
 
@@ -16,9 +17,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, NoDecode, SettingsConfigDict
-from pydantic_settings import PydanticBaseSettingsSource as Source
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
 from dnd_sdk.config import SAMPLING, SamplingOptions
 from dnd_sdk.errors import ConfigError
@@ -39,12 +38,10 @@ SERVING = ("host", "port", "api_key", "allowed_hosts", "answer_tokens", "max_wai
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Settings(BaseSettings, title="dnd.toml"):
-    """Every setting in force; the arguments are the flags that were given."""
+class Settings(BaseModel, title="dnd.toml"):
+    """Every setting in force; `load_settings` finds them."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     home: Text | None = Field(None, examples=["~/dnd"])
     """Folder for adapters and weights; the platform's user data folder unless set."""
@@ -80,15 +77,15 @@ class Settings(BaseSettings, title="dnd.toml"):
     """Above 1, tokens that were said or asked become less likely."""
     seed: int | None = Field(SamplingOptions.seed, examples=[0])
     """Makes sampling repeatable; fresh randomness unless set."""
-    stop: Annotated[tuple[str, ...], NoDecode] = Field(SamplingOptions.stop, examples=[["\n\n"]])
+    stop: tuple[str, ...] = Field(SamplingOptions.stop, examples=[["\n\n"]])
     """Answers are cut before the first of these."""
     host: Text | None = Field(None, examples=["127.0.0.1"])
     """Where `dnd serve` listens; this machine alone unless set."""
     port: int | None = Field(None, ge=0, le=65_535, examples=[8000])
     """Its port; 8000 unless set, 0 is any that is free."""
-    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), examples=[["agents=a-long-secret"]])
+    api_key: tuple[SecretStr, ...] = Field((), examples=[["agents=a-long-secret"]])
     """KEY or NAME=KEY, one of which each request must bring; none is needed unless set."""
-    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field((), examples=[["dnd.example.org"]])
+    allowed_hosts: tuple[str, ...] = Field((), examples=[["dnd.example.org"]])
     """Names by which requests may call the server, beside its own."""
     answer_tokens: int | None = Field(None, ge=1, examples=[1024])
     """What an answer of the server may take where its request does not say; 1024 unless set."""
@@ -96,14 +93,6 @@ class Settings(BaseSettings, title="dnd.toml"):
     """Requests that may wait at the server for others; 256 unless set."""
     log_prompts: bool | None = Field(None, examples=[False])
     """Whether the server's log holds what was asked and answered; it does not unless set."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: Source, env_settings: Source, *_: Source, **__: Source
-    ) -> tuple[Source, ...]:
-        """The strongest first."""
-        files = (InitSettingsSource(settings_cls, _read_file(path)) for path in settings_files())
-        return init_settings, env_settings, *files
 
     @field_validator("stop", "api_key", "allowed_hosts", mode="before")
     @classmethod
@@ -138,7 +127,7 @@ def load_settings(**flags: object) -> Settings:
     """
     _refuse_misspelt_variables()
     try:
-        return Settings(**_given(flags))
+        return Settings(**_merged(flags))
     except ValidationError as e:
         raise _refusal(e, origins(**flags)) from e
 
@@ -148,7 +137,7 @@ def origins(**flags: object) -> dict[str, str]:
     places = dict.fromkeys(Settings.model_fields, "default")
     for path in reversed(settings_files()):
         places |= dict.fromkeys(_read_file(path), str(path))
-    places |= {name: PREFIX + name.upper() for name in EnvSettingsSource(Settings)()}
+    places |= {name: PREFIX + name.upper() for name in _variables()}
     return places | {name: "--" + name.replace("_", "-") for name in _given(flags)}
 
 
@@ -172,6 +161,20 @@ def template() -> str:
         value = field.examples[0] if field.examples else field.default
         lines += ["", f"# {field.description}", f"# {name} = {json.dumps(value)}"]
     return "\n".join(lines) + "\n"
+
+
+def _merged(flags: dict[str, object]) -> dict[str, Any]:
+    """Every value that is given anywhere, the strongest of each name."""
+    values: dict[str, Any] = {}
+    for path in reversed(settings_files()):
+        values |= _read_file(path)
+    return {**values, **_variables(), **_given(flags)}
+
+
+def _variables() -> dict[str, str]:
+    """The settings that are in the environment; empty ones count as not set."""
+    told = {name.upper(): text for name, text in os.environ.items() if text}
+    return {name: told[PREFIX + name.upper()] for name in Settings.model_fields if PREFIX + name.upper() in told}
 
 
 def _given(flags: dict[str, object]) -> dict[str, Any]:

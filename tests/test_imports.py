@@ -22,7 +22,7 @@ from dnd_sdk.config import Home
 
 ROOT = Path(dnd_sdk.__file__).parents[1]
 TREES = ("dnd_sdk", "cli", "integrations")
-HEAVY = ("torch", "transformers", "peft", "faiss", "sentence_transformers", "llama_index", "numpy", "pydantic_settings")
+HEAVY = ("torch", "transformers", "peft", "faiss", "sentence_transformers", "llama_index", "numpy", "dnd_sdk.settings")
 
 ROWS = {
     room: row
@@ -117,7 +117,7 @@ def test_what_only_reads_the_store_loads_no_torch(home: Home, tmp_path: Path) ->
     commands += [["export", "two", str(out)], ["rm", "one", "three"], ["ls", "-q"]]
     commands = [*(["adapters", *words] for words in commands), ["models", "ls"]]
     loaded = loaded_after(READING_THE_STORE.format(commands=commands, home=str(home.root)))
-    assert loaded <= {"numpy", "pydantic_settings"}
+    assert loaded <= {"numpy", "dnd_sdk.settings"}
     assert [a.name for a in store.ls()] == ["two"] and (out / "dnd.json").is_file()
 
 

@@ -24,8 +24,7 @@ from dnd_sdk.settings import (
     unknown_variables,
 )
 
-DEFAULTS = Settings.model_construct()
-"""Without looking at any file or variable, which `Settings()` does."""
+DEFAULTS = Settings()
 
 
 @pytest.fixture

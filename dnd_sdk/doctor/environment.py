@@ -25,7 +25,6 @@ PACKAGES = (
     "llama-index-core",
     "huggingface_hub",
     "pydantic",
-    "pydantic-settings",
     "typer",
 )
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
