@@ -24,7 +24,7 @@ from dnd_sdk.session import AdaptResult
 router = APIRouter(prefix="/dnd", tags=["dnd"])
 
 Prompt = Annotated[str, Field(min_length=1)]
-Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 Role = Annotated[str | None, Field(max_length=65_536)]
 
 

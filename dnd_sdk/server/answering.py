@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._submitted: list[Submitted] = []
+        self._cancelled = False
         self._began = time.monotonic()
         self.adapted: AdaptResult | None = None
         """What came of the request's own prompts, if it has some."""
@@ -50,7 +52,7 @@ class Answers:
         try:
             choice = await self._choice()
             for i in range(self._asked.n_choices):
-                self._submitted.append(await self._service.run(partial(self._submit, i, choice)))
+                await self._service.run(partial(self._submit, i, choice))
         except BaseException:
             self.cancel()
             raise
@@ -103,7 +105,8 @@ class Answers:
         return [found[i] for i in range(len(found))]
 
     def cancel(self) -> None:
-        """End what still runs."""
+        """End what still runs, and what a thread may still be handing in."""
+        self._cancelled = True
         for submitted in self._submitted:
             submitted.future.cancel()
 
@@ -122,11 +125,11 @@ class Answers:
         self.adapted = made
         return made.adapter
 
-    def _submit(self, i: int, choice: AdapterChoice) -> Submitted:
+    def _submit(self, i: int, choice: AdapterChoice) -> None:
         asked, sampling = self._asked, dict(self._asked.sampling)
         if sampling.get("seed") is not None:
             sampling["seed"] += i
-        return self._service.dnd.submit(
+        submitted = self._service.dnd.submit(
             asked.prompts[i // asked.n],
             choice,
             tools=asked.tools or None,
@@ -134,10 +137,14 @@ class Answers:
             may_clip=asked.may_clip,
             **sampling,
         )
+        self._submitted.append(submitted)
+        if self._cancelled:  # whoever waited for this thread has gone
+            submitted.future.cancel()
 
     def _tell(self, news: Callable[[], Piece | BaseException]) -> None:
         # from the thread that runs the base: the loop makes of it what is to be made
-        self._loop.call_soon_threadsafe(lambda: self._news.put_nowait(news()))
+        with suppress(RuntimeError):  # the loop is closed: nobody is left
+            self._loop.call_soon_threadsafe(lambda: self._news.put_nowait(news()))
 
     def _over(self, i: int, future: object) -> None:
         self._tell(partial(self._end, i))
@@ -166,9 +173,11 @@ class Answers:
 
     async def _notice_leaving(self) -> None:
         """The body was read before: what comes next is the client's leaving."""
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
-        self.cancel()  # here, too: nobody may have begun to read the pieces
+        try:
+            while (await self._request.receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            self.cancel()  # here, too: nobody may have begun to read the pieces
         self._news.put_nowait(gone())
 
 

@@ -60,7 +60,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 def create_app(dnd: DnD, settings: ServerSettings | None = None) -> FastAPI:
     """A server of one session, for uvicorn or any ASGI server with one worker; the session stays the caller's."""
     service = Service(dnd, settings or ServerSettings())
-    app = FastAPI(title="dnd", version=__version__, responses=_RESPONSES, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="dnd", version=__version__, responses=_RESPONSES, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.service = service
     for routes in (models, completing, adapting, adapters, status, pages):
         app.include_router(routes.router)

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dnd_sdk.errors import BusyError
 from dnd_sdk.server.access_log import log_access
 from dnd_sdk.server.problems import Problem, RequestError, problem_of
 from dnd_sdk.server.service import Service
@@ -25,6 +26,9 @@ _OPEN = ("/health", "/ready", "/", "/favicon.ico")
 _OPEN_UNDER = "/page/"
 _LINGER_S, _LINGER_BYTES = 2.0, 32 * 2**20
 """For how long, and how much of, a body is read on that is too large or too late."""
+_HELD_UPLOADS = 2
+"""As many bytes as this many uploads may have are held at most, of all requests together."""
+_CLOSE = (b"connection", b"close")
 _UPLOADS = ("/dnd/adapt", "/dnd/adapters")
 
 
@@ -33,6 +37,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service, self._settings = app, service, service.settings
+        self._held = _Held(_HELD_UPLOADS * self._settings.max_upload_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -41,15 +46,16 @@ class Guard:
                 await self._app(scope, receive, send)
             return
         began, headers = time.monotonic(), Headers(scope=scope)
-        body = _Body(receive, self._limit(scope, headers), self._settings.body_timeout_s)
-        sending = _Sending(send, body, self._settings.body_timeout_s)
+        body = _Body(receive, headers, self._limit(scope, headers), self._settings.body_timeout_s, self._held)
+        sending = _Sending(send, body)
         try:
             self._check(scope, headers)
-            body.check_length(headers)
+            body.check_length()
             await self._app(scope, body, sending)
         except Exception as error:
             await self._fail(scope, receive, sending, error)
         finally:
+            body.let_go()
             self._note(scope, sending.status, time.monotonic() - began)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
@@ -94,33 +100,47 @@ def answer_of(problem: Problem) -> JSONResponse:
     return JSONResponse(problem.body, problem.status, problem.headers)
 
 
+class _Held:
+    """Bytes of all bodies whose requests are being read or answered."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.n_bytes, self.max_bytes = 0, max_bytes
+
+
 class _Body:
     """A request's body, up to a size and within a time."""
 
-    def __init__(self, receive: Receive, max_bytes: int, timeout_s: float) -> None:
-        self._receive, self._max_bytes = receive, max_bytes
+    def __init__(self, receive: Receive, headers: Headers, max_bytes: int, timeout_s: float, held: _Held) -> None:
+        self._receive, self._max_bytes, self._held = receive, max_bytes, held
+        self._length, self._is_chunked = headers.get("content-length", "0"), "transfer-encoding" in headers
         self._deadline = time.monotonic() + timeout_s
         self._n = 0
-        self._whole = False
+        self.is_whole = self._length == "0" and not self._is_chunked
+        """Whether all of it has come."""
 
-    def check_length(self, headers: Headers) -> None:
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > self._max_bytes:
+    def check_length(self) -> None:
+        """Raise `RequestError` for one that says itself that it is too large, or says two things."""
+        if self._is_chunked and self._length != "0":  # whoever stands in front may have read the other
+            raise RequestError(Problem(400, "content-length and transfer-encoding exclude each other"))
+        if not self._length.isdecimal() or int(self._length[:20]) > self._max_bytes:
             raise self._too_large()
 
+    def let_go(self) -> None:
+        """Its request is over."""
+        self._held.n_bytes -= self._n
+        self._n = 0
+
     async def __call__(self) -> Message:
-        if self._whole:  # what comes now is the client's leaving, which may take as long as it likes
+        if self.is_whole:  # what comes now is the client's leaving, which may take as long as it likes
             return await self._receive()
         try:
             async with asyncio.timeout(self._deadline - time.monotonic()):
                 message = await self._receive()
         except TimeoutError as e:
-            raise _ended(408, "the request took too long to come in", "timeout") from e
+            raise RequestError(Problem(408, "the request took too long to come in", code="timeout")) from e
         if message["type"] == "http.request":
-            self._n += len(message.get("body", b""))
-            self._whole = not message.get("more_body", False)
-            if self._n > self._max_bytes:
-                raise self._too_large()
+            self._count(len(message.get("body", b"")))
+            self.is_whole = not message.get("more_body", False)
         return message
 
     async def pass_over(self) -> None:
@@ -128,42 +148,40 @@ class _Body:
         n = 0
         with suppress(TimeoutError):
             async with asyncio.timeout(_LINGER_S):
-                while not self._whole and n < _LINGER_BYTES:
+                while not self.is_whole and n < _LINGER_BYTES:
                     message = await self._receive()
                     n += len(message.get("body", b""))
-                    self._whole = not message.get("more_body", False)
+                    self.is_whole = not message.get("more_body", False)
+
+    def _count(self, n: int) -> None:
+        self._n += n
+        self._held.n_bytes += n
+        if self._n > self._max_bytes:
+            raise self._too_large()
+        if self._held.n_bytes > self._held.max_bytes:
+            full = BusyError("the server holds all it can of other requests", fix="try again later")
+            raise RequestError(problem_of(full))
 
     def _too_large(self) -> RequestError:
-        return _ended(413, f"the request is larger than {self._max_bytes} bytes", "too_large")
-
-
-def _ended(status: int, message: str, code: str) -> RequestError:
-    """The connection ends with it: the rest of the body may still be coming."""
-    return RequestError(Problem(status, message, code=code, headers={"connection": "close"}))
+        return RequestError(Problem(413, f"the request is larger than {self._max_bytes} bytes", code="too_large"))
 
 
 class _Sending:
-    """Sends an answer, and lets go of a client that takes nothing for too long."""
+    """Sends an answer; a connection on which a body is still coming ends with it."""
 
-    def __init__(self, send: Send, body: _Body, timeout_s: float) -> None:
-        self._send, self._body, self._timeout_s = send, body, timeout_s
-        self._closes = False
+    def __init__(self, send: Send, body: _Body) -> None:
+        self._send, self._body = send, body
         self.status: int | None = None
         """None: no answer has begun."""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers: list[Any] = list(message.get("headers", []))
-            self._closes = (b"connection", b"close") in headers
-            message = {**message, "headers": [*headers, (b"x-content-type-options", b"nosniff")]}
-        elif self._closes and not message.get("more_body", False):
+            headers: list[Any] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            message = {**message, "headers": headers if self._body.is_whole else [*headers, _CLOSE]}
+        elif not self._body.is_whole and not message.get("more_body", False):
             # a connection that is closed while more comes in is reset, and the client may never read the answer
-            await self._pass({**message, "more_body": True})
+            await self._send({**message, "more_body": True})
             await self._body.pass_over()
             message = {"type": "http.response.body", "body": b""}
-        await self._pass(message)
-
-    async def _pass(self, message: Message) -> None:
-        async with asyncio.timeout(self._timeout_s):
-            await self._send(message)
+        await self._send(message)

@@ -40,6 +40,9 @@ _PATH = re.compile(rf"(?<![\w.:/#])(?:~|/(?:{_ROOTS})(?![\w-]))(?:/{_PART}+)*/?|
 """An absolute path begins with what lies in the root; a JSON pointer or a fraction does not."""
 
 
+_hidden: set[str] = set()
+
+
 class Problem(NamedTuple):
     """One error as it is sent."""
 
@@ -98,8 +101,16 @@ def problem_of(error: BaseException) -> Problem:
     return Problem(500, "the server failed; its log says how", "server_error", None, "internal_error")
 
 
+def hide(folder: str | os.PathLike[str]) -> None:
+    """From now on nobody is told this path, though it may hold spaces and thus look like words."""
+    if os.path.isabs(path := os.fspath(folder)):
+        _hidden.add(path.rstrip(os.sep) + os.sep)
+
+
 def without_paths(text: str) -> str:
     """The text with each absolute path cut to its last part."""
+    for path in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(path, "").replace(path[:-1], path[:-1].rpartition(os.sep)[2])
     return _PATH.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
 
 

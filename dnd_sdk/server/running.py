@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from http import HTTPStatus
+from types import FrameType
 from typing import NamedTuple
 
 import uvicorn
@@ -17,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.server.app import create_app
+from dnd_sdk.server.problems import Problem
 from dnd_sdk.server.settings import ServerSettings
 from dnd_sdk.session import DnD
 
@@ -25,6 +30,8 @@ log = logging.getLogger(__name__)
 _MAX_HEAD_BYTES = 32 * 1024
 _KEEP_ALIVE_S = 15
 _MAX_CONNECTIONS = 4096
+_OTHER_FILES = 256
+"""Files that are left to the rest of the process, where the system allows fewer than there may be connections."""
 _BACKLOG = 1024
 
 
@@ -48,18 +55,19 @@ def serve(
     """
     with _bound(settings) as sock, load() as dnd:
         app = create_app(dnd, settings)
+        app.state.max_connections = _max_connections()
         config = uvicorn.Config(
             app,
-            http=_Timed,
+            http=_Connection,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
+            log_level=logging.ERROR,  # not of each that sends what is no HTTP
             server_header=False,
             h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, round(settings.shutdown_s)),
-            limit_concurrency=_MAX_CONNECTIONS,
             backlog=_BACKLOG,
         )
         server = _Server(config)
@@ -68,6 +76,22 @@ def serve(
             server.told = partial(listening, told)
         with _own_sigterm():
             server.run(sockets=[sock])
+
+
+def _max_connections() -> int:
+    """How many may be open; the process is allowed as many files as its system lets it ask for."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return _MAX_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_CONNECTIONS + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(_MAX_CONNECTIONS, max(1, soft - _OTHER_FILES))
 
 
 @contextmanager
@@ -97,18 +121,30 @@ class _Server(uvicorn.Server):
         self.config.app.state.service.stopping = True  # type: ignore[union-attr]
         await super().shutdown(sockets=sockets)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._captured_signals:  # asked again: what runs may hang
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
 
-class _Timed(H11Protocol):
-    """Hangs up on a connection whose next request's head does not come in whole in time."""
+
+class _Connection(H11Protocol):
+    """Hangs up on a client that does not send its request's head in time, or takes nothing of what it is sent."""
 
     _head: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
+    _unsent = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.config.app.state.max_connections:  # type: ignore[union-attr]
+            self._refuse(Problem(503, "too many connections are open", "server_error", None, "busy"))
         self._wait_for_head()
+        self._check_taking()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._heard()
+        if self._taking is not None:
+            self._taking.cancel()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
@@ -121,18 +157,41 @@ class _Timed(H11Protocol):
         self._wait_for_head()
         super().on_response_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        answered = self.cycle is None or self.cycle.response_complete
+        if not answered:  # by its body; to the application the client has gone
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if answered or not self.cycle.response_started:
+            self._refuse(Problem(400, "this is no HTTP request, or its head is too long", code="bad_request"))
+        self.transport.close()
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer without the application, and hang up."""
+        body = json.dumps(problem.body).encode()
+        head = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\nconnection: close\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
     def _wait_for_head(self) -> None:
         self._heard()
-        self._head = self.loop.call_later(_KEEP_ALIVE_S, self._hang_up)
+        self._head = self.loop.call_later(_KEEP_ALIVE_S, self.transport.close)
 
     def _heard(self) -> None:
         if self._head is not None:
             self._head.cancel()
             self._head = None
 
-    def _hang_up(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
+    def _check_taking(self) -> None:
+        """Now and then, also once the answer is complete or the connection is being closed."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent == self._unsent:
+            self.transport.abort()  # closing would wait until it is taken
+            return
+        self._unsent = unsent
+        service = self.config.app.state.service  # type: ignore[union-attr]
+        self._taking = self.loop.call_later(service.settings.body_timeout_s, self._check_taking)
 
 
 def _bound(settings: ServerSettings) -> socket.socket:

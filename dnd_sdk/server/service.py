@@ -18,6 +18,7 @@ from fastapi import Depends, Request
 
 from dnd_sdk.errors import BusyError
 from dnd_sdk.server.metrics import Metrics
+from dnd_sdk.server.problems import hide
 from dnd_sdk.server.settings import ServerSettings
 from dnd_sdk.session import DnD
 
@@ -43,6 +44,8 @@ class Service:
     def __init__(self, dnd: DnD, settings: ServerSettings) -> None:
         self.dnd, self.settings = dnd, settings
         self.metrics = Metrics(dnd)
+        for folder in (dnd.home.root, dnd.base.name, dnd.encoder.name):
+            hide(folder)
         self.base_id, self.encoder_id = _shown_name(dnd.base.name), _shown_name(dnd.encoder.name)
         """What both are called by clients."""
         self.instance = uuid.uuid4().hex

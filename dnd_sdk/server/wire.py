@@ -10,6 +10,7 @@ from dnd_sdk.config import MAX_LOGPROBS
 
 MAX_CHOICES = 16
 MAX_INPUTS = 2048
+MAX_TOOLS = 128
 MAX_PROMPTS = 10_000
 """In a list; files may hold more, of which a sample is taken."""
 
@@ -17,13 +18,17 @@ Bias = Annotated[float | None, Field(ge=-2, le=2)]
 Seed = Annotated[int | None, Field(ge=-(2**63), lt=2**63)]
 Tokens = Annotated[int | None, Field(ge=1, le=2**31)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
-Stop = str | Annotated[list[str], Field(max_length=64)] | None
+Stop = str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None
+_Ids = Annotated[list[int], Field(max_length=65_536, fail_fast=True)]
+TokenIds = _Ids | Annotated[list[_Ids], Field(max_length=65_536, fail_fast=True)]
+"""Refused, with a better word than that they are no text."""
+# Every list of a body has an end and fails with its first fault: a million faults would be collected for a minute
 
 
 class Adapting(BaseModel):
     """Our own part of a request: prompts of the task, which the answer's adapter is chosen or made for."""
 
-    prompts: Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    prompts: Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)] | None = None
     mode: Literal["auto", "reuse", "generate", "base"] = "auto"
 
 
@@ -80,9 +85,9 @@ class Message(BaseModel):
     """One of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MAX_INPUTS, fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Annotated[list[Call], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
 
@@ -131,11 +136,11 @@ class ResponseFormat(BaseModel):
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_INPUTS)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     max_completion_tokens: Tokens = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -144,7 +149,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """`POST /v1/completions`."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | list[int] | list[list[int]]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | TokenIds
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     echo: bool | None = None
 
@@ -153,6 +158,6 @@ class EmbeddingRequest(BaseModel):
     """`POST /v1/embeddings`."""
 
     model: Name
-    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)] | list[int] | list[list[int]]
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)] | TokenIds
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int | None, Field(ge=1)] = None
