@@ -86,6 +86,11 @@ class SlotBank:
             with self._writing:
                 self._bring_in(adapter_id, loader)
 
+    @property
+    def can_fetch(self) -> bool:
+        """Whether an adapter that is in no slot is brought in when it is leased."""
+        return self._fetch is not None
+
     def room(self, adapter_ids: Iterable[str]) -> int:
         """How many of these adapters can be resident at once, beside what is pinned."""
         return self._table.room(adapter_ids)
@@ -126,12 +131,15 @@ class SlotBank:
                 self._writing.release()
         return leased
 
-    def look_up(self, adapter_id: str) -> None:
-        """Raise what fetching the adapter raises; it is in a slot then, unless none is free."""
+    def look_up(self, adapter_id: str, loader: Loader | None = None) -> None:
+        """Raise what loading the adapter raises; it is in a slot then or, while none is free, kept in host memory.
+
+        `loader` None: it is fetched. Nobody waits here for a running request to end.
+        """
         if self._table.touch(adapter_id):
             return
         with self._writing, suppress(BankFullError):
-            self._bring_in(adapter_id, self._fetching(adapter_id), wait=False)
+            self._bring_in(adapter_id, loader or self._fetching(adapter_id), wait=False)
 
     @property
     def is_awaited(self) -> bool:
@@ -229,9 +237,10 @@ class SlotBank:
         packed = self._kept_or_packed(adapter_id, loader)
         try:
             row, loser = self._table.take_row(spare, wait=wait)
-        except BaseException:
+        except BaseException:  # no slot is free: it is kept for when one is
             if self._kept.get(adapter_id) is None:
-                self._memory.reuse(packed)
+                for gone in self._kept.keep(adapter_id, packed):
+                    self._memory.reuse(gone)
             raise
         try:
             self._exchange(adapter_id, packed, row, loser)

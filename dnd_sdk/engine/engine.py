@@ -121,9 +121,13 @@ class Engine(Resident):
     def hold(self, adapter: Adapter, load: Loader) -> None:
         """Bring an adapter into a slot unless it is in one; raises what `load` and `SlotBank.load` raise.
 
-        Others may take its slot later: a request that names it then needs `fetch`.
+        Others may take its slot later, or all may be in use now: a request that names it then needs `fetch`, without
+        which this waits for a slot.
         """
-        self.bank.ensure(adapter.id, load)
+        if self.bank.can_fetch:
+            self.bank.look_up(adapter.id, load)
+        else:
+            self.bank.ensure(adapter.id, load)
 
     def pin(self, adapter_id: str, pinned: bool) -> None:
         """Keep an adapter in its slot, or do so no longer; see `SlotBank.pin`."""
