@@ -162,7 +162,14 @@ ELSEWHERE = {
         ),
         "test_bench_training.test_the_example_of_another_base_is_made_and_timed",
     ),
-    'pip install "dnd-sdk[smolagents]"': "test_readme_commands.test_the_extras_that_are_named_exist",
+    **dict.fromkeys(  # needs a base whose template renders tools
+        ("python examples/langchain_agent.py", "python examples/langchain_agent.py --prompts 40 --questions 2"),
+        "test_langchain_example.test_the_agent_asks_its_adapted_specialist",
+    ),
+    **dict.fromkeys(
+        ('pip install "dnd-sdk[smolagents]"', 'pip install "dnd-sdk[langchain]" langchain'),
+        "test_readme_commands.test_the_extras_that_are_named_exist",
+    ),
 }
 """Commands of other programs, and those that need the real weights: the test that stands for each."""
 
