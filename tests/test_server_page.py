@@ -264,18 +264,15 @@ def test_lines_are_routed_as_prompts_of_one_job(page: Any) -> None:
 
 
 def test_the_log_grows_and_what_is_unfolded_stays_so(page: Any) -> None:
+    entries = page.locator("#log-rows > li")
+    until(page, lambda: entries.count() == 2)
+    entries.last.locator("summary").click()
+    assert entries.last.locator(".details .facts").is_visible()
     page.fill("#adapt-text", "0 + 1 = ?")
     page.locator("#adapt-start").click()
-    entries = page.locator("#log-rows > li")
-    entries.first.wait_for()
-    n = entries.count()
-    last = entries.last
-    last.locator("summary").click()
-    assert last.locator(".details .facts").is_visible()
-    page.fill("#adapt-text", "0 + 2 = ?")
-    page.locator("#adapt-start").click()
-    until(page, lambda: entries.count() > n)
-    assert last.locator(".details .facts").is_visible()
+    until(page, lambda: entries.count() == 3)
+    assert entries.last.locator(".details .facts").is_visible()
+    assert not entries.first.locator(".details .facts").is_visible()
 
 
 # the server itself

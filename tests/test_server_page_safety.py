@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra server")
 
-from page_parts import Open, answer_with, listening, row, see, see_adapted, until
+from page_parts import Open, answer_with, listening, row, see, see_adapted
 
 from dnd_sdk.session import DnD
 
@@ -38,7 +38,8 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_only(opened: Open, locked_url: 
     see(page, "#key-message", "no spaces")
     page.fill("#key-input", "not-the-key")
     page.keyboard.press("Enter")
-    until(page, lambda: page.input_value("#key-input") == "")
+    see(page, "#key-message", "This key is refused")
+    assert page.input_value("#key-input") == "" and page.evaluate("sessionStorage.length") == 0
     assert not page.locator("#main").is_visible()
     page.fill("#key-input", KEY)
     page.keyboard.press("Enter")

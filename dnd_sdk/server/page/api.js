@@ -14,7 +14,7 @@ export class ApiError extends Error {
   }
 }
 
-/** Call this with the server's words whenever it wants a key, or another one. */
+/** Call this with the server's words whenever it wants a key, and with whether it has refused one. */
 export function whenLocked(callback) {
   locked = callback;
 }
@@ -33,6 +33,7 @@ export function useKey(value) {
 /** The response to a request; `json` or `form` is its body. Throws ApiError, or AbortError after `signal`. */
 export async function request(path, { method = "GET", json, form, accept = "application/json", signal } = {}) {
   const headers = new Headers({ Accept: accept });
+  const used = key;
   if (key) headers.set("Authorization", `Bearer ${key}`);
   if (json !== undefined) headers.set("Content-Type", "application/json");
   const body = json === undefined ? form : JSON.stringify(json);
@@ -45,7 +46,11 @@ export async function request(path, { method = "GET", json, form, accept = "appl
   }
   if (response.ok) return response;
   const refusal = await refused(response);
-  if (refusal.status === 401) locked(refusal.message);
+  // an answer to the key before says nothing of the one that has been given since
+  if (refusal.status === 401 && used === key) {
+    useKey(null);
+    locked(refusal.message, used !== null);
+  }
   throw refusal;
 }
 

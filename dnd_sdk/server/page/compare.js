@@ -88,7 +88,7 @@ class Side {
     const watch = new Watch((figures) => fill(this.figures, figures));
     const name = this.model.replace("dnd:", "");
     try {
-      const json = { ...body, model: this.model, stream: true, stream_options: { include_usage: true } };
+      const json = { ...body, model: this.model, stream: true };
       for await (const { data } of getEvents("v1/chat/completions", { method: "POST", json, signal })) {
         if (data === "[DONE]") break;
         if (data.error) throw asError(data.error);

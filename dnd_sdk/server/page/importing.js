@@ -17,7 +17,7 @@ export function importDialog({ changed }) {
     event.preventDefault();
     setText(error, "");
     const sent = async () => {
-      const adapter = await getJson("dnd/adapters", { method: "POST", form: filled(form) });
+      const adapter = await getJson("dnd/adapters", { method: "POST", form: new FormData(form) });
       dialog.close();
       tell(`${adapter.name} is imported.`, adapter.notes);
     };
@@ -27,11 +27,4 @@ export function importDialog({ changed }) {
     };
     if (await during(send, sent, failed)) changed();
   });
-}
-
-/** A form's fields, those that were left empty left out: an empty file would be a file to the server. */
-export function filled(form) {
-  const data = new FormData(form);
-  for (const [name, value] of [...data]) if (value === "" || (value instanceof File && !value.name)) data.delete(name);
-  return data;
 }

@@ -13,21 +13,19 @@ export function lock({ unlocked }) {
     const key = input.value.trim();
     if (!SENDABLE.test(key)) return setText(message, "A key has no spaces and none but plain characters.");
     useKey(key);
+    input.value = "";
     unlocked();
   });
   return {
-    /** With the server's words. */
-    show(words) {
-      setText(message, words);
-      input.value = "";
-      if (!form.hidden) return input.focus();
+    /** With the server's words, and whether they are about a key that it was sent. */
+    show(words, refused) {
+      setText(message, refused ? `This key is refused: ${words}` : words);
       [form.hidden, main.hidden] = [false, true];
       input.focus();
     },
     hide() {
       if (form.hidden) return;
       [form.hidden, main.hidden] = [true, false];
-      input.value = "";
       main.focus();
     },
   };

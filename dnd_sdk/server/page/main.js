@@ -2,7 +2,7 @@
 
 import { adaptation } from "./adapt.js";
 import { adaptersTable } from "./adapters.js";
-import { getJson, request, whenLocked } from "./api.js";
+import { ApiError, getJson, request, whenLocked } from "./api.js";
 import { comparison } from "./compare.js";
 import { byId, setText } from "./dom.js";
 import { importDialog } from "./importing.js";
@@ -27,9 +27,9 @@ const pause = byId("pause");
 pause.addEventListener("click", () => setPaused(pause.getAttribute("aria-pressed") !== "true"));
 
 const gate = lock({ unlocked: () => setPaused(false) });
-whenLocked((words) => {
+whenLocked((words, refused) => {
   polling.stop();
-  gate.show(words);
+  gate.show(words, refused);
 });
 
 function setPaused(paused) {
@@ -46,6 +46,7 @@ async function read(whole) {
     connected("connected", true);
     return true;
   } catch (error) {
+    if (!(error instanceof ApiError)) console.error(error); // of our own making
     connected(error.status === 401 ? "locked" : worded(error), false);
     return false;
   }
