@@ -286,7 +286,7 @@ def test_a_server_that_thinks_for_long_is_waited_for(
     client: ServerClient, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dnd_sdk.client.call.WATCH_S", 0.01)
-    monkeypatch.setattr("dnd_sdk.client.http.CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("dnd_sdk.client.call.CONNECT_TIMEOUT_S", 0.1)
 
     def think() -> None:
         while sum(asked.path == "/health" for asked in stub.asked) < 6:

@@ -15,6 +15,7 @@ from dnd_sdk.client.presence import Presence
 from dnd_sdk.client.refusals import refusal
 from dnd_sdk.errors import DndError, ServerError
 
+CONNECT_TIMEOUT_S = 3.0
 WATCH_S = 5.0
 """Between looks at a server that says nothing."""
 MISSES = 3
@@ -31,7 +32,7 @@ class Call:
         """Send it; raises `ServerError` for a server that cannot be reached, our other errors for what it refuses."""
         self._server = server
         with self._told():
-            self._connection = connect(server.url)
+            self._connection = connect(server.url, CONNECT_TIMEOUT_S)
         self._watch = _Watch(server, self._connection)
         try:
             with self._told():

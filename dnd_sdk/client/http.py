@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 MAX_ANSWER_BYTES, MAX_LINE_BYTES = 64 * 2**20, 16 * 2**20
-CONNECT_TIMEOUT_S = 3.0
 
 
 class Body(NamedTuple):
@@ -28,7 +27,7 @@ class Event(NamedTuple):
     data: str
 
 
-def connect(url: str, timeout_s: float = CONNECT_TIMEOUT_S) -> HTTPConnection:
+def connect(url: str, timeout_s: float) -> HTTPConnection:
     """An open connection to `http://HOST:PORT`; raises `OSError` within `timeout_s`, which holds for reading, too."""
     parts = urlsplit(url)
     connection = HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
