@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any, Literal
 
 import openai
@@ -79,7 +80,9 @@ def check_tools(client: openai.OpenAI) -> None:
     assert ask(model=MODEL, messages=MESSAGES, tools=[WEATHER], tool_choice="none").choices[0].message.content == SAYS
     named: Any = {"type": "function", "function": {"name": "weather"}}
     for choice in ("required", named):
-        assert ask(model=MODEL, messages=MESSAGES, tools=[WEATHER], tool_choice=choice).choices[0].message.tool_calls
+        made = ask(model=MODEL, messages=MESSAGES, tools=[WEATHER], tool_choice=choice).choices[0].message.tool_calls
+        assert made and made[0].function.name == "weather", made
+        assert json.loads(made[0].function.arguments).keys() == {"city"}, made
     with client.chat.completions.stream(model=MODEL, messages=MESSAGES, tools=[WEATHER]) as stream:
         final = stream.get_final_completion().choices[0].message
     assert final.tool_calls and final.tool_calls[0].function.arguments == '{"city": "Paris"}', final

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import KEY, MODEL, QUESTION, SAYS, TEXTS, URL, run_example, says
+from common import KEY, MODEL, QUESTION, SAYS, URL, run_example, says
 from smolagents import CodeAgent, LogLevel, OpenAIServerModel, ToolCallingAgent, tool
 from smolagents.models import ChatMessage, MessageRole
 
@@ -26,6 +26,8 @@ if __name__ == "__main__":
     assert "".join(d.content or "" for d in deltas) == SAYS and sum(d.token_usage is not None for d in deltas) == 1
     for stream in (False, True):
         quiet = {"verbosity_level": LogLevel.OFF, "max_steps": 3, "stream_outputs": stream}
-        assert CodeAgent(tools=[weather], model=model, **quiet).run(QUESTION) == "It is sunny."
-        assert ToolCallingAgent(tools=[weather], model=model, **quiet).run(QUESTION) == TEXTS["told"]
+        # the second insists on a call, so that the base is held to a schema, where it says as little as it can
+        for agent, wanted in ((CodeAgent, "It is sunny."), (ToolCallingAgent, "")):
+            got = agent(tools=[weather], model=model, **quiet).run(QUESTION)
+            assert got == wanted, (agent, stream, got)
     says(run_example("smolagents/agent.py"), "answer: It is sunny.")

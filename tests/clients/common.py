@@ -20,7 +20,6 @@ TEXTS = {
     "say": SAYS,
     "call": '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>',
     "told": "The tool says: sunny.",
-    "finish": '<tool_call>\n{"name": "final_answer", "arguments": {"answer": "The tool says: sunny."}}\n</tool_call>',
     "code": 'Thought: I know it.\n<code>\nfinal_answer("It is sunny.")\n</code>',
     "react": "Thought: I can answer without using any more tools.\nAnswer: It is sunny.",
     "fields": "[[ ## answer ## ]]\nParis\n\n[[ ## completed ## ]]",

@@ -24,7 +24,6 @@ _STARTS = {name: f"<|{name}|>" for name in TEXTS}
 _PICK = (
     "{% set asked = messages | map(attribute='content') | join('\n') %}{% set last = messages[-1] %}"
     "{% if last.role == 'tool' %}<|told|>"
-    "{% elif tools and 'final_answer' in tools | tojson and 'Observation' in last.content %}<|finish|>"
     "{% elif tools %}<|call|>"
     "{% elif '<code>' in asked %}<|code|>"
     "{% elif '[[ ## ' in asked %}<|fields|>"
