@@ -473,3 +473,20 @@ def test_slots_and_what_is_kept_are_as_a_plain_list_says(
     for k in [*kept]:
         bank.ensure(k, never)
         assert holds(bank, k, strong(LAYOUT, int(k)))
+
+
+def test_who_looks_an_adapter_up_waits_for_no_slot_and_finds_it_at_hand_later() -> None:
+    bank, loads = keeping(1, 1, fetch=lambda name: A), list[str]()
+    bank.load("b", B)
+
+    def loader() -> torch.Tensor:
+        loads.append("a")
+        return A
+
+    with bank.lease(["b"]):
+        bank.look_up("a", loader)
+        assert (bank.resident(), bank.kept(), loads) == (["b"], ["a"], ["a"])
+        with pytest.raises(AdapterCorruptError):
+            bank.look_up("c", lambda: broken(0, float("nan")))
+    bank.ensure("a", loader)
+    assert (bank.resident(), bank.kept(), loads) == (["a"], ["b"], ["a"]) and holds(bank, "a", A)

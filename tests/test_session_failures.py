@@ -80,15 +80,18 @@ def test_an_error_or_ctrl_c_at_any_step_leaves_everything_as_it_was(
     assert dnd.adapt(prompts_of("upper")).decision == "generate"  # and it works afterwards
 
 
-def test_a_full_bank_is_an_error_that_leaves_nothing(world: World) -> None:
+def test_adapting_does_not_wait_for_a_slot_and_who_asks_for_the_adapter_does(world: World) -> None:
     dnd = world.session(n_slots=2)
     first = dnd.adapt(prompts_of("upper")).adapter
     second = dnd.adapt(prompts_of("digits")).adapter
-    before = state(dnd)
-    dnd.engine.bank._table._wait_s = 0.05
-    with dnd.engine.bank.lease([first.id, second.id]), pytest.raises(BankFullError, match="adapter slots"):
-        dnd.adapt(prompts_of("lower"))
-    assert state(dnd) == before
+    dnd.engine.bank.wait_s = 0.05
+    with dnd.engine.bank.lease([first.id, second.id]):
+        made = dnd.adapt(prompts_of("lower"))
+        assert made.decision == "generate" and set(dnd.engine.resident()) == {first.id, second.id}
+        with pytest.raises(BankFullError, match="adapter slots"):
+            dnd.complete("hi", made.adapter, max_new_tokens=2)
+    assert dnd.complete("hi", made.adapter, max_new_tokens=2).adapter == made.adapter.name
+    assert made.adapter.id in dnd.engine.resident()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6, 0.0])

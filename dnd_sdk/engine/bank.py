@@ -139,7 +139,7 @@ class SlotBank:
         if self._table.touch(adapter_id):
             return
         with self._writing, suppress(BankFullError):
-            self._bring_in(adapter_id, loader or self._fetching(adapter_id), wait=False)
+            self._bring_in(adapter_id, loader or self._fetching(adapter_id), wait=False, keep=True)
 
     @property
     def is_awaited(self) -> bool:
@@ -229,17 +229,23 @@ class SlotBank:
         return None if self._fetch is None else partial(self._fetch, adapter_id)
 
     def _bring_in(
-        self, adapter_id: str, loader: Loader | None, spare: Collection[str] = (), *, wait: bool = True
+        self,
+        adapter_id: str,
+        loader: Loader | None,
+        spare: Collection[str] = (),
+        *,
+        wait: bool = True,
+        keep: bool = False,
     ) -> None:
-        # the caller holds `_writing`
+        """The caller holds `_writing`; `keep`: what finds no free slot is kept for when there is one."""
         if self._table.touch(adapter_id):
             return
         packed = self._kept_or_packed(adapter_id, loader)
         try:
             row, loser = self._table.take_row(spare, wait=wait)
-        except BaseException:  # no slot is free: it is kept for when one is
+        except BaseException:
             if self._kept.get(adapter_id) is None:
-                for gone in self._kept.keep(adapter_id, packed):
+                for gone in self._kept.keep(adapter_id, packed) if keep else [packed]:
                     self._memory.reuse(gone)
             raise
         try:

@@ -135,7 +135,7 @@ class DnD:
             progress: Told the name of each step as it begins (see `AdaptResult.timings_s`); None: nobody is.
 
         Raises `InputError` for unusable prompts or role, `ConfigError` for a bad mode, name or top_k, `StorageError`
-        when it cannot be stored, `BankFullError` when no slot is free. Whatever is raised, nothing has changed.
+        when it cannot be stored. Whatever is raised, nothing has changed.
         """
         return self._adaptation.run(prompts, mode, name, as_role(role), top_k, calibrate, progress)
 
