@@ -83,7 +83,6 @@ class Side {
   async answer(body, signal) {
     const text = document.createTextNode("");
     fill(this.output, text);
-    this.output.classList.remove("error");
     this.output.setAttribute("aria-busy", "true"); // read out when it is whole, not piece by piece
     const watch = new Watch((figures) => fill(this.figures, figures));
     const name = this.model.replace("dnd:", "");

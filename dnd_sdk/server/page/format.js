@@ -36,6 +36,7 @@ export function bytes(value) {
 /** 340 ms, 2.4 s, 12 min, 3 h 5 min. */
 export function duration(seconds) {
   if (!Number.isFinite(seconds)) return NONE;
+  if (seconds > 0 && seconds < 0.0001) return "<0.1 ms";
   if (seconds < 1) return `${seconds < 0.01 ? (seconds * 1000).toFixed(1) : Math.round(seconds * 1000)} ms`;
   if (seconds < 60) return `${seconds.toFixed(1)} s`;
   const minutes = Math.floor(seconds / 60);
