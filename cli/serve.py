@@ -12,7 +12,6 @@ import typer
 
 from dnd_sdk.cli.options import ModelOptions, SamplingFlags
 from dnd_sdk.cli.output import Output
-from dnd_sdk.client import remove_presence, write_presence
 from dnd_sdk.config import Home
 from dnd_sdk.errors import MissingExtraError, StorageError
 
@@ -84,6 +83,8 @@ class Announced:
 
     def listening(self, now: Listening) -> None:
         """It answers from now on."""
+        from dnd_sdk.client import write_presence
+
         loaded, self._instance = self._settings.load_arguments(), now.instance
         base, own = loaded.pop("base"), {name: value for name, value in loaded.items() if name != "home"}
         try:
@@ -100,6 +101,8 @@ class Announced:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        from dnd_sdk.client import remove_presence
+
         remove_presence(self._home, self._instance)
 
 

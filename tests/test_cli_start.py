@@ -16,6 +16,7 @@ from dnd_sdk.cli.output import Output
 NOT_FOR_LIGHT = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft", "accelerate", "faiss", "numpy"),
     *("scipy", "sympy", "sentence_transformers", "llama_index", "jinja2", "dnd_sdk.session", "dnd_sdk.engine.engine"),
+    "http.client",
 )
 RUN = """
 import json, sys
