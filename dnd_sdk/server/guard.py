@@ -54,6 +54,10 @@ class Guard:
             await self._app(scope, body, sending)
         except Exception as error:
             await self._fail(scope, receive, sending, error)
+        except asyncio.CancelledError:
+            if not self._service.stopping:
+                raise
+            log.warning("an answer was cut: the server's time to stop was over")
         finally:
             body.let_go()
             self._note(scope, sending.status, time.monotonic() - began)
