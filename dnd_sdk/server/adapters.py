@@ -17,6 +17,7 @@ from dnd_sdk.adaptation import check_made_for
 from dnd_sdk.adapters import Adapter, check_name
 from dnd_sdk.errors import AdapterNotFoundError, BankFullError, ConfigError
 from dnd_sdk.prompts import read_prompts
+from dnd_sdk.server.documented import FLAG, MAYBE_TEXT, TEXT, WHOLE, answers, listed
 from dnd_sdk.server.problems import invalid
 from dnd_sdk.server.service import Service, TheService
 from dnd_sdk.server.wire import Name
@@ -24,6 +25,13 @@ from dnd_sdk.server.wire import Name
 MAX_CONFIG_BYTES = 2**20
 
 router = APIRouter(tags=["adapters"])
+
+_SHOWN = {
+    **{name: TEXT for name in ("name", "id", "source", "created")},
+    **{name: MAYBE_TEXT for name in ("encoder", "role", "origin", "last_used")},
+    **{name: WHOLE for name in ("bytes", "hits")},
+    **{name: FLAG for name in ("resident", "pinned")},
+}
 
 
 class LoadLora(BaseModel):
@@ -39,25 +47,25 @@ class UnloadLora(BaseModel):
     lora_name: Name
 
 
-@router.get("/dnd/adapters")
+@router.get("/dnd/adapters", responses=answers({"data": listed(_SHOWN)}))
 async def ls(service: TheService) -> dict[str, Any]:
     """All that are stored for this base."""
     return {"data": await service.run(partial(_ls, service))}
 
 
-@router.get("/dnd/adapters/{name}")
+@router.get("/dnd/adapters/{name}", responses=answers(_SHOWN))
 async def show(name: str, service: TheService) -> dict[str, Any]:
     """One of them."""
     return await service.run(lambda: _shown(service, service.dnd.store.get(name)))
 
 
-@router.delete("/dnd/adapters/{name}")
+@router.delete("/dnd/adapters/{name}", responses=answers({"name": TEXT, "deleted": FLAG}))
 async def rm(name: str, service: TheService) -> dict[str, Any]:
     """Remove one from the store; requests that run with it end as they would."""
     return await service.run(partial(_rm, service, name))
 
 
-@router.post("/dnd/adapters", status_code=201)
+@router.post("/dnd/adapters", status_code=201, responses=answers(_SHOWN, status=201))
 async def import_(
     service: TheService,
     config: UploadFile,
@@ -69,13 +77,13 @@ async def import_(
     return await service.run_long(partial(_import, service, config, weights, name or None, prompts))
 
 
-@router.put("/dnd/adapters/{name}/pin")
+@router.put("/dnd/adapters/{name}/pin", responses=answers(_SHOWN))
 async def pin(name: str, service: TheService) -> dict[str, Any]:
     """Keep one in its slot until it is unpinned."""
     return await service.run(partial(_pin, service, name, True))
 
 
-@router.delete("/dnd/adapters/{name}/pin")
+@router.delete("/dnd/adapters/{name}/pin", responses=answers(_SHOWN))
 async def unpin(name: str, service: TheService) -> dict[str, Any]:
     """Let it give way to others again."""
     return await service.run(partial(_pin, service, name, False))

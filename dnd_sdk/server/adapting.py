@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from dnd_sdk.prompts import PromptSet, clean_prompts, read_prompts
+from dnd_sdk.server.documented import MAYBE_TEXT, NUMBER, TEXT, TEXTS, WHOLE, answers, listed, shaped
 from dnd_sdk.server.problems import invalid, problem_of
 from dnd_sdk.server.service import Service, TheService, note
 from dnd_sdk.server.wire import MAX_PROMPTS
@@ -64,6 +65,11 @@ class ObserveRequest(BaseModel):
     prompt: Prompt
 
 
+_NEIGHBOURS = listed({"name": TEXT, "score": NUMBER})
+_DECIDED = {"decision": TEXT, "reason": TEXT, "neighbours": _NEIGHBOURS}
+_ADAPTED = answers({**_DECIDED, "n_prompts": WHOLE, "timings_s": shaped({}), "notes": TEXTS}, streams=True)
+_ROUTED = answers({**_DECIDED, "adapter": MAYBE_TEXT})
+_OBSERVED = answers({"adapter": MAYBE_TEXT, "cluster": {}, "adapted": {}})
 _FORM = {
     "requestBody": {
         "required": True,
@@ -84,7 +90,7 @@ _FORM = {
 }
 
 
-@router.post("/adapt", openapi_extra=_FORM)
+@router.post("/adapt", openapi_extra=_FORM, responses=_ADAPTED)
 async def adapt(request: Request, service: TheService) -> Response:
     """Make or find the adapter for prompts; as server-sent events where the client accepts them."""
     if request.headers.get("content-type", "").startswith("multipart/"):
@@ -106,7 +112,7 @@ async def adapt(request: Request, service: TheService) -> Response:
     return JSONResponse(adapted(result))
 
 
-@router.post("/route")
+@router.post("/route", responses=_ROUTED)
 async def route(body: RouteRequest, service: TheService) -> dict[str, Any]:
     """Which adapter would serve these prompts; changes nothing."""
     found = await service.run(lambda: service.dnd.route(body.prompts, role=body.role))
@@ -121,7 +127,7 @@ async def route(body: RouteRequest, service: TheService) -> dict[str, Any]:
     }
 
 
-@router.post("/observe")
+@router.post("/observe", responses=_OBSERVED)
 async def observe(body: ObserveRequest, service: TheService) -> dict[str, Any]:
     """Take in one prompt of a mixed stream; adapts to tasks that have shown enough of themselves."""
     seen = await service.run_long(lambda: service.dnd.observe(body.prompt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,56 +15,22 @@ from starlette.types import ASGIApp
 from dnd_sdk import __version__
 from dnd_sdk.errors import DndError, brief, shown
 from dnd_sdk.server import adapters, adapting, completing, models, pages, status
+from dnd_sdk.server.documented import PROBLEMS, document
 from dnd_sdk.server.guard import Guard, answer_of
 from dnd_sdk.server.problems import Problem, RequestError, problem_of
 from dnd_sdk.server.service import Service
 from dnd_sdk.server.settings import ServerSettings
 from dnd_sdk.session import DnD
 
-_ERROR: dict[str, Any] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-                "fix": {"type": "string"},
-            },
-        }
-    },
-}
-_STATUSES = {
-    400: "What was asked cannot be done",
-    401: "The API key is missing or wrong",
-    403: "Another host or site was meant",
-    404: "No such model, adapter or route",
-    405: "Another method is meant",
-    408: "The request came in too slowly",
-    409: "It contradicts what is there",
-    413: "The request is too large",
-    415: "Another content type is meant",
-    422: "What was sent is damaged",
-    429: "Too much waits; see Retry-After",
-    500: "The server failed",
-    503: "No slot is free, or the server is stopping",
-}
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"description": text, "content": {"application/json": {"schema": _ERROR}}} for code, text in _STATUSES.items()
-}
-
 
 def create_app(dnd: DnD, settings: ServerSettings | None = None) -> FastAPI:
     """A server of one session, for uvicorn or any ASGI server with one worker; the session stays the caller's."""
     service = Service(dnd, settings or ServerSettings())
     app = FastAPI(
-        title="dnd", version=__version__, responses=_RESPONSES, docs_url=None, redoc_url=None, redirect_slashes=False
+        title="dnd", version=__version__, responses=PROBLEMS, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.service = service
+    app.openapi = partial(document, app, needs_key=bool(service.settings.keys))  # type: ignore[method-assign]
     for routes in (models, completing, adapting, adapters, status, pages):
         app.include_router(routes.router)
     app.add_exception_handler(RequestValidationError, _invalid)

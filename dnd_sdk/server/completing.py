@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from dnd_sdk.server.answering import Answers
+from dnd_sdk.server.documented import MAYBE_TEXT, TEXT, WHOLE, answers, listed, shaped
 from dnd_sdk.server.models import check_encoder
 from dnd_sdk.server.problems import invalid
 from dnd_sdk.server.reading import Asked, read_chat, read_completion, texts_of
@@ -20,20 +21,34 @@ from dnd_sdk.server.writing import chat_choice, new_id, text_choice, usage_of
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
+_ANSWER = answers(
+    {
+        "id": TEXT,
+        "object": TEXT,
+        "created": WHOLE,
+        "model": TEXT,
+        "choices": listed({"index": WHOLE, "finish_reason": TEXT}),
+        "usage": shaped({"prompt_tokens": WHOLE, "completion_tokens": WHOLE, "total_tokens": WHOLE}),
+        "dnd": shaped({"adapter": MAYBE_TEXT, "decision": TEXT, "ms": WHOLE}),
+    },
+    streams=True,
+)
+_VECTORS = answers({"object": TEXT, "model": TEXT, "data": listed({"object": TEXT, "index": WHOLE})})
 
-@router.post("/chat/completions")
+
+@router.post("/chat/completions", responses=_ANSWER)
 async def chat(body: ChatRequest, request: Request, service: TheService) -> Response:
     """Answer a chat."""
     return await _answer(read_chat(body, service.settings), request, service, is_chat=True)
 
 
-@router.post("/completions")
+@router.post("/completions", responses=_ANSWER)
 async def complete(body: CompletionRequest, request: Request, service: TheService) -> Response:
     """Answer one text or several, each as a user's message."""
     return await _answer(read_completion(body, service.settings), request, service, is_chat=False)
 
 
-@router.post("/embeddings")
+@router.post("/embeddings", responses=_VECTORS)
 async def embed(body: EmbeddingRequest, service: TheService) -> dict[str, Any]:
     """Vectors of texts, by the encoder that the router uses."""
     encoder = service.dnd.encoder

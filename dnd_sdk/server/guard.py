@@ -54,6 +54,10 @@ class Guard:
             await self._app(scope, body, sending)
         except Exception as error:
             await self._fail(scope, receive, sending, error)
+        except asyncio.CancelledError:
+            if not self._service.stopping:
+                raise
+            log.warning("an answer was cut: the server's time to stop was over")
         finally:
             body.let_go()
             self._note(scope, sending.status, time.monotonic() - began)
@@ -64,7 +68,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not self._settings.is_called(origin.partition("://")[2] or origin):
             raise RequestError(Problem(403, "pages of other sites may not ask here", code="origin_not_allowed"))
-        if not self._settings.keys or scope["path"] in _OPEN or scope["path"].startswith(_OPEN_UNDER):
+        if not self._settings.keys or is_open(scope["path"]):
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
         name = self._settings.key_name(key.strip()) if kind.lower() == "bearer" else None
@@ -93,6 +97,11 @@ class Guard:
         self._service.metrics.requests.labels(route, str(status or 499)).inc()
         self._service.metrics.seconds.labels(route).observe(seconds)
         log_access(scope, status or 499, seconds)
+
+
+def is_open(path: str) -> bool:
+    """Whether no key is asked for there."""
+    return path in _OPEN or path.startswith(_OPEN_UNDER)
 
 
 def answer_of(problem: Problem) -> JSONResponse:

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from dnd_sdk.adaptation import check_made_for
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError
+from dnd_sdk.server.documented import MAYBE_TEXT, TEXT, WHOLE, answers, listed
 from dnd_sdk.server.problems import invalid, model_not_found
 from dnd_sdk.server.service import Service, TheService
 from dnd_sdk.session import AUTO, AdapterChoice
@@ -18,14 +19,16 @@ PREFIX = "dnd:"
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
+_ENTRY = {"id": TEXT, "object": TEXT, "created": WHOLE, "owned_by": TEXT, "root": TEXT, "parent": MAYBE_TEXT}
 
-@router.get("")
+
+@router.get("", responses=answers({"object": TEXT, "data": listed(_ENTRY)}))
 async def ls(service: TheService) -> dict[str, Any]:
     """Every id that a request may name."""
     return {"object": "list", "data": await service.run(lambda: _models(service))}
 
 
-@router.get("/{model:path}")
+@router.get("/{model:path}", responses=answers(_ENTRY))
 async def show(model: str, service: TheService) -> dict[str, Any]:
     """One of them."""
     return await service.run(lambda: _model(service, model))

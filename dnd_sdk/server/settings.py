@@ -16,6 +16,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 EVERYWHERE = frozenset({"0.0.0.0", "::"})
 
 _KEY = re.compile(r"(?:(?P<name>[A-Za-z0-9._-]{1,64})=)?(?P<key>[\x21-\x7e]{8,512})")
+_HOST = re.compile(r"(?:\[(?P<address>[^\[\]]*)\]|(?P<name>[^:]*))(?::\d*)?")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,6 @@ class ServerSettings:
 
 
 def _without_port(host: str) -> str:
-    """`[::1]:80`, `::1`, `name:80` and `name` without port and brackets, in lower case."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.lower() if host.count(":") > 1 else host.partition(":")[0].lower()
+    """`[::1]:80`, `::1`, `name:80` and `name` without port and brackets; what is neither as it is."""
+    found = _HOST.fullmatch(host)
+    return host.lower() if found is None else (found["address"] or found["name"]).lower()

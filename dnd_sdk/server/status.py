@@ -7,23 +7,34 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from dnd_sdk import __version__
 from dnd_sdk.routing import read_decisions
+from dnd_sdk.server.documented import FLAG, MAYBE_TEXT, NUMBER, TEXT, TEXTS, WHOLE, answers, listed, shaped
 from dnd_sdk.server.problems import Problem, RequestError, without_paths
 from dnd_sdk.server.service import Service, TheService
 
 router = APIRouter(tags=["status"])
 
+_STATUS = {
+    **{name: TEXT for name in ("version", "base", "encoder")},
+    **{name: MAYBE_TEXT for name in ("generator", "device", "dtype", "slow_because")},
+    **{name: WHOLE for name in ("context_tokens", "running", "waiting")},
+    "resident": TEXTS,
+    "uptime_s": NUMBER,
+    "settings": shaped({"answer_tokens": WHOLE, "max_waiting": WHOLE, "needs_key": FLAG}),
+}
 
-@router.get("/health")
+
+@router.get("/health", responses=answers({"status": TEXT, "instance": TEXT, "version": TEXT}))
 async def health(service: TheService) -> dict[str, Any]:
     """That it runs, and which one it is."""
     return {"status": "ok", "instance": service.instance, "version": __version__}
 
 
-@router.get("/ready")
+@router.get("/ready", responses=answers({"status": TEXT}))
 async def ready(service: TheService) -> dict[str, Any]:
     """Whether it takes requests."""
     if service.stopping:
@@ -32,19 +43,19 @@ async def ready(service: TheService) -> dict[str, Any]:
     return {"status": "ready"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: TheService) -> Response:
     """Counters and times, for Prometheus."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/dnd/status")
+@router.get("/dnd/status", responses=answers(_STATUS))
 async def status(service: TheService) -> dict[str, Any]:
     """What it serves, with what, and what it is doing."""
     return await service.run(lambda: _status(service))
 
 
-@router.get("/dnd/log")
+@router.get("/dnd/log", responses=answers({"data": listed({})}))
 async def decisions(service: TheService, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
     """The latest decisions of this home, newest first; they hold no prompt's text."""
     found, _ = await service.run(lambda: read_decisions(service.dnd.home.logs))
