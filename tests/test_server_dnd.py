@@ -142,7 +142,7 @@ def test_an_adapter_comes_in_by_its_two_files(served: Served, tmp_path: Any) -> 
     files = {
         "config": ("adapter_config.json", (adapter.path / "adapter_config.json").read_bytes()),
         "weights": ("adapter_model.safetensors", (adapter.path / "adapter_model.safetensors").read_bytes()),
-        "prompts": ("p.txt", "\n".join(prompts_of("upper")).encode()),
+        "prompts": ("p.csv", "\n".join(["prompt", *prompts_of("upper")]).encode()),
     }
     served.http.delete("/dnd/adapters/upper")
     made = served.http.post("/dnd/adapters", files=files, data={"name": "mine"})
@@ -150,6 +150,7 @@ def test_an_adapter_comes_in_by_its_two_files(served: Served, tmp_path: Any) -> 
     assert (made.json()["name"], made.json()["source"], made.json()["notes"]) == ("mine", "imported", [])
     assert served.chat("hi", "mine", max_tokens=9)["choices"][0]["message"]["content"] == wanted
     assert served.post("/dnd/route", {"prompts": prompts_of("upper")[0]})["neighbours"][0]["name"] == "mine"
+    assert len(served.dnd.store.exemplars(served.dnd.store.get("mine"))) == len(prompts_of("upper"))  # type: ignore[arg-type]
     cut = {**files, "weights": ("w", files["weights"][1][:-100])}
     bad = served.http.post("/dnd/adapters", files=cut, data={"name": "other"})
     assert bad.status_code == 422 and [a.name for a in served.dnd.store.ls()] == ["mine"]

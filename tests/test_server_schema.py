@@ -12,7 +12,6 @@ from tiny_world import make_world, prompts_of
 schemathesis = pytest.importorskip("schemathesis")
 
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
-from schemathesis import checks  # noqa: E402
 
 LEFT_OUT: list[Any] = []
 
@@ -29,6 +28,12 @@ schema = schemathesis.pytest.from_fixture("api")
 
 
 @schema.parametrize()
-@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 def test_the_document_is_true(case: Any) -> None:
     case.call_and_validate(excluded_checks=LEFT_OUT)

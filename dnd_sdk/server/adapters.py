@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from contextlib import suppress
 from functools import partial
@@ -15,11 +14,11 @@ from pydantic import BaseModel
 
 from dnd_sdk.adaptation import check_made_for
 from dnd_sdk.adapters import Adapter, check_name
-from dnd_sdk.errors import AdapterNotFoundError, BankFullError, ConfigError
-from dnd_sdk.prompts import read_prompts
+from dnd_sdk.errors import AdapterNotFoundError, BankFullError
 from dnd_sdk.server.documented import FLAG, MAYBE_TEXT, TEXT, WHOLE, answers, listed
 from dnd_sdk.server.problems import invalid
 from dnd_sdk.server.service import Service, TheService
+from dnd_sdk.server.uploads import prompts_of, save_upload
 from dnd_sdk.server.wire import Name
 
 MAX_CONFIG_BYTES = 2**20
@@ -148,7 +147,10 @@ def _held(service: Service, name: str) -> Adapter:
 def _pin(service: Service, name: str, pinned: bool) -> dict[str, Any]:
     if pinned:
         adapter = _held(service, name)
-        service.dnd.engine.pin(adapter.id, True)
+        try:
+            service.dnd.engine.pin(adapter.id, True)
+        except AdapterNotFoundError as e:  # all slots are in use, it waits for one
+            raise BankFullError("no slot is free for it now", fix="try again when fewer requests run") from e
         service.pinned.add(adapter.id)
     else:
         adapter = service.dnd.store.get(name)
@@ -182,21 +184,10 @@ def _import(
     if name is not None:
         check_name(name)
     notes: list[str] = []
+    limit = service.settings.max_upload_bytes
+    found = None if prompts is None else prompts_of(prompts, limit)
     with tempfile.TemporaryDirectory(prefix="dnd-") as folder:
-        peft, examples = Path(folder, "adapter"), Path(folder, "prompts")
-        peft.mkdir()
-        _save(config, peft / "adapter_config.json", MAX_CONFIG_BYTES)
-        _save(weights, peft / "adapter_model.safetensors", service.settings.max_upload_bytes)
-        found = None
-        if prompts is not None:
-            _save(prompts, examples, service.settings.max_upload_bytes)
-            found = read_prompts(examples)
-        adapter = service.dnd.import_adapter(peft, name, found, note=notes.append)
+        save_upload(config, Path(folder, "adapter_config.json"), MAX_CONFIG_BYTES)
+        save_upload(weights, Path(folder, "adapter_model.safetensors"), limit)
+        adapter = service.dnd.import_adapter(folder, name, found, note=notes.append)
     return {**_shown(service, adapter), "notes": notes}
-
-
-def _save(file: UploadFile, path: Path, max_bytes: int) -> None:
-    if file.size is not None and file.size > max_bytes:
-        raise ConfigError(f"{path.name} has {file.size} bytes, at most {max_bytes} are taken")
-    with path.open("wb") as out:
-        shutil.copyfileobj(file.file, out)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 
-from dnd_sdk.prompts import PromptSet, clean_prompts, read_prompts
+from dnd_sdk.prompts import PromptSet, clean_prompts
 from dnd_sdk.server.documented import MAYBE_TEXT, NUMBER, TEXT, TEXTS, WHOLE, answers, listed, shaped
 from dnd_sdk.server.problems import invalid, problem_of
 from dnd_sdk.server.service import Service, TheService, note
+from dnd_sdk.server.uploads import prompts_of
 from dnd_sdk.server.wire import MAX_PROMPTS
 from dnd_sdk.server.writing import event
 from dnd_sdk.session import AdaptResult
@@ -96,7 +95,12 @@ async def adapt(request: Request, service: TheService) -> Response:
     if request.headers.get("content-type", "").startswith("multipart/"):
         async with request.form(max_files=1, max_fields=16) as form:
             options: AdaptOptions = _checked(FileOptions, {k: v for k, v in form.items() if isinstance(v, str)})
-            prompts = await service.run(partial(_read_upload, form, options))
+            assert isinstance(options, FileOptions)
+            file, limit = form.get("file"), service.settings.max_upload_bytes
+            if not isinstance(file, UploadFile):
+                raise invalid("the form has no file", "file")
+            read = partial(prompts_of, file, limit, column=options.column, field=options.field)
+            prompts = await service.run(read)
     else:
         options = _checked(AdaptRequest, await _json(request))
         assert isinstance(options, AdaptRequest)
@@ -203,17 +207,3 @@ def _checked(kind: type[AdaptOptions], values: Any) -> Any:
         problem = e.errors()[0]
         place = ".".join(map(str, problem["loc"]))
         raise invalid(f"{place}: {problem['msg']}", place or None) from e
-
-
-def _read_upload(form: FormData, options: Any) -> PromptSet:
-    """The prompts of the form's file, read by its name as any file is."""
-    file = form.get("file")
-    if not isinstance(file, UploadFile):
-        raise invalid("the form has no file", "file")
-    suffixes = "".join(Path(file.filename or "").suffixes[-2:])[-16:]
-    with tempfile.TemporaryDirectory(prefix="dnd-") as folder:
-        path = Path(folder, "prompts" + "".join(c for c in suffixes if c.isalnum() or c == "."))
-        with path.open("wb") as out:
-            while piece := file.file.read(2**20):
-                out.write(piece)
-        return read_prompts(path, column=options.column, field=options.field)
