@@ -34,7 +34,8 @@ from dnd_sdk.models.catalogue import DEFAULT_BASE, DEFAULT_ENCODER, SMALL_BASE
 from dnd_sdk.training import settings as training_settings
 
 EXAMPLES = ROOT / "examples"
-HEADED = sorted(p for p in EXAMPLES.rglob("*.*") if p.suffix in (".py", ".toml") and "clients" not in p.parts)
+CLIENTS = EXAMPLES / "clients"  # other packages' programs, see test_real_clients
+HEADED = sorted(p for p in EXAMPLES.rglob("*.*") if p.suffix in (".py", ".toml") and CLIENTS not in p.parents)
 CONSOLE, TRAINING, RECIPE = blocks("console")[0], blocks("sh")[1], blocks("toml")[0]
 
 
