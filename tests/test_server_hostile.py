@@ -407,6 +407,22 @@ def test_a_thousand_streams_at_once(world: World) -> None:
         assert texts == [wanted["upper" if i % 2 else "base"] for i in range(n)] and busy.completion(30)
 
 
+def test_a_burst_finds_no_more_room_than_there_is(world: World) -> None:
+    dnd, held = small_world(world), threading.Event()
+    with attacked(dnd, head_s=30, max_waiting=5, body_timeout_s=60.0) as now, nothing_left(now):
+        busy = [dnd.submit("hi", emit=lambda _: held.wait(60) and None, max_new_tokens=2) for _ in range(16)]
+        assert soon(lambda: dnd.engine.n_waiting == 0 or dnd.engine.n_running > 0)
+        with ThreadPoolExecutor(60) as pool:
+            asked = [pool.submit(now.ask, post(CHAT, body())) for _ in range(60)]
+            assert soon(lambda: sum(a.done() for a in asked) >= 60 - 16 - 6)
+            held.set()
+        answers = [a.result() for a in asked]
+        refused = [a for a in answers if a.status == 429]
+        assert len(refused) >= 60 - 16 - 6 and all(b"retry-after" in a.data for a in refused)
+        assert all(a.status == 200 for a in answers if a not in refused)
+        assert all(b.completion(30) for b in busy)
+
+
 def test_connections_beyond_the_bound_are_refused(world: World) -> None:
     with attacked(world.elsewhere(), body_timeout_s=30.0) as now:
         now.server.config.app.state.max_connections = 30  # type: ignore[union-attr]
