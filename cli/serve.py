@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from dnd_sdk.settings import Settings
 
 SERVER = "Server"
+
+_WORKER, _LAST_S = "AnyIO worker thread", 1.0
+"""What the server's threads are called, and how long one is waited for after all answers have ended."""
 
 
 def serve(
@@ -104,6 +108,18 @@ class Announced:
         from dnd_sdk.client import remove_presence
 
         remove_presence(self._home, self._instance)
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            _end_threads(0 if kind is None else 130)
+
+
+def _end_threads(code: int) -> None:
+    """End the process if the server's threads still work: they had their time, and would be waited for."""
+    for thread in threading.enumerate():
+        if thread.name == _WORKER:
+            thread.join(_LAST_S)
+            if thread.is_alive():
+                sys.stdout.flush()
+                os._exit(code)
 
 
 def bench_serve(

@@ -407,6 +407,22 @@ def test_a_thousand_streams_at_once(world: World) -> None:
         assert texts == [wanted["upper" if i % 2 else "base"] for i in range(n)] and busy.completion(30)
 
 
+def test_a_burst_finds_no_more_room_than_there_is(world: World) -> None:
+    dnd, held = small_world(world), threading.Event()
+    with attacked(dnd, head_s=30, max_waiting=5, body_timeout_s=60.0) as now, nothing_left(now):
+        busy = [dnd.submit("hi", emit=lambda _: held.wait(60) and None, max_new_tokens=2) for _ in range(16)]
+        assert soon(lambda: dnd.engine.n_waiting == 0 or dnd.engine.n_running > 0)
+        with ThreadPoolExecutor(60) as pool:
+            asked = [pool.submit(now.ask, post(CHAT, body())) for _ in range(60)]
+            assert soon(lambda: sum(a.done() for a in asked) >= 60 - 16 - 6)
+            held.set()
+        answers = [a.result() for a in asked]
+        refused = [a for a in answers if a.status == 429]
+        assert len(refused) >= 60 - 16 - 6 and all(b"retry-after" in a.data for a in refused)
+        assert all(a.status == 200 for a in answers if a not in refused)
+        assert all(b.completion(30) for b in busy)
+
+
 def test_connections_beyond_the_bound_are_refused(world: World) -> None:
     with attacked(world.elsewhere(), body_timeout_s=30.0) as now:
         now.server.config.app.state.max_connections = 30  # type: ignore[union-attr]
@@ -418,13 +434,23 @@ def test_connections_beyond_the_bound_are_refused(world: World) -> None:
         assert soon(lambda: now.ask(get("/health")).status == 200)
 
 
-def test_no_thread_outlives_its_server(world: World) -> None:
-    before = {t.ident for t in threading.enumerate()}
-    files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    with attacked(small_world(world)) as now:
+def open_files() -> list[str]:
+    """What each is, where the system tells."""
+    found = []
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(found)
+
+
+def test_nothing_outlives_its_server(world: World) -> None:
+    dnd = small_world(world)
+    dnd.route(prompts_of("lower"))  # whatever a session keeps open is open
+    threads, files = {t.ident for t in threading.enumerate()}, open_files()
+    with attacked(dnd) as now:
         for i in range(20):
             with now.connect() as sock:
                 sock.sendall(post(CHAT, body(max_tokens=100 * (i % 3) + 1, stream=bool(i % 2))))
         now.served.http.post("/dnd/route", json={"prompts": prompts_of("lower")})
-    assert soon(lambda: not {t.ident for t in threading.enumerate()} - before), threading.enumerate()
-    assert not files or soon(lambda: len(os.listdir("/proc/self/fd")) <= files)
+    assert soon(lambda: not {t.ident for t in threading.enumerate()} - threads), threading.enumerate()
+    assert soon(lambda: len(open_files()) <= len(files)), (open_files(), files)

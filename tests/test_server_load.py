@@ -35,9 +35,10 @@ def test_requests_over_32_adapters_are_all_answered_right(tmp_path: Path) -> Non
 
 
 @contextmanager
-def command(world: World, *options: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """`dnd serve` in a process of its own, and a client of it."""
-    line = [sys.executable, "-m", "dnd_sdk.cli", "serve", *world.options, "--port", "0", "--json", "--quiet", *options]
+def command(world: World, *, program: str | None = None) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """`dnd serve` in a process of its own (run by `program`, if given), and a client of it."""
+    python = [sys.executable, "-m", "dnd_sdk.cli"] if program is None else [sys.executable, "-c", program]
+    line = [*python, "serve", *world.options, "--port", "0", "--json", "--quiet"]
     running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout is not None
     try:
@@ -126,3 +127,21 @@ def test_stopping_it_takes_no_more_and_is_not_found(world: World) -> None:
             rest: list[Any] = list(lines)
             assert "data: [DONE]" in rest
         assert running.wait(40) == 0 and not os.path.exists(presence)
+
+
+def test_work_that_does_not_end_keeps_no_process(world: World) -> None:
+    program = """
+import time
+from dnd_sdk.server import ServerSettings
+from dnd_sdk.session import DnD
+made = ServerSettings.__init__
+ServerSettings.__init__ = lambda self, **given: made(self, **{**given, "shutdown_s": 1.0})
+DnD.adapt = lambda *args, **given: time.sleep(300)
+from dnd_sdk.cli.main import main
+main()
+"""
+    with command(world, program=program) as (running, http):
+        with pytest.raises(httpx.TimeoutException):
+            http.post("/dnd/adapt", json={"prompts": ["a"]}, timeout=1)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(40) == 0 and not (world.home.root / "server.json").exists()

@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import importlib.util
+import subprocess
+import sys
 
 import pytest
 from server_parts import serving
-from tiny_world import make_world, prompts_of
+from tiny_world import World, prompts_of
 
-schemathesis = pytest.importorskip("schemathesis")
+LEFT_OUT = {
+    "positive_data_acceptance": "no schema says what fits the context, or what the file of an adapter holds",
+}
+KEY = "a-long-secret"
 
-from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
-LEFT_OUT: list[Any] = []
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    dnd = make_world(tmp_path_factory.mktemp("world")).elsewhere()
+@pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="needs schemathesis")
+def test_the_document_is_true(world: World) -> None:
+    dnd = world.elsewhere()
     dnd.adapt(prompts_of("upper"), name="upper")
-    with serving(dnd) as served:
-        yield schemathesis.openapi.from_url(f"{served.now.url}/openapi.json")
+    with serving(dnd, api_keys=[KEY], answer_tokens=20) as served:
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{served.now.url}/openapi.json", "--no-color"]
+        command += [
+            "--header",
+            f"Authorization: Bearer {KEY}",
+            "--exclude-checks",
+            ",".join(LEFT_OUT),
+            "--warnings",
+            "off",
+        ]
+        command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1", "--no-shrink"]
+        command += ["--generation-database", "none", "--continue-on-failure"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-2000:]
+        assert served.http.get("/health").status_code == 200
 
 
-schema = schemathesis.pytest.from_fixture("api")
+def test_the_document_says_where_a_key_is_needed(world: World) -> None:
+    for keys in ([], [KEY]):
+        with serving(world.elsewhere(), api_keys=keys) as served:
+            paths = served.http.get("/openapi.json", headers={"authorization": f"Bearer {KEY}"}).json()["paths"]
+            asked = {path for path, methods in paths.items() for m in methods.values() if m.get("security")}
+            assert asked == (set(paths) - {"/health", "/ready"} if keys else set())
+            answers = paths["/v1/chat/completions"]["post"]["responses"]
+            assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
+            assert answers["400"]["content"]["application/json"]["schema"]["required"] == ["error"]
 
 
-@schema.parametrize()
-@settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-def test_the_document_is_true(case: Any) -> None:
-    case.call_and_validate(excluded_checks=LEFT_OUT)
+def test_a_method_that_is_not_there_is_told_which_are(world: World) -> None:
+    with serving(world.elsewhere()) as served:
+        for path, methods in (
+            ("/dnd/adapters", "GET, POST"),
+            ("/dnd/adapters/a/pin", "DELETE, PUT"),
+            ("/", "GET, HEAD"),
+        ):
+            assert served.http.patch(path).headers["allow"].split(", ") == methods.split(", ")

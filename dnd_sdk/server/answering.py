@@ -49,6 +49,7 @@ class Answers:
     async def start(self) -> None:
         """Choose who answers and hand everything in; raises what is wrong with the request. Nothing runs then."""
         self._service.check_room()
+        self._service.n_starting += 1  # else all of a burst would find room
         try:
             choice = await self._choice()
             for i in range(self._asked.n_choices):
@@ -56,6 +57,8 @@ class Answers:
         except BaseException:
             self.cancel()
             raise
+        finally:
+            self._service.n_starting -= 1
         for i, submitted in enumerate(self._submitted):
             submitted.future.add_done_callback(partial(self._over, i))
         self._watch = asyncio.create_task(self._notice_leaving())

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from dnd_sdk import __version__
 from dnd_sdk.errors import DndError, brief, shown
 from dnd_sdk.server import adapters, adapting, completing, models, pages, status
-from dnd_sdk.server.documented import PROBLEMS, document
+from dnd_sdk.server.documented import PROBLEMS, allowed, document
 from dnd_sdk.server.guard import Guard, answer_of
 from dnd_sdk.server.problems import Problem, RequestError, problem_of
 from dnd_sdk.server.service import Service
@@ -59,7 +59,9 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    headers = error.headers or {}
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # each route knows its own method only
+        headers["Allow"] = allowed(request.app, request.url.path) or headers.get("Allow", "")
     return answer_of(Problem(error.status_code, brief(str(error.detail)), code=None, headers=headers))
 
 

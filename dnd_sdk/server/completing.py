@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from dnd_sdk.models import Encoder
 from dnd_sdk.server.answering import Answers
 from dnd_sdk.server.documented import MAYBE_TEXT, TEXT, WHOLE, answers, listed, shaped
 from dnd_sdk.server.models import check_encoder
@@ -49,15 +50,19 @@ async def complete(body: CompletionRequest, request: Request, service: TheServic
 
 
 @router.post("/embeddings", responses=_VECTORS)
-async def embed(body: EmbeddingRequest, service: TheService) -> dict[str, Any]:
+async def embed(body: EmbeddingRequest, service: TheService) -> Response:
     """Vectors of texts, by the encoder that the router uses."""
     encoder = service.dnd.encoder
     check_encoder(service, body.model)
     texts = texts_of(body.input, "input")
     if body.dimensions not in (None, encoder.width):
         raise invalid(f"dimensions must be {encoder.width}, the encoder's, or left out", "dimensions")
-    vectors = (await service.run(lambda: encoder.embed(texts))).numpy().astype("<f4")
-    n_tokens = await service.run(lambda: encoder.n_tokens(texts))
+    # made in the thread, too: a million numbers as text would hold up everybody's stream
+    return await service.run(lambda: JSONResponse(_embedded(encoder, texts, body)))
+
+
+def _embedded(encoder: Encoder, texts: list[str], body: EmbeddingRequest) -> dict[str, Any]:
+    vectors = encoder.embed(texts).numpy().astype("<f4")
     packed = body.encoding_format == "base64"
     data = [
         {
@@ -67,6 +72,7 @@ async def embed(body: EmbeddingRequest, service: TheService) -> dict[str, Any]:
         }
         for i, vector in enumerate(vectors)
     ]
+    n_tokens = encoder.n_tokens(texts)
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     return {"object": "list", "model": body.model, "data": data, "usage": usage}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.routing import compile_path
 
 from dnd_sdk.server.guard import is_open
 
@@ -73,7 +74,7 @@ def answers(
     """A route's own answer; `streams`: it may also come as server-sent events."""
     content: dict[str, Any] = {"application/json": {"schema": shaped(fields)}}
     if streams:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {"schema": shaped({"data": TEXT})}  # of each event
     return {status: {"description": "Done", "content": content}}
 
 
@@ -88,3 +89,9 @@ def document(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
                     operation["security"] = [] if is_open(path) else [{"key": []}]
         app.openapi_schema = made
     return app.openapi_schema
+
+
+def allowed(app: FastAPI, path: str) -> str:
+    """The methods that a path is documented with, for `Allow`; empty for a path that is not."""
+    found = (methods for template, methods in app.openapi()["paths"].items() if compile_path(template)[0].match(path))
+    return ", ".join(sorted({method.upper() for methods in found for method in methods}))

@@ -53,6 +53,8 @@ class Service:
         self.created = int(time.time())
         self.stopping = False
         """Whether it has been told to end."""
+        self.n_starting = 0
+        """Requests on their way to the engine; the event loop's alone."""
         self.pinned: set[str] = set()
         """Ids of the adapters that clients had pinned."""
         self.started = time.monotonic()
@@ -72,7 +74,7 @@ class Service:
 
     def check_room(self) -> None:
         """Raise `BusyError` when no further request may wait for its answer."""
-        n = self.dnd.engine.n_waiting
+        n = self.dnd.engine.n_waiting + self.n_starting
         if n > self.settings.max_waiting:
             raise BusyError(f"{n} requests wait already", fix="try again later")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from dnd_sdk.config import MAX_LOGPROBS
 
@@ -14,9 +14,18 @@ MAX_TOOLS = 128
 MAX_PROMPTS = 10_000
 """In a list; files may hold more, of which a sample is taken."""
 
-Bias = Annotated[float | None, Field(ge=-2, le=2)]
-Seed = Annotated[int | None, Field(ge=-(2**63), lt=2**63)]
-Tokens = Annotated[int | None, Field(ge=1, le=2**31)]
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, str | bytes | bool):  # else taken for what it looks like: false for 0
+        raise ValueError("must be a number")
+    return value
+
+
+_NUMBER = BeforeValidator(_plain_number)
+Bias = Annotated[float | None, Field(ge=-2, le=2), _NUMBER]
+Flag = Annotated[bool | None, Field(strict=True)]
+Seed = Annotated[int | None, Field(ge=-(2**63), lt=2**63), _NUMBER]
+Tokens = Annotated[int | None, Field(ge=1, le=2**31), _NUMBER]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Stop = str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None
 _Ids = Annotated[list[int], Field(max_length=65_536, fail_fast=True)]
@@ -37,18 +46,18 @@ class Sampled(BaseModel):
 
     model: Name
     max_tokens: Tokens = None
-    temperature: Annotated[float | None, Field(ge=0, le=10)] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=-1, le=2**31)] = None
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=10), _NUMBER] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1), _NUMBER] = None
+    top_k: Annotated[int | None, Field(ge=-1, le=2**31), _NUMBER] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1), _NUMBER] = None
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=10), _NUMBER] = None
     presence_penalty: Bias = None
     frequency_penalty: Bias = None
     """Both are taken and change nothing: the engine has none."""
     seed: Seed = None
     stop: Stop = None
-    n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
-    stream: bool | None = None
+    n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES), _NUMBER] = None
+    stream: Flag = None
     stream_options: StreamOptions | None = None
     dnd: Adapting | None = None
 
@@ -56,7 +65,7 @@ class Sampled(BaseModel):
 class StreamOptions(BaseModel):
     """Of a stream."""
 
-    include_usage: bool | None = None
+    include_usage: Flag = None
 
 
 class Part(BaseModel):
@@ -138,11 +147,11 @@ class ChatRequest(Sampled):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     max_completion_tokens: Tokens = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    logprobs: Flag = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS), _NUMBER] = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool | ChosenFunction | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag = None
     response_format: ResponseFormat | None = None
 
 
@@ -150,8 +159,8 @@ class CompletionRequest(Sampled):
     """`POST /v1/completions`."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)] | TokenIds
-    logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
-    echo: bool | None = None
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS), _NUMBER] = None
+    echo: Flag = None
 
 
 class EmbeddingRequest(BaseModel):
@@ -160,4 +169,4 @@ class EmbeddingRequest(BaseModel):
     model: Name
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)] | TokenIds
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int | None, Field(ge=1)] = None
+    dimensions: Annotated[int | None, Field(ge=1), _NUMBER] = None
