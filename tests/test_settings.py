@@ -230,8 +230,8 @@ def test_files_are_the_projects_and_the_users() -> None:
     assert project == Path("dnd.toml") and user.name == "config.toml" and user.parent.name == "dnd"
 
 
-def test_only_the_command_line_and_its_reports_read_settings() -> None:
+def test_only_commands_and_reports_on_them_read_settings() -> None:
     package = Path(dnd_sdk.__file__).parent
     sources = [*package.rglob("*.py"), *(package.parent / "integrations").rglob("*.py")]
     readers = {p.stem for p in sources if "cli" not in p.parts and "dnd_sdk.settings import" in p.read_text("utf-8")}
-    assert len(sources) > 50 and readers == {"checks", "environment"}
+    assert len(sources) > 50 and readers == {"checks", "environment", "llm_plugin"}
