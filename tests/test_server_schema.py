@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from server_parts import serving
@@ -17,7 +18,7 @@ KEY = "a-long-secret"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="needs schemathesis")
-def test_the_document_is_true(world: World) -> None:
+def test_the_document_is_true(world: World, tmp_path: Path) -> None:
     dnd = world.elsewhere()
     dnd.adapt(prompts_of("upper"), name="upper")
     with serving(dnd, api_keys=[KEY], answer_tokens=20) as served:
@@ -32,7 +33,7 @@ def test_the_document_is_true(world: World) -> None:
         ]
         command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1", "--no-shrink"]
         command += ["--generation-database", "none", "--continue-on-failure"]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
         assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-2000:]
         assert served.http.get("/health").status_code == 200
 
