@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     AnyRouted = RouteDecision | Routed
 
 BASE, AUTO = "base", "auto"
-LOADED_WITH = ("generator", "encoder", "device", "dtype", "n_slots", "r", "deterministic", "calibrate")
+LOADED_WITH = ("generator", "encoder", "device", "dtype", "n_slots", "r", "deterministic", "calibrate", "engine", "url")
 """Settings that hold from loading on: a server has them or has not."""
 
 

@@ -1,7 +1,7 @@
 """Option groups: a command's parameter annotated `Output` or `ModelOptions` becomes that group's options.
 
 So every command has the same `--json -q --home --debug`, spelled once, commands that load a model share
-`--base --generator --encoder --device --dtype --n-slots`, commands that answer share the sampling flags, and those that
+`--base --generator --encoder --device --engine ...`, commands that answer share the sampling flags, and those that
 measure on tasks share `--set`. An option
 that is not given comes from `dnd_sdk.settings`.
 """
@@ -25,7 +25,7 @@ import typer
 from dnd_sdk.cli.output import Output
 from dnd_sdk.cli.task_sets import DEFAULT_SET, TaskSet
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.errors import InputError
+from dnd_sdk.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from dnd_sdk.prompts import Role
@@ -115,12 +115,20 @@ class ModelOptions:
     n_slots: int | None = None
     r: int | None = None
     deterministic: bool | None = None
+    engine: str | None = None
+    url: str | None = None
+    key: str | None = None
+    shared: str | None = None
 
     def settings(self, out: Output, sampling: SamplingFlags | None = None) -> Settings:
         """The settings in force with these flags."""
-        from dnd_sdk.settings import load_settings
+        from dnd_sdk.settings import OF_THE_SERVER, load_settings
 
-        return load_settings(home=out.home, **vars(self), **vars(sampling or SamplingFlags()))
+        settings = load_settings(home=out.home, **vars(self), **vars(sampling or SamplingFlags()))
+        given = [name for name in OF_THE_SERVER if getattr(self, name) is not None]
+        if given and settings.engine == "embedded":
+            raise ConfigError(f"--{given[0]} is for the engine vllm", fix="say --engine vllm, too, or leave it out")
+        return settings
 
     def load(self, out: Output) -> DnD:
         """The session over these models; says on stderr that it is loading."""
@@ -203,6 +211,12 @@ GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
             panel=MODEL,
             text="Let no answer depend, by a rounding, on what runs beside it; slower.",
         ),
+        _option("engine", str | None, None, "--engine", panel=MODEL, text="embedded (default), or vllm: a server's."),
+        _option("url", str | None, None, "--url", panel=MODEL, text="Of the vLLM server."),
+        _option(
+            "key", str | None, None, "--key", panel=MODEL, text="Its --api-key; better as DND_KEY: flags are seen."
+        ),
+        _option("shared", str | None, None, "--shared", panel=MODEL, text="Where it sees the home; at the same path."),
     ),
     ServerOptions: (
         _option(

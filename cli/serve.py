@@ -90,7 +90,7 @@ class Announced:
         from dnd_sdk.client import write_presence
 
         loaded, self._instance = self._settings.load_arguments(), now.instance
-        base, own = loaded.pop("base"), {name: value for name, value in loaded.items() if name != "home"}
+        base, own = loaded.pop("base"), {n: value for n, value in loaded.items() if n not in ("home", "key")}
         try:
             write_presence(self._home, url=now.url, key=self._key, base=base, instance=now.instance, settings=own)
         except StorageError as e:  # it serves all the same

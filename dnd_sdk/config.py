@@ -42,6 +42,11 @@ class Home:
         return self.root / "adapters"
 
     @property
+    def served(self) -> Path:
+        """The adapters that an engine elsewhere reads, one folder per content: a cache, linked from the adapters."""
+        return self.root / "served"
+
+    @property
     def index(self) -> Path:
         """The FAISS index: a cache, rebuilt from the adapters' exemplars."""
         return self.root / "index"

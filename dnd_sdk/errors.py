@@ -13,6 +13,7 @@ DndError
 ├── BankFullError(RuntimeError)        every adapter slot is pinned or in use
 ├── BusyError(RuntimeError)            too many requests wait
 ├── ServerError(ConnectionError)       a running server that has ended, or answers as none of ours does
+├── BackendError(OSError)              an engine elsewhere that cannot be reached, or fails
 └── MissingExtraError(ImportError)     an optional package is not installed
 
 Catch `DndError` for all of them; each also is the built-in named in brackets.
@@ -123,6 +124,10 @@ class BusyError(DndError, RuntimeError):
 
 class ServerError(DndError, ConnectionError):
     """A running server that has ended, refuses whoever asks, or answers as none of ours does."""
+
+
+class BackendError(DndError, OSError):
+    """An engine in another process (vLLM) that cannot be reached, has ended, refuses whoever asks, or fails."""
 
 
 class MissingExtraError(DndError, ImportError):

@@ -35,6 +35,9 @@ _LIKE_A_SETTING = 0.75
 SERVING = ("host", "port", "api_key", "allowed_hosts", "answer_tokens", "max_waiting", "log_prompts")
 """The names of those that only a server asks."""
 
+OF_THE_SERVER = ("url", "key", "shared")
+"""The names of those that say where a vLLM server is."""
+
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -61,6 +64,14 @@ class Settings(BaseModel, title="dnd.toml"):
     """Rank of their slots, for imported adapters of a larger rank; the generator's own unless set."""
     deterministic: bool = False
     """Whether an answer never depends, by a rounding, on what else is answered at the time; slower."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """Where the base runs: in this process, or in a vLLM server."""
+    url: Text | None = Field(None, examples=["http://127.0.0.1:8000"])
+    """Of the vLLM server."""
+    key: SecretStr | None = Field(None, examples=["a-long-secret"])
+    """What the vLLM server asks of whoever calls (its --api-key); nothing unless set."""
+    shared: Text | None = Field(None, examples=["/mnt/dnd"])
+    """Where the vLLM server sees the home folder; at the same path unless set."""
     calibrate: bool = True
     """Whether adapters that are made for a label task are calibrated on its prompts; about a second more."""
     max_new_tokens: int = SamplingOptions.max_new_tokens
@@ -107,7 +118,12 @@ class Settings(BaseModel, title="dnd.toml"):
 
     def load_arguments(self) -> dict[str, Any]:
         """Arguments of `DnD.load`."""
-        return self.model_dump(exclude={*SAMPLING, *SERVING})
+        given = {
+            **self.model_dump(exclude={*SAMPLING, *SERVING}),
+            "key": None if self.key is None else self.key.get_secret_value(),
+        }
+        # what is set of a server stays unused while the base runs here
+        return given | dict.fromkeys(OF_THE_SERVER) if self.engine == "embedded" else given
 
     def serving(self) -> dict[str, Any]:
         """Fields of `ServerSettings`; those that are not set are left out."""
@@ -227,7 +243,7 @@ def _refusal(error: ValidationError, places: dict[str, str]) -> ConfigError:
             return f"{places[name]}: {name!r} is not a setting"
         if isinstance(own, ConfigError):
             return f"{places[name]}: {own.message}"
-        got = "" if name == "api_key" else f", got {str(problem['input'])[:80]!r}"  # a secret is not repeated
+        got = "" if name in ("api_key", "key") else f", got {str(problem['input'])[:80]!r}"  # a secret is not repeated
         return f"{places[name]}: {name}: {problem['msg']}{got}"
 
     fix = "correct it there; `dnd config schema` lists what is allowed"

@@ -1,20 +1,23 @@
-"""What every backend keeps to: the engine on a tiny base and the fake one, held to the same contract."""
+"""What every backend keeps to: the engine on a tiny base, the fake one and vLLM's (a stub), held to one contract."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from engine_parts import generating, soon, strong, tiny_base, tiny_layout
+from stub_vllm import stub_vllm, written
 
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.engine import Backend, CompletionRequest, Engine, FakeBackend, Generation, local_engine
+from dnd_sdk.engine import Backend, CompletionRequest, Engine, FakeBackend, Generation, VllmBackend, local_engine
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, InputError
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
@@ -30,7 +33,7 @@ class Case(NamedTuple):
 
 def stored(i: int) -> Adapter:
     """The `i`-th adapter, as a store would describe it."""
-    return Adapter(f"adapter-{i}", f"{i:064x}", Path("nowhere"), "trained", "2026-01-01T00:00:00+00:00", "f", "d")
+    return Adapter(f"adapter-{i}", f"{i:064x}"[::-1], Path("nowhere"), "trained", "2026-01-01T00:00:00+00:00", "f", "d")
 
 
 def engine_case() -> Case:
@@ -53,9 +56,23 @@ def fake_case() -> Case:
     return Case(fake, lambda: FakeBackend(layout, drawl, context_tokens=512))
 
 
-@pytest.fixture(params=[engine_case, fake_case], ids=["engine", "fake"])
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param()
+def vllm_case(folder: Path, end: ExitStack) -> Case:
+    layout = tiny_layout(tiny_base())
+    quick = end.enter_context(stub_vllm(context=512, tools=False))
+    slow = end.enter_context(stub_vllm(context=512))
+    slow.delay_s, slow.words = 0.002, [f"word{i} " for i in range(400)]
+    return Case(
+        VllmBackend(quick.url, layout, folder / "served"), lambda: VllmBackend(slow.url, layout, folder / "served")
+    )
+
+
+@pytest.fixture(params=["engine", "fake", "vllm"])
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
+    with ExitStack() as end:
+        if request.param == "vllm":
+            yield vllm_case(tmp_path, end)
+        else:
+            yield engine_case() if request.param == "engine" else fake_case()
 
 
 @pytest.fixture
@@ -68,6 +85,8 @@ def backend(case: Case) -> Backend:
 
 def hold(backend: Backend, i: int) -> Adapter:
     adapter = stored(i)
+    if isinstance(backend, VllmBackend):
+        adapter = replace(adapter, path=written(backend.served / "stored", adapter, backend.layout))
     backend.hold(adapter, lambda: strong(backend.layout, i))
     return adapter
 
@@ -185,7 +204,7 @@ def test_a_bad_request_is_refused_before_any_is_answered(
     for call in (lambda r: backend.complete([ask(backend), r]), backend.stream):
         with pytest.raises(error, match=words):
             call(bad)
-    assert isinstance(backend, Engine) or backend.requests == []
+    assert getattr(backend, "requests", []) == []
 
 
 def test_only_a_base_in_this_process_can_be_looked_into() -> None:

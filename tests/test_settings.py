@@ -235,3 +235,14 @@ def test_only_commands_and_reports_on_them_read_settings() -> None:
     sources = [*package.rglob("*.py"), *(package.parent / "integrations").rglob("*.py")]
     readers = {p.stem for p in sources if "cli" not in p.parts and "dnd_sdk.settings import" in p.read_text("utf-8")}
     assert len(sources) > 50 and readers == {"checks", "environment", "llm_plugin"}
+
+
+def test_what_is_set_of_a_server_counts_with_the_engine_alone(files: tuple[Path, Path]) -> None:
+    files[0].write_text('engine = "vllm"\nurl = "http://x:1"\nkey = "a secret"\nshared = "/mnt"')
+    given = load_settings().load_arguments()
+    wanted = {"engine": "vllm", "url": "http://x:1", "key": "a secret", "shared": "/mnt"}
+    assert {name: given[name] for name in wanted} == wanted
+    assert "secret" not in repr(load_settings())
+    given = load_settings(engine="embedded").load_arguments()
+    assert {name: given[name] for name in wanted} == {**dict.fromkeys(wanted), "engine": "embedded"}
+    assert "a secret" not in fails(key=5).message

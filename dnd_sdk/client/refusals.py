@@ -8,6 +8,7 @@ from typing import Any
 from dnd_sdk.errors import (
     AdapterCorruptError,
     AdapterNotFoundError,
+    BackendError,
     BankFullError,
     BusyError,
     ConfigError,
@@ -31,6 +32,7 @@ _KINDS: Mapping[str, type[DndError]] = {
     "invalid_value": ConfigError,
     "busy": BusyError,
     "slots_full": BankFullError,
+    "backend": BackendError,
     "storage": StorageError,
 }
 """By the error's code."""

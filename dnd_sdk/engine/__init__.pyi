@@ -8,3 +8,4 @@ from .resident import Resident as Resident, default_slots as default_slots
 from .scoring import OptionScores as OptionScores, option_logprobs as option_logprobs
 from .stream import TextStream as TextStream
 from .text import FinishReason as FinishReason, Generation as Generation, TokenLogprob as TokenLogprob
+from .vllm import MAX_LOADED as MAX_LOADED, VllmBackend as VllmBackend

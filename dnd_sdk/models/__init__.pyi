@@ -24,4 +24,5 @@ from .loading import (
     pull as pull,
     resolve as resolve,
 )
+from .tokenizers import local_tokenizer as local_tokenizer
 from .wheels import Fetching as Fetching

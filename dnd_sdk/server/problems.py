@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from dnd_sdk.errors import (
     AdapterCorruptError,
     AdapterNotFoundError,
+    BackendError,
     BankFullError,
     BusyError,
     ConfigError,
@@ -79,6 +80,7 @@ _KINDS: tuple[tuple[type[DndError], int, str, str | None], ...] = (
     (ConfigError, 400, _INVALID, "invalid_value"),
     (BusyError, 429, "rate_limit_error", "busy"),
     (BankFullError, 503, "server_error", "slots_full"),
+    (BackendError, 503, "server_error", "backend"),
     (StorageError, 500, "server_error", "storage"),
     (DndError, 500, "server_error", "failed"),
 )

@@ -16,7 +16,7 @@ from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.generator import Generator, check_encoder, folder_for, generator_folder, load_generator
 from dnd_sdk.lora import MAX_RANK, LoraLayout
-from dnd_sdk.models import DEFAULT_ENCODER, Base, Encoder, load_base, resolve
+from dnd_sdk.models import DEFAULT_ENCODER, Base, BaseCard, Encoder, load_base, resolve
 from dnd_sdk.routing import DecisionLog, Router, measured
 
 log = logging.getLogger(__name__)
@@ -54,22 +54,18 @@ def load_parts(
     resolve(encoder_name, home, progress=progress)  # fetch with progress; the load below finds it
     encoder = Encoder.load(encoder_name, home, device=str(base.model.device))
     check_encoder(encoder, generator)
-    layout = _slot_layout(base, generator, r)
+    layout = LoraLayout.from_model(base.model, r=r or DEFAULT_RANK) if generator is None else slots_for(generator, r)
     store = AdapterStore(home)
-    router = _router(folder, encoder, base, layout, store, home)
+    router = make_router(folder, encoder, base, layout, store, home)
     fetch = partial(store.load_by_id, layout=layout, base_fingerprint=base.fingerprint)
     is_stored = partial(store.has_id, base_fingerprint=base.fingerprint)
     engine = Engine(base, layout, n_slots=n_slots, fetch=fetch, is_stored=is_stored, deterministic=deterministic)
-    with suppress(StorageError):  # whoever needs the store will say so
-        if told := made_elsewhere(store, base):
-            (progress or log.warning)(told)
+    tell_of_others(store, base, progress)
     return Parts(base, generator, encoder, store, router, engine, home, DecisionLog(home.logs))
 
 
-def _slot_layout(base: Base, generator: Generator | None, r: int | None) -> LoraLayout:
+def slots_for(generator: Generator, r: int | None) -> LoraLayout:
     """The layout of the adapters that can be swapped in: the generator's, at rank `r` if there is one given."""
-    if generator is None:
-        return LoraLayout.from_model(base.model, r=r or DEFAULT_RANK)
     own = generator.layout.r
     if r is not None and r < own:
         raise ConfigError(f"r must be at least {own}, the rank of the generator's adapters, got {r}")
@@ -78,9 +74,17 @@ def _slot_layout(base: Base, generator: Generator | None, r: int | None) -> Lora
     return layout
 
 
-def _router(
-    folder: Path | None, encoder: Encoder, base: Base, layout: LoraLayout, store: AdapterStore, home: Home
+def tell_of_others(store: AdapterStore, base: Base | BaseCard, progress: Callable[[str], None] | None) -> None:
+    """Say what the home has for other embedded bases while it has nothing for this one."""
+    with suppress(StorageError):  # whoever needs the store will say so
+        if told := made_elsewhere(store, base):
+            (progress or log.warning)(told)
+
+
+def make_router(
+    folder: Path | None, encoder: Encoder, base: Base | BaseCard, layout: LoraLayout, store: AdapterStore, home: Home
 ) -> Router:
+    """The router of a base, with the thresholds of the generator in `folder` or what is measured for the encoder."""
     thresholds, support = measured(folder, encoder.name)
     return Router(
         store,

@@ -24,6 +24,7 @@ from dnd_sdk.observing import Observer, ObserveResult, PromptStream, StreamSetti
 from dnd_sdk.prompts import PromptSet, Role, as_role, clean_prompts, role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars
 from dnd_sdk.session.choosing import AdapterChoice, Choosing, asked, of_row, sampling_options
+from dnd_sdk.session.elsewhere import given_server, load_parts_for
 from dnd_sdk.session.loading import DEFAULT_RANK, load_parts
 from dnd_sdk.session.results import Completion, completion
 from dnd_sdk.session.stream import CompletionStream, Submitted
@@ -69,6 +70,10 @@ class DnD:
         r: int | None = None,
         deterministic: bool = False,
         calibrate: bool = True,
+        engine: str = "embedded",
+        url: str | None = None,
+        key: str | None = None,
+        shared: str | os.PathLike[str] | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> DnD:
         """Load the models once; everything after shares them.
@@ -84,17 +89,30 @@ class DnD:
             r: Rank of the slots, for imported adapters of a larger rank than the generator's; None is the generator's.
             deterministic: Whether an answer never depends, by a rounding, on what else is answered at the time; slower.
             calibrate: What `adapt` and `observe` do unless told otherwise.
+            engine: `embedded`, the base in this process, or `vllm`, a vLLM server that runs it and sees the home.
+                Encoder, generator, router and store stay here; `base` then says which one the server has, `n_slots` how
+                many adapters it has at a time, and `dtype` and `deterministic` are the server's own affair.
+            url: Of that server, such as `http://127.0.0.1:8000`.
+            key: What that server asks of whoever calls (its `--api-key`); None: nothing.
+            shared: Where that server sees the home folder; None: at the same path.
             progress: Told in words about fetching and converting, and of adapters that the home has for other embedded
                 bases while it has none for this one; None: of these the log is warned.
 
         Raises:
             WeightsUnavailableError: A model that can be neither found nor fetched.
             GeneratorError: The generator's folder is missing or damaged.
-            LayoutMismatchError: The generator was made for another base.
+            LayoutMismatchError: The generator was made for another base, or the server runs another.
+            BackendError: The server cannot be reached.
         """
         flag("calibrate", calibrate)
         flag("deterministic", deterministic)
         where = home if isinstance(home, Home) else Home.find(home)
+        server = given_server(engine, url, key, shared, own={"dtype": dtype != "auto", "deterministic": deterministic})
+        if server is not None:
+            return cls(
+                load_parts_for(server, base, generator, encoder, where, device, n_slots, r, progress),
+                calibrate=calibrate,
+            )
         parts = load_parts(base, generator, encoder, where, device, dtype, n_slots, r, deterministic, progress)
         return cls(parts, calibrate=calibrate)
 
