@@ -402,6 +402,27 @@ def test_cancels_deadlines_and_closing_hang_up_and_keep_what_was_said(backend: V
     assert soon(lambda: stub.hung_up == 4) and soon(lambda: backend.n_running == 0)
 
 
+def test_a_silent_server_is_left_when_nobody_wants_the_answer(backend: VllmBackend, stub: StubVllm) -> None:
+    stub.gate, cancel = threading.Event(), threading.Event()
+    ended = [backend.submit(ask(cancel=cancel)), backend.submit(ask(deadline_s=0.5))]
+    assert soon(lambda: backend.n_running == 2)
+    cancel.set()
+    assert [f.result(10).finish_reason for f in ended] == ["cancelled", "cancelled"]
+    assert [f.result().text for f in ended] == ["base:", "base:"]
+
+
+def test_whenever_it_is_cancelled_the_connection_is_closed(backend: VllmBackend, stub: StubVllm) -> None:
+    stub.delay_s, stub.words = 0.002, [f"word{i} " for i in range(5000)]
+    for n in range(40):
+        cancel = threading.Event()
+        future = backend.submit(ask(max_new_tokens=4000, cancel=cancel))
+        assert soon(lambda: backend.n_running == 1)
+        time.sleep(0.003 * n)
+        cancel.set()
+        assert future.result(10).finish_reason == "cancelled"
+    assert soon(lambda: stub.hung_up == 40) and soon(lambda: backend.n_running == 0)
+
+
 def test_one_bad_request_of_a_list_ends_the_others(backend: VllmBackend, stub: StubVllm) -> None:
     stub.delay_s, stub.words = 0.01, [f"word{i} " for i in range(1000)]
     with pytest.raises(AdapterNotFoundError):

@@ -197,16 +197,14 @@ class VllmBackend(Backend):
         """Raise `ContextLengthError` for a prompt that leaves no room for so many tokens: vLLM would give fewer."""
         chat: dict[str, Any] = {name: body[name] for name in ("messages", "tools") if name in body}
         # a token is a byte at least; only where so many could be too many they are counted, which asks the server
-        if (
-            len(json.dumps(chat, ensure_ascii=False).encode(errors="replace")) + _TEMPLATE + n_new
-            <= self.context_tokens
-        ):
+        n_bytes = len(json.dumps(chat, ensure_ascii=False).encode(errors="replace"))
+        if n_bytes + _TEMPLATE + n_new <= self.context_tokens:
             return
         n_prompt = self._loop.run(n_tokens(self._wire, {"model": self.served_base.name, **chat}))
         if n_prompt is not None and n_prompt + n_new > self.context_tokens:
             raise ContextLengthError(
-                f"the prompt has {n_prompt} tokens, at most {self.context_tokens - n_new} fit with max_new_tokens="
-                f"{n_new} into the base's context of {self.context_tokens}",
+                f"the prompt has {n_prompt} tokens, at most {max(self.context_tokens - n_new, 0)} fit into the base's "
+                f"context of {self.context_tokens} with max_new_tokens={n_new}",
                 fix="shorten the prompt or lower max_new_tokens",
             )
 
@@ -282,14 +280,14 @@ class VllmBackend(Backend):
         adapter_id = work.request.adapter_id
         if adapter_id is None:
             return await self._ask_base(work)
-        async with self._adapters.leased(adapter_id, partial(self._folder, adapter_id)) as entry:
+        prepare = partial(self._folder, adapter_id)
+        async with self._adapters.leased(adapter_id, prepare) as entry:
             try:
                 return await self._ask_as(entry.name, work)
             except ModelNotServedError:
                 self._adapters.lost(entry)
         await self._check_base()
-        again = partial(self._folder, adapter_id, entry.folder)
-        async with self._adapters.leased(adapter_id, again) as entry:
+        async with self._adapters.leased(adapter_id, prepare) as entry:
             return await self._ask_as(entry.name, work)
 
     async def _ask_base(self, work: Work) -> Generation:
@@ -325,10 +323,8 @@ class VllmBackend(Backend):
     async def _pin(self, adapter_id: str, pinned: bool) -> None:
         self._adapters.pin(adapter_id, pinned)
 
-    def _folder(self, adapter_id: str, known: Path | None = None) -> Path:
-        """What the server is to load; `known` is the folder that it loaded before."""
-        if known is not None and known.is_dir():
-            return known
+    def _folder(self, adapter_id: str) -> Path:
+        """What the server is to load of an adapter that is not held."""
         if self._find is None:
             raise AdapterNotFoundError(f"adapter {adapter_id!r} is not held", fix="hold it (again)")
         return served_folder(self._find(adapter_id), self.served)

@@ -52,6 +52,7 @@ class LoadedAdapters:
         self._served, self._seen_at = served, seen_at
         self._loaded: dict[str, LoadedAdapter] = {}  # least recently used first
         self._loading: dict[str, asyncio.Task[LoadedAdapter]] = {}
+        self._lost: dict[str, Path] = {}  # folders of those that only the server has forgotten
         self._n_placed = 0  # loads under way that have their place
         self._freed = asyncio.Event()
         self._one_change = asyncio.Lock()
@@ -92,9 +93,10 @@ class LoadedAdapters:
             self._freed.set()
 
     def lost(self, entry: LoadedAdapter) -> None:
-        """Note that the server does not know it any more."""
+        """Note that the server does not know it any more; whoever asks for it next has it loaded again."""
         if self._loaded.get(entry.id) is entry:
             del self._loaded[entry.id]
+            self._lost[entry.id] = entry.folder
 
     def pin(self, adapter_id: str, pinned: bool) -> None:
         """See `Backend.pin`."""
@@ -109,6 +111,7 @@ class LoadedAdapters:
 
     async def forget(self, adapter_id: str) -> None:
         """Unload it, if it is loaded; raises `BankFullError` while a request uses it."""
+        self._lost.pop(adapter_id, None)
         entry = self._loaded.get(adapter_id)
         if entry is not None:
             if entry.n_users:
@@ -117,21 +120,25 @@ class LoadedAdapters:
 
     async def forget_idle(self) -> None:
         """Unload all that no request uses."""
+        self._lost.clear()
         is_there = True
         for entry in [e for e in self._loaded.values() if not e.n_users]:
             if is_there:
                 is_there = await self._unload(entry)
             else:  # each further try would wait for the same dead server
-                self.lost(entry)
+                del self._loaded[entry.id]
 
     async def _load(self, adapter_id: str, prepare: Prepare) -> LoadedAdapter:
-        entry = LoadedAdapter(adapter_id, await asyncio.to_thread(prepare))
+        known = self._lost.get(adapter_id)
+        folder = known if known is not None and known.is_dir() else await asyncio.to_thread(prepare)
+        entry = LoadedAdapter(adapter_id, folder)
         await self._make_room()
         self._n_placed += 1
         try:
             async with self._one_change:
-                await self._tell(entry.name, self._path_there(entry.folder))
+                await self._tell(entry.name, self._path_there(folder))
                 self._loaded[adapter_id] = entry
+                self._lost.pop(adapter_id, None)
         finally:
             self._n_placed -= 1
             self._freed.set()
@@ -177,7 +184,8 @@ class LoadedAdapters:
 
     async def _unload(self, entry: LoadedAdapter) -> bool:
         """Have the server forget it; whether it is there to do so."""
-        self.lost(entry)
+        if self._loaded.get(entry.id) is entry:
+            del self._loaded[entry.id]
         try:
             async with self._one_change:
                 if entry.id not in self._loaded:  # nobody has loaded it again meanwhile

@@ -98,11 +98,16 @@ class Wire:
     async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """The objects of a streamed answer; leaving the context hangs up, which ends the server's work."""
         with self._told():
-            async with self._client.stream("POST", self.url + path, json=body) as response:
+            request = self._client.build_request("POST", self.url + path, json=body)
+            response = await self._client.send(request, stream=True)
+            try:
                 if response.status_code >= 400:
                     await response.aread()
                     raise self._refusal(response)
                 yield self._read(response)
+            finally:
+                # to its end, also if whoever asks is cancelled meanwhile: httpx would leave the connection open
+                await asyncio.shield(asyncio.ensure_future(response.aclose()))
 
     async def _read(self, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         with self._told():
