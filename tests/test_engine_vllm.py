@@ -328,6 +328,25 @@ def test_a_server_started_anew_gets_the_adapter_again(backend: VllmBackend, stub
     assert set(texts) == {f"{said_by(adapter)}: hello there"} and len(stub.loads) == 2
 
 
+def test_a_pin_outlives_a_restart_of_the_server(backend: VllmBackend, stub: StubVllm) -> None:
+    kept = hold(backend, 1)
+    backend.pin(kept.id, True)
+    stub.restart()
+    answer(backend, ask(kept))
+    for i in (2, 3, 4, 5):
+        hold(backend, i)
+    assert kept.id in backend.resident() and len(backend.resident()) == 3
+
+
+def test_many_adapters_for_one_place_all_get_their_turn(stub: StubVllm, tmp_path: Path) -> None:
+    adapters = [stored(tmp_path / "store", i) for i in range(1, 7)]
+    known = {a.id: a for a in adapters}
+    backend = VllmBackend(stub.url, LAYOUT, tmp_path / "served", find=known.__getitem__, max_loaded=1)
+    wanted = adapters * 5
+    answers = backend.complete([ask(a) for a in wanted])
+    assert [g.text.split(":")[0] for g in answers] == [said_by(a) for a in wanted] and len(stub.loaded) == 1
+
+
 def test_an_adapter_that_somebody_loaded_is_taken_as_it_is(
     backend: VllmBackend, stub: StubVllm, tmp_path: Path
 ) -> None:

@@ -52,7 +52,7 @@ class LoadedAdapters:
         self._served, self._seen_at = served, seen_at
         self._loaded: dict[str, LoadedAdapter] = {}  # least recently used first
         self._loading: dict[str, asyncio.Task[LoadedAdapter]] = {}
-        self._lost: dict[str, Path] = {}  # folders of those that only the server has forgotten
+        self._lost: dict[str, LoadedAdapter] = {}  # those that only the server has forgotten
         self._n_placed = 0  # loads under way that have their place
         self._freed = asyncio.Event()
         self._one_change = asyncio.Lock()
@@ -85,7 +85,9 @@ class LoadedAdapters:
     async def leased(self, adapter_id: str, prepare: Prepare) -> AsyncIterator[LoadedAdapter]:
         """The adapter, loaded, which does not give way to others inside the block."""
         entry = await self.ensure(adapter_id, prepare)
-        entry.n_users += 1  # nothing has run since it was found loaded
+        while self._loaded.get(adapter_id) is not entry:  # it gave way again before this went on
+            entry = await self.ensure(adapter_id, prepare)
+        entry.n_users += 1
         try:
             yield entry
         finally:
@@ -96,7 +98,7 @@ class LoadedAdapters:
         """Note that the server does not know it any more; whoever asks for it next has it loaded again."""
         if self._loaded.get(entry.id) is entry:
             del self._loaded[entry.id]
-            self._lost[entry.id] = entry.folder
+            self._lost[entry.id] = entry
 
     def pin(self, adapter_id: str, pinned: bool) -> None:
         """See `Backend.pin`."""
@@ -122,16 +124,22 @@ class LoadedAdapters:
         """Unload all that no request uses."""
         self._lost.clear()
         is_there = True
-        for entry in [e for e in self._loaded.values() if not e.n_users]:
+        for entry in list(self._loaded.values()):
+            if entry.n_users:
+                continue
             if is_there:
                 is_there = await self._unload(entry)
             else:  # each further try would wait for the same dead server
-                del self._loaded[entry.id]
+                self._loaded.pop(entry.id, None)
 
     async def _load(self, adapter_id: str, prepare: Prepare) -> LoadedAdapter:
-        known = self._lost.get(adapter_id)
-        folder = known if known is not None and known.is_dir() else await asyncio.to_thread(prepare)
+        before = self._lost.get(adapter_id)
+        if before is not None and before.folder.is_dir():
+            folder = before.folder
+        else:
+            folder = await asyncio.to_thread(prepare)
         entry = LoadedAdapter(adapter_id, folder)
+        entry.is_pinned = before is not None and before.is_pinned
         await self._make_room()
         self._n_placed += 1
         try:
