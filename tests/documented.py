@@ -12,7 +12,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def typed_lines(block: str) -> list[str]:
     """The commands of one block: what stands behind its prompts, or every line where there are none."""
-    lines = block.splitlines()
+    lines = re.sub(r"\\\n\s*", "", block).splitlines()
     typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")] or lines
     return [command for line in typed if (command := re.split(r"(?:^|\s+)#", line)[0].strip())]
 

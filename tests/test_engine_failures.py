@@ -357,7 +357,8 @@ def test_the_interpreter_exits(how: str) -> None:
     # a hundred requests of 400 steps of 50 ms would take minutes; the limit is what tells
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     if how == "interrupt":
-        assert done.returncode in (130, -2) and done.stderr.strip().endswith("KeyboardInterrupt")
+        # 1 where a package that is installed runs code of its own while the interpreter ends
+        assert done.returncode in (1, 130, -2) and done.stderr.strip().endswith("KeyboardInterrupt")
     else:
         assert (done.returncode, done.stderr) == (3 if how == "error" else 0, "")
     assert done.stdout == ("length\n" if how == "other thread" else "")

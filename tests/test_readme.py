@@ -17,7 +17,7 @@ from dnd_sdk.config import Home
 
 ROOT = Path(dnd_sdk.__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text("utf-8")
-LATER = ("dnd serve", "OpenAI-compatible")
+LATER = ("/v1/responses", 'engine="vllm-local"')
 """Not in this release."""
 
 

@@ -36,7 +36,8 @@ from dnd_sdk.training import settings as training_settings
 EXAMPLES = ROOT / "examples"
 CLIENTS = EXAMPLES / "clients"  # other packages' programs, see test_real_clients
 HEADED = sorted(p for p in EXAMPLES.rglob("*.*") if p.suffix in (".py", ".toml") and CLIENTS not in p.parents)
-CONSOLE, TRAINING, RECIPE = blocks("console")[0], blocks("sh")[1], blocks("toml")[0]
+CONSOLE, RECIPE = blocks("console")[0], blocks("toml")[0]
+TRAINING = next(block for block in blocks("sh") if "dnd train" in block)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ RUNS = {
     "dnd bench gate TASKS": Run("recall"),
     "dnd bench train TASKS --config recipe.toml": Run("^training step "),
     "dnd bench store --sizes 10,100": Run("^ +100 .*"),
+    "dnd bench serve": Run(r"^8 clients .*\nfirst token ", "--rounds 1 --tokens 4"),
+    "dnd ps": Run("^no server runs for "),
+    "dnd stop": Run("^no server runs for "),
     "dnd bench engine --quick": Run("^swap from disk [\\s\\S]*^first token "),
     "dnd models ls": Run(rows(DEFAULT_BASE, SMALL_BASE, DEFAULT_ENCODER)),
     "dnd models pull": Run(rows(DEFAULT_BASE, DEFAULT_ENCODER)),
@@ -148,6 +152,7 @@ RUNS = {
         '"purity": ', leaves="out.json"
     ),
 }
+SERVER_CALLS = [line for line in markdown_commands(TEXT) if line.startswith("curl ")]
 _COMMITTED = "test_the_committed_recording_is_what_the_readme_documents"
 ELSEWHERE = {
     "make demo": "test_examples.test_demo_runs_twice_with_the_same_decisions",
@@ -163,12 +168,23 @@ ELSEWHERE = {
         ),
         "test_bench_training.test_the_example_of_another_base_is_made_and_timed",
     ),
+    "dnd serve": "test_server_leaving.test_the_command_listens_answers_and_ends",
+    **dict.fromkeys(
+        SERVER_CALLS,
+        "test_readme_server.test_the_calls_of_the_readme_are_answered",
+    ),
     **dict.fromkeys(  # needs a base whose template renders tools
         ("python examples/langchain_agent.py", "python examples/langchain_agent.py --prompts 40 --questions 2"),
         "test_langchain_example.test_the_agent_asks_its_adapted_specialist",
     ),
     **dict.fromkeys(
-        ('pip install "dnd-sdk[smolagents]"', 'pip install "dnd-sdk[langchain]" langchain'),
+        (
+            'pip install "dnd-sdk[smolagents]"',
+            'pip install "dnd-sdk[langchain]"',
+            'pip install "dnd-sdk[langchain]" langchain',
+            'pip install "dnd-sdk[llm]"',
+            'pip install "dnd-sdk[server]"',
+        ),
         "test_readme_commands.test_the_extras_that_are_named_exist",
     ),
 }
