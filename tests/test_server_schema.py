@@ -56,4 +56,4 @@ def test_a_method_that_is_not_there_is_told_which_are(world: World) -> None:
             ("/dnd/adapters/a/pin", "DELETE, PUT"),
             ("/", "GET, HEAD"),
         ):
-            assert served.http.patch(path).headers["allow"].split(", ") == methods.split(", ")
+            assert set(served.http.patch(path).headers["allow"].split(", ")) == set(methods.split(", "))
