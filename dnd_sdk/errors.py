@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from typing import ClassVar
 
 MAX_MESSAGE_BYTES, MAX_FIX_BYTES = 1400, 500
 """Together under 2 kB: what a person reads, and what a log line holds."""
@@ -69,6 +70,9 @@ def _printable(text: str) -> str:
 class DndError(Exception):
     """Base class: `message` says what went wrong and where, `fix` what to do (None if nothing helps)."""
 
+    code: ClassVar[str] = "failed"
+    """What a server's answer calls this kind of error, and its client knows it by."""
+
     def __init__(self, message: str, *, fix: str | None = None) -> None:
         self.message = brief(message)
         self.fix = None if fix is None else brief(fix, MAX_FIX_BYTES)
@@ -81,29 +85,43 @@ class DndError(Exception):
 class ConfigError(DndError, ValueError):
     """Settings or arguments that contradict each other or are out of range."""
 
+    code = "invalid_value"
+
 
 class InputError(DndError, ValueError):
     """Prompts, task files or request text that cannot be used."""
+
+    code = "invalid_input"
 
 
 class ContextLengthError(InputError):
     """A prompt that leaves the base's context too little room for its answer."""
 
+    code = "context_length_exceeded"
+
 
 class LayoutMismatchError(DndError, ValueError):
     """Weights (adapter or generator) that do not fit this base model."""
+
+    code = "layout_mismatch"
 
 
 class AdapterNotFoundError(DndError, LookupError):
     """No adapter of that name or id in the store."""
 
+    code = "adapter_not_found"
+
 
 class AdapterCorruptError(DndError, ValueError):
     """An adapter folder that is damaged, hostile or incomplete."""
 
+    code = "adapter_corrupt"
+
 
 class GeneratorError(DndError, ValueError):
     """A generator that is missing or damaged, or that produced unusable weights."""
+
+    code = "no_generator"
 
 
 class WeightsUnavailableError(DndError, OSError):
@@ -113,13 +131,19 @@ class WeightsUnavailableError(DndError, OSError):
 class StorageError(DndError, OSError):
     """The home folder cannot be read or written (full disk, read-only, no permission)."""
 
+    code = "storage"
+
 
 class BankFullError(DndError, RuntimeError):
     """Every adapter slot is pinned or leased by a running request."""
 
+    code = "slots_full"
+
 
 class BusyError(DndError, RuntimeError):
     """More requests wait already than may."""
+
+    code = "busy"
 
 
 class ServerError(DndError, ConnectionError):
@@ -128,6 +152,8 @@ class ServerError(DndError, ConnectionError):
 
 class BackendError(DndError, OSError):
     """An engine in another process (vLLM) that cannot be reached, has ended, refuses whoever asks, or fails."""
+
+    code = "backend"
 
 
 class MissingExtraError(DndError, ImportError):

@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dnd_sdk.errors import (
-    AdapterCorruptError,
-    AdapterNotFoundError,
-    BackendError,
-    BankFullError,
-    BusyError,
-    ConfigError,
-    ContextLengthError,
-    DndError,
-    GeneratorError,
-    InputError,
-    LayoutMismatchError,
-    ServerError,
-    StorageError,
-)
+from dnd_sdk.errors import AdapterNotFoundError, DndError, ServerError
 
-_KINDS: Mapping[str, type[DndError]] = {
-    "adapter_not_found": AdapterNotFoundError,
-    "model_not_found": AdapterNotFoundError,
-    "context_length_exceeded": ContextLengthError,
-    "adapter_corrupt": AdapterCorruptError,
-    "layout_mismatch": LayoutMismatchError,
-    "no_generator": GeneratorError,
-    "invalid_input": InputError,
-    "invalid_value": ConfigError,
-    "busy": BusyError,
-    "slots_full": BankFullError,
-    "backend": BackendError,
-    "storage": StorageError,
-}
-"""By the error's code."""
 _ALONE = "--no-server works without the server"
 
 
@@ -48,3 +19,18 @@ def refusal(status: int, body: Mapping[str, Any]) -> DndError:
     kind = _KINDS.get(str(told.get("code")), ServerError)
     fixed = fix if isinstance(fix, str) else None
     return kind(str(message), fix=fixed or (_ALONE if kind is ServerError else None))
+
+
+def _coded(kind: type[DndError]) -> Iterator[type[DndError]]:
+    """The kinds of error below this one that have a code of their own."""
+    for inner in kind.__subclasses__():
+        if "code" in vars(inner):
+            yield inner
+        yield from _coded(inner)
+
+
+_KINDS: dict[str, type[DndError]] = {
+    "model_not_found": AdapterNotFoundError,
+    **{kind.code: kind for kind in _coded(DndError)},
+}
+"""By the error's code; the first is OpenAI's own word."""

@@ -20,12 +20,10 @@ from dnd_sdk.errors import (
     BankFullError,
     BusyError,
     ConfigError,
-    ContextLengthError,
     DndError,
     GeneratorError,
     InputError,
     LayoutMismatchError,
-    StorageError,
     brief,
 )
 
@@ -70,19 +68,17 @@ class RequestError(HTTPException):
         super().__init__(problem.status, problem.message)
 
 
-_KINDS: tuple[tuple[type[DndError], int, str, str | None], ...] = (
-    (AdapterNotFoundError, 404, _INVALID, "adapter_not_found"),
-    (ContextLengthError, 400, _INVALID, "context_length_exceeded"),
-    (AdapterCorruptError, 422, _INVALID, "adapter_corrupt"),
-    (LayoutMismatchError, 409, _INVALID, "layout_mismatch"),
-    (GeneratorError, 409, _INVALID, "no_generator"),
-    (InputError, 400, _INVALID, "invalid_input"),
-    (ConfigError, 400, _INVALID, "invalid_value"),
-    (BusyError, 429, "rate_limit_error", "busy"),
-    (BankFullError, 503, "server_error", "slots_full"),
-    (BackendError, 503, "server_error", "backend"),
-    (StorageError, 500, "server_error", "storage"),
-    (DndError, 500, "server_error", "failed"),
+_KINDS: tuple[tuple[type[DndError], int, str], ...] = (
+    (AdapterNotFoundError, 404, _INVALID),
+    (AdapterCorruptError, 422, _INVALID),
+    (LayoutMismatchError, 409, _INVALID),
+    (GeneratorError, 409, _INVALID),
+    (InputError, 400, _INVALID),
+    (ConfigError, 400, _INVALID),
+    (BusyError, 429, "rate_limit_error"),
+    (BankFullError, 503, "server_error"),
+    (BackendError, 503, "server_error"),
+    (DndError, 500, "server_error"),
 )
 """The first that fits counts."""
 
@@ -91,14 +87,14 @@ def problem_of(error: BaseException) -> Problem:
     """How an error is told to a client."""
     if isinstance(error, RequestError):
         return error.problem
-    for kind, status, name, code in _KINDS:
+    for kind, status, name in _KINDS:
         if isinstance(error, kind):
             if status >= 500 and status != 503:
                 log.error("a request failed: %s", error)
             headers = {"Retry-After": str(RETRY_S)} if status in (429, 503) else {}
             fix = None if error.fix is None else without_paths(error.fix)
             message = without_paths(error.message)
-            return Problem(status, message, name, None, code, fix, headers)
+            return Problem(status, message, name, None, error.code, fix, headers)
     log.error("a request failed", exc_info=error)
     return Problem(500, "the server failed; its log says how", "server_error", None, "internal_error")
 
