@@ -55,6 +55,8 @@ class Encoded:
     """`(n, C)` float32 on the CPU, L2-normalised."""
     n_truncated: int
     """How many prompts were longer than the limit and lost their middle."""
+    n_tokens: int
+    """Of all prompts together, as they were read."""
 
 
 class Encoder:
@@ -96,15 +98,11 @@ class Encoder:
                 pooled[rows] = self._pool(hidden, lengths).cpu()
                 if states is not None:
                     states[rows] = _window(hidden, lengths, state_tokens)
-        return Encoded(states, pooled, n_truncated)
+        return Encoded(states, pooled, n_truncated, sum(map(len, ids)))
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The pooled vectors `(n, C)` alone; raises as `encode` does."""
         return self.encode(texts, with_states=False).pooled
-
-    def n_tokens(self, texts: Sequence[str]) -> int:
-        """Tokens that are read of these texts together; raises as `encode` does."""
-        return sum(map(len, self._tokenize(texts)[0]))
 
     def _tokenize(self, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
         if isinstance(prompts, str) or len(prompts) == 0:

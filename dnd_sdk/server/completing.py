@@ -62,7 +62,8 @@ async def embed(body: EmbeddingRequest, service: TheService) -> Response:
 
 
 def _embedded(encoder: Encoder, texts: list[str], body: EmbeddingRequest) -> dict[str, Any]:
-    vectors = encoder.embed(texts).numpy().astype("<f4")
+    encoded = encoder.encode(texts, with_states=False)
+    vectors = encoded.pooled.numpy().astype("<f4")
     packed = body.encoding_format == "base64"
     data = [
         {
@@ -72,8 +73,7 @@ def _embedded(encoder: Encoder, texts: list[str], body: EmbeddingRequest) -> dic
         }
         for i, vector in enumerate(vectors)
     ]
-    n_tokens = encoder.n_tokens(texts)
-    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    usage = {"prompt_tokens": encoded.n_tokens, "total_tokens": encoded.n_tokens}
     return {"object": "list", "model": body.model, "data": data, "usage": usage}
 
 
