@@ -8,6 +8,7 @@ from .calls import (
     who_answers as who_answers,
 )
 from .choosing import AUTO as AUTO, AdapterChoice as AdapterChoice
+from .fields import ModelFields as ModelFields, model_settings as model_settings
 from .options import (
     ALIASES as ALIASES,
     as_config_error as as_config_error,

@@ -17,23 +17,23 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import Field
 
-from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import call_schema, choose_tools, tools_not_shown
-from dnd_sdk.config import SAMPLING, SamplingOptions
+from dnd_sdk.config import SAMPLING
 from dnd_sdk.errors import ConfigError, shown
 from dnd_sdk.integrations.langchain.messages import chunk, to_chat, whole_message
 from dnd_sdk.integrations.langchain.structured import held_schema, parsed
 from dnd_sdk.models import DEFAULT_BASE
 from dnd_sdk.session import (
-    AUTO,
     MAX_THREADS,
     Call,
     CompletionStream,
     DnD,
     Lazy,
+    ModelFields,
     as_config_error,
     call_options,
     check_known,
+    model_settings,
     renamed,
     who_answers,
 )
@@ -43,7 +43,7 @@ _REMOTE = frozenset({"api_key", "base_url", "max_retries", "timeout"})
 _JSON_MODE = {"type": "object"}
 
 
-class DnDChat(BaseChatModel):
+class DnDChat(BaseChatModel, ModelFields):
     """One resident base LLM with its adapters; safe to share between threads and tasks.
 
     Every call takes `adapter`, `max_tokens` (or `max_new_tokens`), `temperature`, `top_p`, `top_k`, `min_p`,
@@ -58,21 +58,7 @@ class DnDChat(BaseChatModel):
     """
 
     model: str = Field(DEFAULT_BASE, description="Embedded name, folder or Hugging Face id of the base.")
-    generator: str | None = Field(None, description="A generator's folder; None: the one shipped for the base.")
-    encoder: str | None = Field(None, description="None: the generator's.")
-    home: str | None = Field(None, description="Folder of adapters and weights; None: DND_HOME, else the user's.")
-    device: str = Field("auto", description="auto, cpu, cuda, ...")
-    dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
-    adapter: str | None = Field(AUTO, description='An adapter\'s name, "auto" (routed per request) or None (the base).')
-    observe: bool = Field(False, description='Learn the tasks from the requests answered with "auto"; see DnD.observe.')
     max_tokens: int = Field(256, description="Upper bound on the tokens of one answer.")
-    temperature: float = Field(0.0, description="0 is greedy.")
-    top_p: float = Field(1.0, description="Nucleus mass, used when temperature > 0.")
-    top_k: int = Field(0, description="0 keeps every token.")
-    min_p: float = Field(0.0, description="Least share of the likeliest token's probability, when temperature > 0.")
-    repetition_penalty: float = Field(1.0, description="Above 1, tokens of prompt and answer become less likely.")
-    stop: list[str] = Field(default_factory=list, description="Text is cut before the first of these.")
-    seed: int | None = Field(None, description="None draws fresh randomness.")
     streaming: bool | None = Field(None, description="True: invoke streams too; False: stream does not.")
     resident: Any = Field(None, exclude=True, repr=False, description="The session; made on first use, see `dnd`.")
 
@@ -268,13 +254,9 @@ def _as_fields(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings by the names of the fields, those of sampling checked; None of these is the default."""
     if "stop_sequences" in settings:
         settings["stop"] = settings.pop("stop_sequences")
-    settings = renamed(settings)
-    sampling = {k: v for k in SAMPLING if (v := settings.pop(k, None)) is not None}
-    own = SamplingOptions(**sampling)
-    checked = {"max_tokens" if k == "max_new_tokens" else k: getattr(own, k) for k in sampling}
-    if isinstance(settings.get("adapter"), Adapter):
-        settings["adapter"] = settings["adapter"].name
-    return settings | checked
+    given = {k: v for k, v in renamed(settings).items() if v is not None or k not in SAMPLING}
+    checked = model_settings(given)
+    return {"max_tokens" if k == "max_new_tokens" else k: v for k, v in checked.items()}
 
 
 def _wide(config: RunnableConfig | list[RunnableConfig] | None, n_inputs: int) -> list[RunnableConfig]:

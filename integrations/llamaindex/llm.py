@@ -23,9 +23,8 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.types import PydanticProgramMode
 
-from dnd_sdk.adapters import Adapter
 from dnd_sdk.chat import Tools
-from dnd_sdk.config import SAMPLING, SamplingOptions
+from dnd_sdk.config import SAMPLING
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.integrations.llamaindex.calls import aends_with_its_reader, ends_with_its_reader, reader_leaves
 from dnd_sdk.integrations.llamaindex.messages import (
@@ -40,22 +39,22 @@ from dnd_sdk.integrations.llamaindex.messages import (
 from dnd_sdk.models import DEFAULT_BASE
 from dnd_sdk.session import (
     ALIASES,
-    AUTO,
     Call,
     CompletionStream,
     DnD,
     Lazy,
+    ModelFields,
     as_config_error,
     call_options,
     check_known,
-    renamed,
+    model_settings,
     who_answers,
 )
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class DnDLLM(CustomLLM):
+class DnDLLM(CustomLLM, ModelFields):
     """One resident base LLM with its adapters; safe to share between threads and tasks.
 
     Every call takes `adapter`, `max_new_tokens` (or `max_tokens`), `temperature`, `top_p`, `top_k`, `min_p`,
@@ -70,21 +69,7 @@ class DnDLLM(CustomLLM):
     """
 
     base: str = Field(DEFAULT_BASE, description="Embedded name, folder or Hugging Face id of the base.")
-    generator: str | None = Field(None, description="A generator's folder; None: the one shipped for the base.")
-    encoder: str | None = Field(None, description="None: the generator's.")
-    home: str | None = Field(None, description="Folder of adapters and weights; None: DND_HOME, else the user's.")
-    device: str = Field("auto", description="auto, cpu, cuda, ...")
-    dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
-    adapter: str | None = Field(AUTO, description='An adapter\'s name, "auto" (routed per request) or None (the base).')
-    observe: bool = Field(False, description='Learn the tasks from the requests answered with "auto"; see DnD.observe.')
     max_new_tokens: int = Field(256, description="Upper bound on the tokens of one answer.")
-    temperature: float = Field(0.0, description="0 is greedy.")
-    top_p: float = Field(1.0, description="Nucleus mass, used when temperature > 0.")
-    top_k: int = Field(0, description="0 keeps every token.")
-    min_p: float = Field(0.0, description="Least share of the likeliest token's probability, when temperature > 0.")
-    repetition_penalty: float = Field(1.0, description="Above 1, tokens of prompt and answer become less likely.")
-    stop: list[str] = Field(default_factory=list, description="Text is cut before the first of these.")
-    seed: int | None = Field(None, description="None draws fresh randomness.")
     pydantic_program_mode: PydanticProgramMode = Field(
         PydanticProgramMode.LLM, description="llm: structured answers are held to their schema."
     )
@@ -99,13 +84,9 @@ class DnDLLM(CustomLLM):
         Raises `ConfigError` for options that are unknown, out of range or without effect.
         """
         check_known(settings, (*type(self).model_fields, *ALIASES), type(self).__name__)
-        settings = renamed(settings)
+        settings = model_settings(settings)
         if settings.get("messages_to_prompt") not in (None, generic_messages_to_prompt):
             raise ConfigError("messages_to_prompt has no effect: the base's own chat template is used")
-        if isinstance(settings.get("adapter"), Adapter):
-            settings["adapter"] = settings["adapter"].name
-        own = SamplingOptions(**{k: settings[k] for k in SAMPLING if k in settings})
-        settings |= {k: getattr(own, k) for k in SAMPLING if k in settings}
         if dnd is not None:
             settings |= {"base": dnd.base.name, "encoder": dnd.encoder.name, "home": str(dnd.home.root)}
         with as_config_error(type(self).__name__):
