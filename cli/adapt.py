@@ -76,22 +76,11 @@ def _export(home: Home, name: str, folder: Path) -> None:
 
 
 def _payload(result: AnyAdapted, explain: bool) -> dict[str, Any]:
-    made = result.adapter
-    payload = {
-        "decision": result.decision,
-        "score": result.score,
-        "adapter": made and {"name": made.name, "path": str(made.path), "source": made.source},
-        "n_prompts": result.n_prompts,
-        "timings_s": dict(result.timings_s),
-    }
-    more = {
-        "reason": result.reason,
-        "neighbours": [{"name": n, "score": s} for n, s in result.neighbours],
-        "notes": list(result.notes),
-        "probability": result.probability,
-        "in_distribution": result.in_distribution,
-    }
-    return {**payload, **(more if explain else {})}
+    from dnd_sdk.adaptation import adapted_fields
+    from dnd_sdk.routing import decision_fields
+
+    payload = adapted_fields(result)
+    return {**payload, **decision_fields(result), "notes": list(result.notes)} if explain else payload
 
 
 def _text(result: AnyAdapted, explain: bool, out: Output, out_dir: Path | None) -> str:

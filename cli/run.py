@@ -92,20 +92,16 @@ def route(
     explain: Annotated[bool, typer.Option("--explain", help="Show the nearest adapters and the reason.")] = False,
 ) -> None:
     """Show which adapter would serve a prompt, without making or changing anything."""
+    from dnd_sdk.routing import decision_fields
+
     prompts = [line for line in read_text(text).splitlines() if line.strip()] if text == "-" else [read_text(text)]
     under = read_role_option(role)
     decision: AnyRouted
     with answering(out, models, server) as dnd:
         decision = dnd.route(prompts, role=under)
-    payload: dict[str, Any] = {
-        "decision": decision.decision,
-        "score": decision.score,
-        "adapter": decision.adapter.name if decision.adapter else None,
-        "neighbours": [{"name": n, "score": s} for n, s in decision.neighbours],
-        "reason": decision.reason,
-    }
-    if explain:
-        payload |= {"probability": decision.probability, "in_distribution": decision.in_distribution}
+    payload = {**decision_fields(decision), "adapter": decision.adapter.name if decision.adapter else None}
+    if not explain:
+        del payload["probability"], payload["in_distribution"]
     lines = [f"{decision.decision} {payload['adapter'] or ''}".strip()]
     if explain and not out.quiet:
         sure = confidence(decision.probability, decision.in_distribution)

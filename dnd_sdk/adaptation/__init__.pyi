@@ -5,8 +5,9 @@ from .bases import (
     check_made_for as check_made_for,
     made_elsewhere as made_elsewhere,
     of_base as of_base,
+    stored_for as stored_for,
 )
 from .label_calibration import Calibrated as Calibrated, LabelCalibration as LabelCalibration
 from .parts import Parts as Parts
-from .results import AdaptResult as AdaptResult, Decision as Decision, Mode as Mode
+from .results import AdaptResult as AdaptResult, Decision as Decision, Mode as Mode, adapted_fields as adapted_fields
 from .vetting import Limits as Limits

@@ -32,6 +32,11 @@ def of_base(adapters: Iterable[Adapter], base_name: str) -> list[Adapter]:
     return [a for a, _ in named if a.base_fingerprint in fingerprints]
 
 
+def stored_for(store: AdapterStore, base: Base | BaseCard) -> list[Adapter]:
+    """The stored adapters that were made for this base, by name."""
+    return [a for a in store.ls() if a.base_fingerprint == base.fingerprint]
+
+
 def check_made_for(adapter: Adapter, base: Base | BaseCard) -> None:
     """Raise `LayoutMismatchError`, naming the adapter's base, unless it was made for this one."""
     check_base(adapter, base.fingerprint, embedded_base(adapter.base_fingerprint))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from dnd_sdk.adapters import Adapter
@@ -42,14 +42,43 @@ class AdaptResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The object `dnd adapt --json` prints."""
-        found = self.adapter
-        return {
-            "decision": self.decision,
-            "score": self.score,
-            "adapter": found and {"name": found.name, "path": str(found.path), "source": found.source},
-            "n_prompts": self.n_prompts,
-            "timings_s": dict(self.timings_s),
-        }
+        return adapted_fields(self)
+
+
+class Adapted(Protocol):
+    """What an adaptation comes to, here or as a server told it; see `AdaptResult`."""
+
+    @property
+    def adapter(self) -> Any:
+        """With `name`, `path` and `source`; None: the base."""
+
+    @property
+    def decision(self) -> str:
+        """What was done."""
+
+    @property
+    def score(self) -> float | None:
+        """Similarity to the nearest adapter."""
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts used."""
+
+    @property
+    def timings_s(self) -> Mapping[str, float]:
+        """Seconds per step."""
+
+
+def adapted_fields(result: Adapted) -> dict[str, Any]:
+    """An adaptation as it is told to machines; the reason and the like are in `routing.decision_fields`."""
+    found = result.adapter
+    return {
+        "decision": result.decision,
+        "score": result.score,
+        "adapter": found and {"name": found.name, "path": str(found.path), "source": found.source},
+        "n_prompts": result.n_prompts,
+        "timings_s": dict(result.timings_s),
+    }
 
 
 @dataclass

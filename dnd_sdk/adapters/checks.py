@@ -8,7 +8,7 @@ from dnd_sdk.adapters.adapter import MANIFEST, Adapter, check_name, read_adapter
 from dnd_sdk.adapters.exemplars import read_exemplars
 from dnd_sdk.adapters.peft_config import base_name_in
 from dnd_sdk.adapters.peft_folder import adapter_id, read_weights
-from dnd_sdk.errors import AdapterCorruptError, ConfigError, LayoutMismatchError
+from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError, ConfigError, LayoutMismatchError
 from dnd_sdk.files import FloatArray
 from dnd_sdk.lora import LoraLayout
 
@@ -56,6 +56,12 @@ def check_same(stored: Adapter, adapter: Adapter) -> None:
             f"an adapter named {adapter.name!r} with {differ[0]} exists",
             fix=f"choose another --name or `dnd adapters rm {adapter.name}`",
         )
+
+
+def check_not_replaced(stored: Adapter, adapter: Adapter) -> None:
+    """Raise `AdapterNotFoundError` if other weights are stored under the adapter's name by now."""
+    if stored.id != adapter.id:
+        raise AdapterNotFoundError(f"adapter {adapter.name!r} was replaced", fix="get it again by its name")
 
 
 def check_read_hash(folder: Path, adapter: Adapter, flat: FloatArray, layout: LoraLayout) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dnd_sdk.adapters.adapter import MANIFEST, Adapter, read_manifest
+from dnd_sdk.adapters.checks import check_not_replaced
 from dnd_sdk.adapters.folders import publish
 from dnd_sdk.adapters.peft_config import CONFIG
 from dnd_sdk.adapters.peft_folder import WEIGHTS
@@ -72,13 +73,12 @@ def prune_served(root: Path, store: AdapterStore) -> None:
 def _check_id(folder: Path, adapter: Adapter) -> None:
     """Raise unless the folder holds this adapter."""
     try:
-        found = read_manifest(folder).id
+        found = read_manifest(folder)
     except (AdapterCorruptError, FileNotFoundError) as e:
         if not folder.is_dir():
             raise AdapterNotFoundError(f"adapter {adapter.name!r} was removed", fix="adapt or import it again") from e
         raise
-    if found != adapter.id:
-        raise AdapterNotFoundError(f"adapter {adapter.name!r} was replaced", fix="get it again by its name")
+    check_not_replaced(found, adapter)
 
 
 def _fill(new: Path, stored: Path) -> None:

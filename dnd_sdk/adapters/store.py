@@ -26,7 +26,7 @@ from dnd_sdk.adapters.adapter import (
     read_manifest,
 )
 from dnd_sdk.adapters.catalogue import Changes
-from dnd_sdk.adapters.checks import check_base, check_folder, check_read_hash, check_same
+from dnd_sdk.adapters.checks import check_base, check_folder, check_not_replaced, check_read_hash, check_same
 from dnd_sdk.adapters.edge import array_of, tensor_of
 from dnd_sdk.adapters.exemplars import check_exemplars, exemplars_hash, read_exemplars
 from dnd_sdk.adapters.exporting import copy_out
@@ -136,7 +136,7 @@ class AdapterStore:
         """
 
         def reader(folder: Path) -> FloatArray:
-            _check_same(read_manifest(folder), adapter)
+            check_not_replaced(read_manifest(folder), adapter)
             check_base(adapter, base_fingerprint)
             flat = read_weights(folder, layout)
             check_read_hash(folder, adapter, flat, layout)
@@ -304,7 +304,7 @@ class AdapterStore:
 
         def make(folder: Path) -> tuple[Adapter, dict[str, bytes]]:
             stored = read_manifest(folder)
-            _check_same(stored, adapter)
+            check_not_replaced(stored, adapter)
             return refine(folder, stored)
 
         refined = self._folders.replace_files(adapter.name, make)
@@ -345,8 +345,3 @@ class AdapterStore:
 
 def _log_note(line: str) -> None:
     log.warning("imported: %s", line)
-
-
-def _check_same(stored: Adapter, adapter: Adapter) -> None:
-    if stored.id != adapter.id:
-        raise AdapterNotFoundError(f"adapter {adapter.name!r} was replaced", fix="get it again by its name")

@@ -12,11 +12,12 @@ from dnd_sdk.client.answers import Adapted, Answer, Routed, read_adapted, read_r
 from dnd_sdk.client.call import Call, cut_off
 from dnd_sdk.client.http import form_body, json_body
 from dnd_sdk.client.presence import Presence
-from dnd_sdk.client.stream import AnswerStream, Prompt, chat_body
+from dnd_sdk.client.stream import AnswerStream, chat_body
 from dnd_sdk.config import Home, SamplingOptions
 from dnd_sdk.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
+    from dnd_sdk.chat import Prompt
     from dnd_sdk.prompts import PromptSet, Role
 
 _EVENTS = "text/event-stream"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,8 @@ from dnd_sdk.config import SamplingOptions
 from dnd_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dnd_sdk.chat import Prompt
     from dnd_sdk.prompts import Role
-
-Prompt = str | Sequence[Mapping[str, Any]]
-"""One user message, or chat messages, oldest first."""
 
 
 class AnswerStream:

@@ -12,6 +12,7 @@ from .similarity import (
     set_similarity as set_similarity,
 )
 from .support import NOISE_KINDS as NOISE_KINDS, Support as Support, noise_prompts as noise_prompts
+from .telling import decision_fields as decision_fields
 from .thresholds import (
     Calibration as Calibration,
     RouterData as RouterData,

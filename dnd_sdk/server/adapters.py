@@ -12,7 +12,7 @@ from fastapi import APIRouter, Form, UploadFile
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
-from dnd_sdk.adaptation import check_made_for
+from dnd_sdk.adaptation import stored_for
 from dnd_sdk.adapters import Adapter, check_name
 from dnd_sdk.errors import AdapterNotFoundError, BankFullError
 from dnd_sdk.server.documented import FLAG, MAYBE_TEXT, TEXT, WHOLE, answers, listed
@@ -107,7 +107,7 @@ async def unload_lora(body: UnloadLora, service: TheService) -> str:
 def _ls(service: Service) -> list[dict[str, Any]]:
     dnd = service.dnd
     resident = set(dnd.engine.resident())
-    return [_shown(service, a, resident) for a in dnd.store.ls() if a.base_fingerprint == dnd.base.fingerprint]
+    return [_shown(service, a, resident) for a in stored_for(dnd.store, dnd.base)]
 
 
 def _shown(service: Service, adapter: Adapter, resident: set[str] | None = None) -> dict[str, Any]:
@@ -139,7 +139,6 @@ def _size(folder: Path) -> int:
 
 def _held(service: Service, name: str) -> Adapter:
     adapter = service.dnd.store.get(name)
-    check_made_for(adapter, service.dnd.base)
     service.dnd.make_resident(adapter)
     return adapter
 

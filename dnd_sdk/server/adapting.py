@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile
 
 from dnd_sdk.prompts import PromptSet, clean_prompts
+from dnd_sdk.routing import decision_fields
 from dnd_sdk.server.documented import MAYBE_TEXT, NUMBER, TEXT, TEXTS, WHOLE, answers, listed, shaped
 from dnd_sdk.server.problems import invalid, problem_of
 from dnd_sdk.server.service import Service, TheService, note
@@ -120,15 +121,7 @@ async def adapt(request: Request, service: TheService) -> Response:
 async def route(body: RouteRequest, service: TheService) -> dict[str, Any]:
     """Which adapter would serve these prompts; changes nothing."""
     found = await service.run(lambda: service.dnd.route(body.prompts, role=body.role))
-    return {
-        "decision": found.decision,
-        "score": found.score,
-        "adapter": None if found.adapter is None else found.adapter.name,
-        "neighbours": _neighbours(found.neighbours),
-        "reason": found.reason,
-        "probability": found.probability,
-        "in_distribution": found.in_distribution,
-    }
+    return {**decision_fields(found), "adapter": None if found.adapter is None else found.adapter.name}
 
 
 @router.post("/observe", responses=_OBSERVED)
@@ -148,12 +141,9 @@ def adapted(result: AdaptResult) -> dict[str, Any]:
     made = result.adapter
     return {
         **result.to_dict(),
+        **decision_fields(result),
         "adapter": None if made is None else {"name": made.name, "source": made.source},
-        "reason": result.reason,
-        "neighbours": _neighbours(result.neighbours),
         "notes": list(result.notes),
-        "probability": result.probability,
-        "in_distribution": result.in_distribution,
     }
 
 
@@ -185,10 +175,6 @@ class _Adapting:
 
     def _tell(self, step: str) -> None:
         self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
-
-
-def _neighbours(found: Any) -> list[dict[str, Any]]:
-    return [{"name": name, "score": score} for name, score in found]
 
 
 async def _json(request: Request) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from dnd_sdk.adaptation import check_made_for
+from dnd_sdk.adaptation import check_made_for, stored_for
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError
 from dnd_sdk.server.documented import MAYBE_TEXT, TEXT, WHOLE, answers, listed
@@ -62,7 +62,7 @@ def _models(service: Service) -> list[dict[str, Any]]:
     dnd, since = service.dnd, service.created
     base, encoder = service.base_id, service.encoder_id
     fixed = [_entry(base, since, base, None), _entry(PREFIX + AUTO, since, base, base)]
-    made = [_adapter_entry(a, base) for a in dnd.store.ls() if a.base_fingerprint == dnd.base.fingerprint]
+    made = [_adapter_entry(a, base) for a in stored_for(dnd.store, dnd.base)]
     return [*fixed, *made, _entry(encoder, since, encoder, None)]
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from dnd_sdk.adaptation import stored_for
 from dnd_sdk.bench import host, ratio
 from dnd_sdk.config import whole_number
 from dnd_sdk.server.running import Listening, serve
@@ -87,7 +88,7 @@ class _Asked:
 
     def __init__(self, dnd: DnD, tokens: int) -> None:
         self.dnd, self.tokens = dnd, tokens
-        stored = [a.name for a in dnd.store.ls() if a.base_fingerprint == dnd.base.fingerprint]
+        stored = [a.name for a in stored_for(dnd.store, dnd.base)]
         self.clients: Iterator[_Client] = (
             _Client(f"Story {i}: a walk to the {i}th house of the long street.", adapter)
             for i, adapter in zip(count(), cycle([*stored, None]))

@@ -15,6 +15,7 @@ from dnd_sdk.routing import read_decisions
 from dnd_sdk.server.documented import FLAG, MAYBE_TEXT, NUMBER, TEXT, TEXTS, WHOLE, answers, listed, shaped
 from dnd_sdk.server.problems import Problem, RequestError, without_paths
 from dnd_sdk.server.service import Service, TheService
+from dnd_sdk.session import DnD
 
 router = APIRouter(tags=["status"])
 
@@ -65,8 +66,6 @@ async def decisions(service: TheService, limit: Annotated[int, Query(ge=1, le=10
 def _status(service: Service) -> dict[str, Any]:
     dnd, settings = service.dnd, service.settings
     local, engine = dnd.engine.local, dnd.engine
-    # ids of adapters that were removed while they are still in a slot are told as they are
-    names = {a.id: a.name for a in dnd.store.ls()}
     return {
         "version": __version__,
         "base": service.base_id,
@@ -76,7 +75,7 @@ def _status(service: Service) -> dict[str, Any]:
         "dtype": None if local is None else str(local.base.model.dtype).removeprefix("torch."),
         "context_tokens": engine.context_tokens,
         "n_slots": None if local is None else local.bank.n_slots,
-        "resident": [names.get(i, i) for i in engine.resident()],
+        "resident": [_name_of(dnd, i) for i in engine.resident()],
         "running": engine.n_running,
         "waiting": engine.n_waiting,
         "uptime_s": round(time.monotonic() - service.started, 1),
@@ -90,3 +89,9 @@ def _status(service: Service) -> dict[str, Any]:
         },
         "slow_because": without_paths(local.slow_because) if local is not None and local.slow_because else None,
     }
+
+
+def _name_of(dnd: DnD, adapter_id: str) -> str:
+    """An adapter's name; of one that was removed and still is in a slot its id."""
+    stored = dnd.store.with_id(adapter_id)
+    return stored[-1].name if stored else adapter_id

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dnd_sdk.chat import Reading, ToolCall, read_answer
+from dnd_sdk.chat import Reading, ToolCall, new_call_id, read_answer
 from dnd_sdk.server.reading import Asked
 from dnd_sdk.session import Completion
 
@@ -60,7 +60,7 @@ def wire_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
     """Calls of tools."""
     return [
         {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "id": new_call_id(),
             "type": "function",
             "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
         }

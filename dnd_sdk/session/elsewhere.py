@@ -17,20 +17,11 @@ from dnd_sdk.adapters import Adapter, AdapterStore, prune_served
 from dnd_sdk.config import Home, callable_of, one_of, path_of, text_of, whole_number
 from dnd_sdk.engine import MAX_LOADED, VllmBackend
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, LayoutMismatchError
-from dnd_sdk.generator import Generator, check_encoder, folder_for, generator_folder
+from dnd_sdk.generator import Generator, folder_for, generator_folder
 from dnd_sdk.lora import MAX_RANK, LoraLayout
-from dnd_sdk.models import (
-    DEFAULT_ENCODER,
-    EMBEDDED,
-    BaseCard,
-    Encoder,
-    load_base,
-    local_tokenizer,
-    pick_device,
-    resolve,
-)
+from dnd_sdk.models import EMBEDDED, BaseCard, load_base, local_tokenizer, pick_device
 from dnd_sdk.routing import DecisionLog
-from dnd_sdk.session.loading import DEFAULT_RANK, make_router, slots_for, tell_of_others
+from dnd_sdk.session.loading import DEFAULT_RANK, encoder_for, make_router, slots_for, tell_of_others
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +102,7 @@ def load_parts_for(
     store = AdapterStore(home)
     engine = _connect(server, layout, store, card, home, n_slots)
     (progress or log.info)(check_served(engine, card, home))
-    encoder_name = encoder_name or (generator.encoder_name if generator is not None else DEFAULT_ENCODER)
-    resolve(encoder_name, home, progress=progress)  # fetch with progress; the load below finds it
-    encoder = Encoder.load(encoder_name, home, device=str(where))
-    check_encoder(encoder, generator)
+    encoder = encoder_for(generator, encoder_name, home, where, progress)
     router = make_router(folder, encoder, card, layout, store, home)
     tell_of_others(store, card, progress)
     return Parts(card, generator, encoder, store, router, engine, home, DecisionLog(home.logs))

@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dnd_sdk.adaptation import Parts, made_elsewhere
 from dnd_sdk.adapters import AdapterStore
@@ -18,6 +19,9 @@ from dnd_sdk.generator import Generator, check_encoder, folder_for, generator_fo
 from dnd_sdk.lora import MAX_RANK, LoraLayout
 from dnd_sdk.models import DEFAULT_ENCODER, Base, BaseCard, Encoder, load_base, resolve
 from dnd_sdk.routing import DecisionLog, Router, measured
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +54,7 @@ def load_parts(
     base = load_base(base_name, home, device=device, dtype=dtype, progress=progress)
     folder = folder_for(base, folder)
     generator = None if folder is None else load_generator(folder, base)
-    encoder_name = encoder_name or (generator.encoder_name if generator is not None else DEFAULT_ENCODER)
-    resolve(encoder_name, home, progress=progress)  # fetch with progress; the load below finds it
-    encoder = Encoder.load(encoder_name, home, device=str(base.model.device))
-    check_encoder(encoder, generator)
+    encoder = encoder_for(generator, encoder_name, home, base.model.device, progress)
     layout = LoraLayout.from_model(base.model, r=r or DEFAULT_RANK) if generator is None else slots_for(generator, r)
     store = AdapterStore(home)
     router = make_router(folder, encoder, base, layout, store, home)
@@ -62,6 +63,21 @@ def load_parts(
     engine = Engine(base, layout, n_slots=n_slots, fetch=fetch, is_stored=is_stored, deterministic=deterministic)
     tell_of_others(store, base, progress)
     return Parts(base, generator, encoder, store, router, engine, home, DecisionLog(home.logs))
+
+
+def encoder_for(
+    generator: Generator | None,
+    name: str | None,
+    home: Home,
+    device: torch.device,
+    progress: Callable[[str], None] | None,
+) -> Encoder:
+    """The encoder of that name, which fits the generator; None: the generator's own, else the default."""
+    name = name or (generator.encoder_name if generator is not None else DEFAULT_ENCODER)
+    resolve(name, home, progress=progress)  # fetch with progress; the load below finds it
+    encoder = Encoder.load(name, home, device=str(device))
+    check_encoder(encoder, generator)
+    return encoder
 
 
 def slots_for(generator: Generator, r: int | None) -> LoraLayout:
