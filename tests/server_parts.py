@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,3 +98,30 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 def quiet(dnd: DnD) -> bool:
     """Whether the engine comes to rest."""
     return soon(lambda: dnd.engine.n_running == 0 and dnd.engine.n_waiting == 0)
+
+
+def connect(served: Served) -> socket.socket:
+    """A bare socket to the server, on which anything can be sent, and cut anywhere."""
+    url = httpx.URL(served.now.url)
+    return socket.create_connection((url.host, url.port), timeout=20)
+
+
+class HeldEncoder:
+    """Inside the block whoever embeds stands still until `go_on` is set."""
+
+    def __init__(self, dnd: DnD) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+        self._encoder, self._embed = dnd.encoder, dnd.encoder.embed
+
+    def _held(self, texts: Any) -> Any:
+        self.began.set()
+        self.go_on.wait(20)
+        return self._embed(texts)
+
+    def __enter__(self) -> HeldEncoder:
+        self._encoder.embed = self._held  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.go_on.set()
+        del self._encoder.embed  # type: ignore[method-assign]

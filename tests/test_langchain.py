@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from llamaindex_parts import Pace, endless, put_adapter, roomy
+from llamaindex_parts import roomy
+from paced import Pace, endless, put_adapter
 from tiny_world import World, prompts_of
 
 from dnd_sdk.errors import ConfigError, InputError, MissingExtraError

@@ -8,8 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from llamaindex_parts import Pace, cancel_after, endless, generating, put_adapter, wait_until
-from test_llamaindex_async import NoThreads, loop_runs, stopped_after
+from paced import NoThreads, Pace, cancel_after, endless, generating, loop_runs, put_adapter, stopped_after, wait_until
 from tiny_world import World
 
 from dnd_sdk.session import MAX_THREADS, DnD

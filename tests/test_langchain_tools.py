@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from helpers import CHAT_TEMPLATE
-from llamaindex_parts import put_adapter, roomy
+from llamaindex_parts import roomy
+from paced import put_adapter
 from pydantic import BaseModel, Field
 from test_langchain import WAYS
 from tiny_world import World

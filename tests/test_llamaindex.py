@@ -22,18 +22,8 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.llms import LLM, CustomLLM
-from llamaindex_parts import (  # noqa: F401 - events is a fixture
-    METHODS,
-    PLAIN,
-    STREAMS,
-    Recorder,
-    ScriptedDnD,
-    ask,
-    call,
-    endless,
-    events,
-    put_adapter,
-)
+from llamaindex_parts import METHODS, PLAIN, STREAMS, Recorder, ScriptedDnD, ask, call, events  # noqa: F401
+from paced import endless, put_adapter
 from tiny_world import World, prompts_of
 from tokenizers.processors import TemplateProcessing
 

@@ -8,7 +8,8 @@ import threading
 from typing import Any
 
 import pytest
-from llamaindex_parts import METHODS, ScriptedDnD, ask, call, put_adapter, wait_until
+from llamaindex_parts import METHODS, ScriptedDnD, ask, call
+from paced import put_adapter, wait_until
 from test_observing_observer import tell_apart
 from tiny_world import World, prompts_of
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
-from llamaindex_parts import Pace, aread, call, cancel_after, endless, events, generating, wait_until  # noqa: F401
+from llamaindex_parts import aread, call, events  # noqa: F401
+from paced import NoThreads, Pace, cancel_after, endless, generating, loop_runs, stopped_after
 from tiny_world import World
 
 from dnd_sdk.integrations.llamaindex import DnDEmbedding, DnDLLM
@@ -34,23 +34,6 @@ def pace(dnd: DnD) -> Pace:
 @pytest.fixture
 def llm(dnd: DnD) -> DnDLLM:
     return DnDLLM(dnd, adapter=None, max_new_tokens=200)
-
-
-def stopped_after(pace: Pace, tokens: int) -> None:
-    """Nothing generates any more, though it could, and no more than `tokens` were made."""
-    pace.allow()
-    wait_until(lambda: not generating(), "the engine still generates")
-    assert pace.tokens <= tokens
-
-
-async def loop_runs(while_waiting: Awaitable[Any], go_on: Callable[[], None]) -> Any:
-    """The event loop must turn a hundred times while the work stands still; then let it go on."""
-    task = asyncio.ensure_future(while_waiting)
-    for _ in range(100):
-        await asyncio.sleep(0.001)
-        assert not task.done()
-    go_on()
-    return await task
 
 
 @pytest.mark.parametrize("method", ASYNC)
@@ -94,13 +77,6 @@ def test_the_loop_runs_while_the_encoder_works(dnd: DnD, monkeypatch: pytest.Mon
         return await loop_runs(getattr(DnDEmbedding(dnd), method)(given), go_on.set)
 
     assert len(asyncio.run(run()))
-
-
-class NoThreads(ThreadPoolExecutor):
-    """A default executor that must not be used."""
-
-    def submit(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the loop's default executor was used")
 
 
 def test_many_calls_at_once_leave_the_loops_own_threads_alone(llm: DnDLLM, pace: Pace) -> None:

@@ -13,7 +13,8 @@ from llama_index.core.agent.workflow import ReActAgent
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.tools import FunctionTool
-from llamaindex_parts import ScriptedDnD, ask, put_adapter, roomy
+from llamaindex_parts import ScriptedDnD, ask, roomy
+from paced import put_adapter
 from pydantic import BaseModel
 from tiny_world import World
 

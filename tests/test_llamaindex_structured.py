@@ -11,7 +11,8 @@ import pytest
 from llama_index.core import PromptTemplate
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.types import PydanticProgramMode
-from llamaindex_parts import METHODS, ScriptedDnD, ask, put_adapter, roomy
+from llamaindex_parts import METHODS, ScriptedDnD, ask, roomy
+from paced import put_adapter
 from pydantic import BaseModel, Field
 from tiny_world import World
 from tool_parts import ADD, HERMES_TEMPLATE

@@ -15,20 +15,8 @@ from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.tools import FunctionTool
 from llama_index.core.types import PydanticProgramMode
-from llamaindex_parts import (  # noqa: F401 - events is a fixture
-    METHODS,
-    Pace,
-    Recorder,
-    ask,
-    call,
-    cancel_after,
-    endless,
-    events,
-    generating,
-    put_adapter,
-    roomy,
-    wait_until,
-)
+from llamaindex_parts import METHODS, Recorder, ask, call, events, roomy  # noqa: F401
+from paced import Pace, cancel_after, endless, generating, put_adapter, wait_until
 from pydantic import BaseModel
 from tiny_world import World
 from tool_parts import ADD, CALLED, HERMES_TEMPLATE, LLAMA_TEMPLATE, QWEN_TEMPLATE, hermes_call, scripted

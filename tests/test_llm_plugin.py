@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from llamaindex_parts import Pace, endless, generating, put_adapter, roomy, wait_until
+from llamaindex_parts import roomy
+from paced import Pace, endless, generating, put_adapter, wait_until
 from tiny_world import World, prompts_of
 from tool_parts import hermes_call
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from server_parts import CHAT, Served, chat_body, error_of, quiet, serving
+from server_parts import CHAT, HeldEncoder, Served, chat_body, connect, error_of, quiet, serving
 from tiny_world import World, make_world, prompts_of
 
 from dnd_sdk.errors import AdapterCorruptError, BusyError, ConfigError, InputError, StorageError
@@ -207,8 +208,7 @@ def test_files_may_be_larger_than_other_bodies(served: Served) -> None:
 
 def _raw(served: Served, *pieces: bytes, wait_s: float = 0.0) -> bytes:
     """What comes back for bytes on a bare socket."""
-    url = httpx.URL(served.now.url)
-    with socket.create_connection((url.host, url.port), timeout=20) as sock:
+    with connect(served) as sock:
         for piece in pieces:
             sock.sendall(piece)
             time.sleep(wait_s)
@@ -225,8 +225,6 @@ def test_a_body_that_does_not_come_is_not_waited_for(served: Served) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(world: World) -> None:
-    import threading
-
     dnd = world.session()
     held = threading.Event()
     with serving(dnd, max_waiting=0) as now:
@@ -265,24 +263,9 @@ def test_what_is_no_path_stays() -> None:
 
 def test_routes_do_not_hold_up_the_loop(served: Served) -> None:
     """Health is told while something long is done."""
-    import threading
-
-    began, go_on = threading.Event(), threading.Event()
-    real = served.dnd.encoder.embed
-
-    def slow(texts: Any) -> Any:
-        began.set()
-        go_on.wait(20)
-        return real(texts)
-
-    served.dnd.encoder.embed = slow  # type: ignore[method-assign]
-    try:
-        with httpx.Client(base_url=served.now.url, timeout=60) as other:
-            asking = threading.Thread(target=lambda: other.post("/dnd/route", json={"prompts": prompts_of("upper")[0]}))
-            asking.start()
-            assert began.wait(20) and served.http.get("/health").json()["status"] == "ok"
-            go_on.set()
-            asking.join()
-    finally:
-        go_on.set()
-        del served.dnd.encoder.embed  # type: ignore[method-assign]
+    with HeldEncoder(served.dnd) as held, httpx.Client(base_url=served.now.url, timeout=60) as other:
+        asking = threading.Thread(target=lambda: other.post("/dnd/route", json={"prompts": prompts_of("upper")[0]}))
+        asking.start()
+        assert held.began.wait(20) and served.http.get("/health").json()["status"] == "ok"
+        held.go_on.set()
+        asking.join()

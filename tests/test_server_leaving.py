@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from engine_parts import soon
-from server_parts import CHAT, Served, chat_body, quiet, serving, streamed
+from server_parts import CHAT, HeldEncoder, Served, chat_body, connect, quiet, serving, streamed
 from tiny_world import World
 
 from dnd_sdk.errors import ConfigError
@@ -31,8 +31,7 @@ def served(world: World) -> Iterator[Served]:
 
 def raw_request(served: Served, body: dict[str, Any]) -> socket.socket:
     """A request on a bare socket, which can be cut anywhere."""
-    url = httpx.URL(served.now.url)
-    sock = socket.create_connection((url.host, url.port), timeout=20)
+    sock = connect(served)
     text = json.dumps(body).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     sock.sendall(head.encode() + f"content-length: {len(text)}\r\n\r\n".encode() + text)
@@ -61,19 +60,11 @@ def test_one_that_leaves_while_it_waits_is_forgotten(served: Served) -> None:
 
 def test_one_that_leaves_before_its_answer_begins(served: Served) -> None:
     """The adapter is still being chosen when the client has gone."""
-    began, go_on = threading.Event(), threading.Event()
-    real = served.dnd.encoder.embed
-
-    def slow(texts: Any) -> Any:
-        began.set()
-        go_on.wait(20)
-        return real(texts)
-
-    served.dnd.encoder.embed = slow  # type: ignore[method-assign]
-    sock = raw_request(served, chat_body("hi", "auto", max_tokens=400))
-    assert began.wait(20)
-    sock.close()
-    go_on.set()
+    with HeldEncoder(served.dnd) as held:
+        sock = raw_request(served, chat_body("hi", "auto", max_tokens=400))
+        assert held.began.wait(20)
+        sock.close()
+        held.go_on.set()
     assert quiet(served.dnd) and served.http.get("/health").status_code == 200
 
 

@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 import pytest
-from llamaindex_parts import Pace, ScriptedStream, endless, generating, put_adapter, roomy, wait_until
+from llamaindex_parts import ScriptedStream, roomy
+from paced import Pace, endless, generating, put_adapter, wait_until
 from smolagents import CodeAgent, LogLevel, Model, ToolCallingAgent, tool
 from smolagents.default_tools import FinalAnswerTool
 from smolagents.models import ChatMessage, MessageRole

@@ -6,19 +6,10 @@ import asyncio
 from typing import Any, Literal
 
 import litellm
-from common import ENCODER, KEY, QUESTION, SAYS, TEXTS, URL, WIDTH, run_example, says
+from common import ENCODER, KEY, MESSAGES, SAYS, TEXTS, URL, WEATHER, WIDTH, run_example, says
 from pydantic import BaseModel
 
 SERVER: dict[str, Any] = {"api_base": URL, "api_key": KEY}
-MESSAGES: Any = [{"role": "user", "content": QUESTION}]
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 
 
 class Ticket(BaseModel):

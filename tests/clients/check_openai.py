@@ -7,18 +7,8 @@ import json
 from typing import Any, Literal
 
 import openai
-from common import BASE, ENCODER, KEY, MODEL, QUESTION, SAYS, TEXTS, URL, WIDTH, run_example, says
+from common import BASE, ENCODER, KEY, MESSAGES, MODEL, SAYS, TEXTS, URL, WEATHER, WIDTH, run_example, says
 from pydantic import BaseModel
-
-MESSAGES: Any = [{"role": "user", "content": QUESTION}]
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 
 
 class Ticket(BaseModel):

@@ -6,12 +6,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 URL = os.environ.get("DND_URL", "")
 KEY = os.environ.get("DND_API_KEY", "")
 MODEL, BASE, ENCODER, WIDTH = "dnd:auto", "qwen2.5-coder-0.5b", "all-minilm-l6-v2", 384
 EXAMPLES = Path(__file__).parents[2] / "examples" / "clients"
 QUESTION = "What is the weather in Paris?"
+
+MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 
 SAYS = "It is sunny in Paris today."
 """To any question, and to any beginning of a text."""
