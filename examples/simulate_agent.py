@@ -85,7 +85,7 @@ class ReadAhead(Encoder):
         """As `Encoder.encode`."""
         if with_states or any(p not in self._known for p in prompts):
             return self._encoder.encode(prompts, state_tokens=state_tokens, with_states=with_states)
-        return Encoded(None, torch.stack([self._known[p] for p in prompts]), 0)
+        return Encoded(None, torch.stack([self._known[p] for p in prompts]), 0, 0)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: workers that share the cores must not each use all of them
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library, which reads it once
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,6 @@ REAL_HOME = os.environ.get("DND_TEST_HOME") or os.environ.get("DND_HOME")
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DND_HOME", str(tmp_path / "dnd-home"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture

@@ -85,15 +85,20 @@ def test_short_prompts_and_a_long_one_share_the_steps(then: Then) -> None:
     engine._scheduler._large_piece = engine._scheduler._piece = 16
     long = CompletionRequest("long " * 60, None, SamplingOptions(max_new_tokens=1))  # 20 pieces
     ended: dict[str, int] = {}
+    asked: list[Future[Generation]] = []
 
     def come() -> None:
-        engine.submit(long).add_done_callback(lambda _: ended.setdefault("long", engine._scheduler._n_steps))
-        engine.submit(CompletionRequest("x", "a", SHORT)).add_done_callback(
-            lambda _: ended.setdefault("short", engine._scheduler._n_steps)
-        )
+        for name, request in (("long", long), ("short", CompletionRequest("x", "a", SHORT))):
+            asked.append(engine.submit(request))
+            asked[-1].add_done_callback(lambda _, name=name: ended.setdefault(name, engine._scheduler._n_steps))
 
-    then[10] = come
-    engine.complete([CompletionRequest("q" * 20, None, SamplingOptions(max_new_tokens=1))] * 300)
+    all_are_in = threading.Event()
+    then[1], then[10] = all_are_in.wait, come
+    one = CompletionRequest("q" * 20, None, SamplingOptions(max_new_tokens=1))
+    among = [engine.submit(one) for _ in range(300)]
+    all_are_in.set()
+    assert all(answer.result().completion_tokens == 1 for answer in among)
+    assert all(answer.result().completion_tokens for answer in asked)
     assert ended["long"] < 120 and ended["short"] < 60
 
 
@@ -148,13 +153,13 @@ def test_decoding_goes_on_beside_work_that_takes_turns() -> None:
     next(stream)
     seen = []
     with engine.trying(strong(engine.layout, 5)) as turn:
-        for _ in range(20):
+        for _ in range(250):  # how soon the other thread asks for its turn is not in our hands, that it gets one is
             engine.base.model(input_ids=torch.tensor([[1, 2, 3]]))
             seen.append(engine._scheduler._n_steps)
             turn.step()
     "".join(stream)
     assert stream.generation == single
-    assert len(set(seen)) > 10  # a step in between, nearly each time
+    assert len(set(seen)) > 10
 
 
 def test_a_users_lease_and_pins_leave_the_rest_running() -> None:

@@ -15,7 +15,7 @@ from engine_parts import PROMPTS, ask, idle, soon, strong, tiny_base, tiny_layou
 from dnd_sdk.config import SamplingOptions
 from dnd_sdk.engine import CompletionRequest, Engine, Generation
 
-N = int(os.environ.get("DND_STRESS_REQUESTS", "1500"))
+N = int(os.environ.get("DND_STRESS_REQUESTS", "600"))
 ADAPTERS: list[str | None] = [None, *(f"adapter-{i}" for i in range(32))]
 THREADS, TASKS = 8, 4
 Job = tuple[str, str | None, int]

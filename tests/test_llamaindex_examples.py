@@ -92,5 +92,7 @@ def test_examples_run_on_the_embedded_base(
     assert load("llamaindex_rag.py").main(["--questions", "2"]) == 0
     out = capsys.readouterr().out
     assert re.match("generate|reuse", out) and len(shown(out, "adapted")) == 2
-    assert load("llamaindex_agent.py").main(["--prompts", "40", "--questions", "1"]) == 0
+    agent = load("llamaindex_agent.py")
+    monkeypatch.setattr(agent, "ANSWER_TOKENS", 3)
+    assert agent.main(["--prompts", "40", "--questions", "1"]) == 0
     assert capsys.readouterr().out.count("answers") >= 2

@@ -142,6 +142,20 @@ def test_hub_id_that_is_not_here(home: Home) -> None:
         models.pull("nobody/no-such-model", home)
 
 
+def test_a_model_of_the_hub_is_fetched_once_and_read_from_its_folder(
+    tiny_folder: Path, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **_: asked.append(hub_id) or tiny_folder)
+    base = models.load_base("owner/model", home)  # the hub cannot be reached here: whatever else was asked would fail
+    assert base.name == "owner/model" and asked == ["owner/model"]
+    assert base.fingerprint == models.load_base(str(tiny_folder), home).fingerprint
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
+    with pytest.raises(WeightsUnavailableError, match="no .safetensors weights"):
+        models.load_base("owner/model", home)
+
+
 @pytest.mark.parametrize("name", ["", "/no/such/folder", "./nope", "~/nope-nope", "a/b/c", "../x"])
 def test_neither_folder_nor_id(name: str, home: Home) -> None:
     with pytest.raises(WeightsUnavailableError, match="neither a folder, nor an embedded model, nor a Hugging Face id"):

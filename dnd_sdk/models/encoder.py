@@ -21,7 +21,7 @@ from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError, WeightsUnavailableError
 from dnd_sdk.models.batching import grouped
 from dnd_sdk.models.catalogue import DEFAULT_ENCODER
-from dnd_sdk.models.loading import fingerprint, load_encoder, resolve
+from dnd_sdk.models.loading import fingerprint, load_encoder, pull, unavailable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +77,9 @@ class Encoder:
         Raises `WeightsUnavailableError` for an encoder that cannot be found or pools in a way not supported here.
         """
         home = home or Home.find()
-        settings = _read_settings(name, resolve(name, home))
+        folder = pull(name, home)
+        with unavailable(name):
+            settings = _read_settings(name, folder)
         model, tokenizer = load_encoder(name, home, device=device)
         return cls(model, tokenizer, name, _bounded(settings, model, tokenizer))
 
@@ -187,16 +189,16 @@ def _bounded(settings: EncoderSettings, model: PreTrainedModel, tokenizer: PreTr
     return EncoderSettings(settings.pooling, limit, settings.lower_case)
 
 
-def _read_settings(name: str, source: str) -> EncoderSettings:
-    for module in _read_json(source, "modules.json") or []:
+def _read_settings(name: str, folder: Path) -> EncoderSettings:
+    for module in _read_json(folder / "modules.json") or []:
         kind = str(module.get("type")).rsplit(".", 1)[-1]
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise WeightsUnavailableError(
                 f"encoder {name!r} has a {kind} module after its transformer, which is not supported",
                 fix="use an encoder of Transformer, Pooling and Normalize modules",
             )
-    bert = _read_json(source, "sentence_bert_config.json") or {}
-    pooling = _pooling_mode(name, _read_json(source, "1_Pooling/config.json") or {})
+    bert = _read_json(folder / "sentence_bert_config.json") or {}
+    pooling = _pooling_mode(name, _read_json(folder / "1_Pooling/config.json") or {})
     return EncoderSettings(pooling, bert.get("max_seq_length") or MAX_TOKENS, bool(bert.get("do_lower_case")))
 
 
@@ -215,14 +217,11 @@ def _pooling_mode(name: str, config: dict[str, Any]) -> str:
     return known[modes[0]]
 
 
-def _read_json(source: str, filename: str) -> Any:
-    """A settings file of a local folder or a hub model; None if it has none."""
-    from transformers.utils.hub import cached_file
-
+def _read_json(file: Path) -> Any:
+    """What a settings file says; None if there is none."""
     try:
-        path = Path(source, filename) if Path(source).is_dir() else Path(cached_file(source, filename) or "")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as e:
-        raise WeightsUnavailableError(f"{filename} of encoder {source!r} is not JSON: {e}") from e
+        raise WeightsUnavailableError(f"{file.name} of encoder {file.parent} is not JSON: {e}") from e

@@ -93,8 +93,11 @@ def pull(name: str, home: Home, progress: Note | None = None) -> Path:
     """Have the model on disk and return its folder: `<home>/models/<name>`, the local folder, or the hub's cache."""
     if name in EMBEDDED:
         return pull_embedded(name, home, progress)
-    source = resolve(name, home)
-    return Path(source) if Path(source).is_dir() else _pull_from_hub(source, progress)
+    folder = Path(resolve(name, home))
+    if not folder.is_dir():
+        folder = _pull_from_hub(name, progress)
+        _check_folder(folder)
+    return folder
 
 
 def load_base(name: str, home: Home, *, device: str = "cpu", dtype: str = "auto", progress: Note | None = None) -> Base:
@@ -113,7 +116,7 @@ def load_base(name: str, home: Home, *, device: str = "cpu", dtype: str = "auto"
 
     where = pick_device(device)
     wanted = pick_dtype(dtype, where)  # whatever it says of a bad name, before the slow part
-    source = resolve(name, home, progress=progress)
+    source = pull(name, home, progress)
     if dtype == "auto" and where.type == "cpu" and _stored_dtype(name, source) == torch.bfloat16:
         wanted = faster_dtype(home)
     # float16 rounds some values twice: the fingerprint is taken before the cast
@@ -135,7 +138,7 @@ def load_encoder(
     from transformers import AutoModel
 
     where = pick_device(device)
-    model, tokenizer = _load(AutoModel, name, resolve(name, home, progress=progress), torch.float32)
+    model, tokenizer = _load(AutoModel, name, pull(name, home, progress), torch.float32)
     return model.to(where), tokenizer
 
 
@@ -206,17 +209,17 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _stored_dtype(name: str, source: str) -> Any:
+def _stored_dtype(name: str, source: Path) -> Any:
     from transformers import AutoConfig
 
-    with quiet_transformers(), _unavailable(name):
+    with quiet_transformers(), unavailable(name):
         return AutoConfig.from_pretrained(source, trust_remote_code=False).dtype
 
 
-def _load(auto_class: Any, name: str, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(auto_class: Any, name: str, source: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    with quiet_transformers(), _unavailable(name):
+    with quiet_transformers(), unavailable(name):
         model, info = auto_class.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
@@ -245,12 +248,13 @@ def _pull_from_hub(hub_id: str, progress: Note | None) -> Path:
     if progress:
         progress(f"fetching {hub_id} from the Hugging Face hub")
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    with quiet_transformers(), _unavailable(hub_id):
+    with quiet_transformers(), unavailable(hub_id):
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
 
 
 @contextlib.contextmanager
-def _unavailable(name: str) -> Iterator[None]:
+def unavailable(name: str) -> Iterator[None]:
+    """Raise `WeightsUnavailableError` for whatever goes wrong inside while a model's files are read."""
     from safetensors import SafetensorError
 
     try:
@@ -258,7 +262,7 @@ def _unavailable(name: str) -> Iterator[None]:
             yield
     except DndError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError, SafetensorError) as e:
         said = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise WeightsUnavailableError(
             f"cannot load {name!r}: {said}",
