@@ -152,7 +152,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_read_from_its_folder(
     assert base.fingerprint == models.load_base(str(tiny_folder), home).fingerprint
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
-    with pytest.raises(WeightsUnavailableError, match="no .safetensors weights"):
+    with pytest.raises(WeightsUnavailableError, match=r"no \.safetensors weights"):
         models.load_base("owner/model", home)
 
 
