@@ -71,6 +71,18 @@ def test_since(tmp_path: Path) -> None:
     assert read_decisions(tmp_path, since=datetime(2026, 1, 3, tzinfo=UTC))[0] == [new]
 
 
+def test_the_last_are_read_over_the_turn_of_the_file(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path, max_bytes=2000)
+    made = [decision(cluster=i) for i in range(12)]
+    for one in made:
+        log.append(one)
+    whole, _ = read_decisions(tmp_path)
+    n_old = len((tmp_path / OLD_FILE).read_bytes().splitlines())
+    assert 1 < n_old < len(whole)
+    for last in (1, len(whole) - n_old + 1, 100):
+        assert read_decisions(tmp_path, last=last) == (whole[-last:], 0)
+
+
 def test_it_is_bounded_by_rotation(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path, max_bytes=4000)
     for i in range(200):

@@ -123,6 +123,18 @@ def test_stops_lengths_and_penalties_reach_the_engine(served: Served) -> None:
     assert served.chat("hello", max_tokens=12, top_k=-1)["choices"][0]["message"]["content"] == text
 
 
+def test_a_request_can_switch_off_the_servers_own_sampling(world: World) -> None:
+    dnd = world.session()
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 5.0, "seed": 3}
+    with serving(dnd, sampling={"top_k": 1}) as served:
+        kept, off, all_of_them = (
+            served.chat("hello", **options, **more)["choices"][0]["message"]["content"]
+            for more in ({}, {"top_k": 0}, {"top_k": -1})
+        )
+        assert kept == served.chat("hello", max_tokens=12, temperature=0)["choices"][0]["message"]["content"]
+        assert off == all_of_them == dnd.complete("hello", max_new_tokens=12, temperature=5.0, seed=3).text != kept
+
+
 def test_logprobs_are_the_engines(served: Served) -> None:
     wanted = served.dnd.complete("hello", max_new_tokens=4, logprobs=2).logprobs
     assert wanted

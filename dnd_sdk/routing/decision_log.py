@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -114,13 +115,15 @@ class DecisionLog:
                 os.replace(self.folder / LOG_FILE, self.folder / OLD_FILE)
 
 
-def read_decisions(folder: Path, *, since: datetime | None = None) -> tuple[list[Decision], int]:
+def read_decisions(
+    folder: Path, *, since: datetime | None = None, last: int | None = None
+) -> tuple[list[Decision], int]:
     """The logged decisions, oldest first, and how many lines were no decision (torn, damaged, of another version).
 
-    `since` must be aware of its time zone.
+    `since` must be aware of its time zone; of more lines than `last` the latest are read.
     """
     found, n_bad = [], 0
-    for line in _lines(folder):
+    for line in deque(_lines(folder), last):
         try:
             decision = _parsed(json.loads(line))
             if since is None or datetime.fromisoformat(decision.time) >= since:

@@ -90,7 +90,7 @@ def _asked(
         # several answers of the likeliest tokens would be the same one
         "temperature": 1.0 if request.temperature is None and (request.n or 1) > 1 else request.temperature,
         "top_p": request.top_p or None,  # 0 leaves the likeliest alone, as greedy decoding does
-        "top_k": max(0, request.top_k or 0) or None,  # -1 is vLLM's word for all
+        "top_k": None if request.top_k is None else max(0, request.top_k),  # -1 is vLLM's word for all
         "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty,
         "seed": request.seed,

@@ -59,8 +59,8 @@ async def status(service: TheService) -> dict[str, Any]:
 @router.get("/dnd/log", responses=answers({"data": listed({})}))
 async def decisions(service: TheService, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
     """The latest decisions of this home, newest first; they hold no prompt's text."""
-    found, _ = await service.run(lambda: read_decisions(service.dnd.home.logs))
-    return {"data": [asdict(decision) for decision in found[: -limit - 1 : -1]]}
+    found, _ = await service.run(lambda: read_decisions(service.dnd.home.logs, last=limit))
+    return {"data": [asdict(decision) for decision in reversed(found)]}
 
 
 def _status(service: Service) -> dict[str, Any]:
