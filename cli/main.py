@@ -28,6 +28,7 @@ from dnd_sdk.cli import (
     run,
     serve,
     store,
+    tiers,
     train,
 )
 from dnd_sdk.cli.options import command
@@ -186,6 +187,9 @@ bench_app.command("engine", epilog=_examples("dnd bench engine --quick", "dnd be
 bench_app.command("serve", epilog=_examples("dnd bench serve", "dnd bench serve --clients 16 --json"))(
     command(serve.bench_serve)
 )
+bench_app.command(
+    "tiers", epilog=_examples("dnd bench tiers --adapters 5000", "dnd bench tiers --replicas 100 --no-affinity --json")
+)(command(tiers.bench_tiers))
 app.add_typer(bench_app, name="bench")
 
 models_app = _group("The weights dnd works with.")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,15 @@ IsStored = Callable[[str], bool]
 
 WAIT_S = 30.0
 """How long a load waits for a running request to free a slot."""
+
+
+class BroughtIn(NamedTuple):
+    """How many adapters a bank has brought into a slot so far, by where they came from."""
+
+    from_host: int
+    """Kept in host memory since they lost their slot."""
+    from_loader: int
+    """From disk, as a rule."""
 
 
 class SlotBank:
@@ -64,6 +74,7 @@ class SlotBank:
         self._dtype = dtype
         self._memory = slot_memory(self.packing, self.n_slots, torch.device(device), dtype)
         self._kept = HostTier(kept_bytes)
+        self._brought_in = BroughtIn(0, 0)
         self._writing = threading.RLock()
 
     @property
@@ -211,6 +222,11 @@ class SlotBank:
         with self._writing:
             return self._kept.ids()
 
+    @property
+    def brought_in(self) -> BroughtIn:
+        """How many adapters came into a slot so far; whatever else was asked for was in one."""
+        return self._brought_in
+
     def _lease_missing(self, distinct: list[str]) -> dict[str, int]:
         # only a writer waits while it holds leases, and there is one writer: no two requests can wait for each other
         held: dict[str, int] = {}
@@ -241,6 +257,7 @@ class SlotBank:
         if self._table.touch(adapter_id):
             return
         packed = self._kept_or_packed(adapter_id, loader)
+        was_kept = self._kept.get(adapter_id) is packed
         try:
             row, loser = self._table.take_row(spare, wait=wait)
         except BaseException:
@@ -254,6 +271,8 @@ class SlotBank:
             self._table.give_back(row)
             raise
         self._table.publish(adapter_id, row)
+        from_host, from_loader = self._brought_in
+        self._brought_in = BroughtIn(from_host + was_kept, from_loader + (not was_kept))
 
     def _exchange(self, adapter_id: str, packed: Packed, row: int, loser: str | None) -> None:
         self._kept.drop(adapter_id)

@@ -50,6 +50,7 @@ class Engine(Resident):
         layout: LoraLayout,
         *,
         n_slots: int | None = None,
+        kept_bytes: int | None = None,
         fetch: Fetch | None = None,
         is_stored: IsStored | None = None,
         max_batch: int = 16,
@@ -60,13 +61,14 @@ class Engine(Resident):
 
         `deterministic`: every request is computed in shapes that do not depend on the others, so its text does not,
         even where two tokens are equally likely but for a rounding; slower, and nothing is shared between prompts.
-        `n_slots` as for `Resident`; `fetch` brings an adapter's flat vector by its id when a request finds that others
-        took its slot and it is not kept, or is no longer what `is_stored` knows (None: whatever is kept may be used).
+        `n_slots` and `kept_bytes` as for `Resident`; `fetch` brings an adapter's flat vector by its id when a request
+        finds that others took its slot and it is not kept, or is no longer what `is_stored` knows (None: whatever is
+        kept may be used).
         Raises `ConfigError` for sizes that are out of range.
         """
         self.max_batch = whole_number("max_batch", max_batch, 1, 4096)
         max_waiting = whole_number("max_waiting", max_waiting, 1)
-        super().__init__(base, layout, n_slots=n_slots, fetch=fetch, is_stored=is_stored)
+        super().__init__(base, layout, n_slots=n_slots, kept_bytes=kept_bytes, fetch=fetch, is_stored=is_stored)
         memory = free_bytes(base.model.device)
         store_bytes = 0 if deterministic else memory // 16
         forward, self.slow_because = forward_for(base.model, self.bank, store_bytes=store_bytes)

@@ -36,12 +36,13 @@ class Resident:
         layout: LoraLayout,
         *,
         n_slots: int | None = None,
+        kept_bytes: int | None = None,
         fetch: Fetch | None = None,
         is_stored: IsStored | None = None,
     ) -> None:
         """`n_slots` adapters of `layout` can be in the bank at once, None: `MANY_SLOTS`, or what an eighth of the free
-        memory holds; those that lose their slot are kept in another eighth of the host's. `fetch` and `is_stored` as
-        for `SlotBank`.
+        memory holds; those that lose their slot are kept in `kept_bytes` of the host's, None: in another eighth.
+        `fetch` and `is_stored` as for `SlotBank`.
         """
         self.base, self.layout = base, layout
         self.bank = SlotBank(
@@ -51,7 +52,7 @@ class Resident:
             slot_dtype(base),
             fetch=fetch,
             is_stored=is_stored,
-            kept_bytes=available_bytes() // 8,
+            kept_bytes=available_bytes() // 8 if kept_bytes is None else kept_bytes,
         )
         self.turns = Turns()
         attach_lora(base.model, layout)
