@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from adapter_folders import TINY, listed, store_one
+from adapter_folders import TINY, everything, listed, store_one
 from helpers import random_flat
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -232,24 +232,22 @@ def test_adapters_of_an_earlier_version_have_no_journal(home: Home, store: Adapt
     assert [line.get("name") for line in lines] == [None, "one", None]
 
 
-@pytest.mark.parametrize("name", ["..", "", "A", "link", "file"])
-def test_staged_files_go_into_an_adapter_of_this_store_or_nowhere(home: Home, store: AdapterStore, name: str) -> None:
-    store_one(store, name="link")
-    store_one(store, name="file")
-    elsewhere, staged = home.root / "elsewhere", store.root / ".store" / f"set-{'a' * 32}-{name}"
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_what_is_swept_is_never_followed(home: Home, store: AdapterStore, kind: str) -> None:
+    store_one(store, name="one")
+    elsewhere, left = home.root / "elsewhere", store.root / ".store" / f"set-{'a' * 32}-one"
     elsewhere.mkdir()
     (elsewhere / "mine.txt").write_text("mine")
-    if name == "link":
-        staged.symlink_to(elsewhere)
-    elif name == "file":
-        staged.write_text("x")
+    if kind == "link":
+        left.symlink_to(elsewhere)
+    elif kind == "file":
+        left.write_text("x")
     else:
-        shutil.copytree(elsewhere, staged)
-    before = listed(home.root), listed(home.adapters / "link")
-    again = AdapterStore(home)
-    assert [a.name for a in again.ls()] == ["file", "link"] and listed(store.root) == ["file", "link"]
-    assert (listed(home.root), listed(home.adapters / "link")) == before and listed(elsewhere) == ["mine.txt"]
-    again.set_exemplars(again.get("link"), task_vectors(1))
+        shutil.copytree(elsewhere, left)
+    os.utime(left, (1, 1), follow_symlinks=False)
+    before = everything(home.adapters / "one")
+    assert [a.name for a in AdapterStore(home).ls()] == ["one"] and listed(store.root) == ["one"]
+    assert everything(home.adapters / "one") == before and listed(elsewhere) == ["mine.txt"]
 
 
 def another_by_hand(store: AdapterStore) -> None:

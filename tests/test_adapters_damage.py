@@ -111,6 +111,7 @@ def test_folders_left_by_killed_processes_are_swept(home: Home, store: AdapterSt
     for folder in left:
         folder.mkdir()
         (folder / WEIGHTS).write_bytes(b"x")
+        os.utime(folder, (1, 1))
     assert [a.name for a in store.ls()] == ["kept"] and store.verify() == []
     assert [a.name for a in AdapterStore(home).ls()] == ["kept"]
     assert not any(folder.exists() for folder in left)

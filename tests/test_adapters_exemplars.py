@@ -5,22 +5,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from adapter_folders import BASE, TINY, exemplars, listed, peft_folder, seen, store_one
+from adapter_folders import BASE, TINY, everything, exemplars, listed, peft_folder, seen, store_one
 from helpers import random_flat
 from safetensors.torch import save_file
 
-from dnd_sdk.adapters import Adapter, AdapterStore
-from dnd_sdk.adapters.exemplars import EXEMPLARS
+from dnd_sdk.adapters import Adapter, AdapterStore, exporting, pending
+from dnd_sdk.adapters.adapter import read_manifest
+from dnd_sdk.adapters.exemplars import (
+    EXEMPLARS,
+    exemplars_files,
+    exemplars_path,
+    read_exemplars,
+    replacement_name,
+)
 from dnd_sdk.adapters.pending import STALE_S
 from dnd_sdk.config import Home
-from dnd_sdk.errors import AdapterCorruptError
-from dnd_sdk.files import locked
+from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError
 from dnd_sdk.lora.layout import LoraLayout
+from dnd_sdk.machine import process_space
 
 WEIGHTS = "adapter_model.safetensors"
 LARGE = LoraLayout(6, 3.0, TINY.target_modules, TINY.modules)
@@ -93,7 +103,8 @@ def test_adapters_of_earlier_versions_stay_valid(home: Home, store: AdapterStore
     assert torch.equal(store.exemplars(store.get("with")), exemplars())
     assert store.exemplars(store.get("without")) is None
     store.set_exemplars(store.get("with"), exemplars(4))
-    (store.get("with").path / EXEMPLARS).unlink()
+    assert not (store.get("with").path / EXEMPLARS).exists()
+    exemplars_path(store.get("with").path, store.get("with").exemplars_sha256).unlink()
     assert [p.name for p in store.verify()] == ["with"]
 
 
@@ -128,57 +139,104 @@ def test_prompts_of_two_imports_are_merged(store: AdapterStore, tmp_path: Path) 
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    """The n-th replacing of a file ends the process: nothing cleans up after it."""
+    """The n-th move of a file ends the process: nothing cleans up after it."""
     left = [n]
-    real = os.replace
+    real = pending.Opened.take
 
-    def replace_or_die(source: str, target: str) -> None:
+    def move_or_die(self: pending.Opened, source: Path) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise SystemExit
-        real(source, target)
+        real(self, source)
 
-    monkeypatch.setattr("dnd_sdk.files.atomic.os.replace", replace_or_die)
-    monkeypatch.setattr("dnd_sdk.adapters.pending.shutil.rmtree", lambda *a, **k: None)
+    monkeypatch.setattr(pending.Opened, "take", move_or_die)
+    monkeypatch.setattr("dnd_sdk.adapters.folders.shutil.rmtree", lambda *a, **k: None)
 
 
-@pytest.mark.parametrize("n", [0, 1])
-def test_exemplars_half_replaced_are_finished_by_the_next(
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_exemplars_half_replaced_are_those_before(
     home: Home, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
     adapter = store_one(store, name="one", exemplars=exemplars())
     running = AdapterStore(home)
-    before = seen(running)
     with monkeypatch.context() as patch:
         killed_at(patch, n)
         with pytest.raises(SystemExit):
             store.set_exemplars(adapter, exemplars(6))
-    assert seen(running) != before
+    monkeypatch.setattr(pending, "is_alive", lambda pid: False)
     for other in (running, AdapterStore(home)):
-        assert torch.equal(other.exemplars(other.get("one")), exemplars(6)) and other.verify() == []
+        assert torch.equal(other.exemplars(other.get("one")), exemplars()) and other.verify() == []
     assert listed(store.root) == ["one"]
-    assert not [p for p in adapter.path.iterdir() if p.name.startswith(".")]
+    for path in exemplars_files(adapter.path):
+        os.utime(path, (1, 1))
+    store.set_exemplars(adapter, exemplars(5))
+    assert torch.equal(store.exemplars(adapter), exemplars(5)) and len(list(exemplars_files(adapter.path))) == 1
 
 
-def test_what_was_staged_for_another_adapter_is_dropped(home: Home, store: AdapterStore) -> None:
-    store_one(store, name="one", exemplars=exemplars())
-    staged = store.root / ".store" / f"set-{'0' * 32}-one"
-    staged.mkdir()
-    (staged / "dnd.json").write_text(
-        (store.root / "one" / "dnd.json").read_text().replace(store.get("one").id, "d" * 64)
-    )
-    (staged / EXEMPLARS).write_bytes(b"x")
-    other = AdapterStore(home)
-    assert other.verify() == [] and listed(store.root) == ["one"]
+def test_the_same_exemplars_again_get_a_file_of_their_own(store: AdapterStore) -> None:
+    adapter = store_one(store, name="one", exemplars=exemplars())
+    paths = {exemplars_path(a.path, a.exemplars_sha256) for a in (store.set_exemplars(adapter, exemplars()) for _ in "ab")}
+    assert len(paths) == 2 and store.verify() == []
 
 
-def test_a_store_in_use_is_not_swept(home: Home, store: AdapterStore) -> None:
+def test_exemplars_come_into_the_folder_that_was_read_or_nowhere(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = store_one(store, name="one", exemplars=exemplars())
+    real = pending.Opened.take
+
+    def another_first(self: pending.Opened, source: Path) -> None:
+        if source.name == "dnd.json":
+            os.rename(self.path, store.root / "two")
+            shutil.copytree(store.root / "three", self.path)
+        real(self, source)
+
+    store_one(store, random_flat(TINY, seed=1), name="three")
+    before = everything(store.root / "three")
+    monkeypatch.setattr(pending.Opened, "take", another_first)
+    with pytest.raises(AdapterNotFoundError):
+        store.set_exemplars(adapter, exemplars(6))
+    assert everything(store.root / "one") == before
+
+
+def test_replacing_keeps_what_somebody_else_is_about_to_record(store: AdapterStore) -> None:
+    adapter = store_one(store, name="one", exemplars=exemplars())
+    theirs = adapter.path / replacement_name("f" * 64)
+    theirs.write_bytes(b"on its way")
+    store.set_exemplars(adapter, exemplars(4))
+    assert theirs.exists() and store.verify() == []
+
+
+def test_an_export_while_exemplars_are_replaced_is_of_one_moment(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = store_one(store, name="one", exemplars=exemplars())
+    store.set_exemplars(adapter, exemplars(4))
+    stale = replace(adapter, path=store.root / "one")
+    out = exporting.copy_out(stale, tmp_path / "out")
+    assert torch.equal(torch.from_numpy(read_exemplars(out, read_manifest(out).exemplars_sha256)), exemplars(4))
+    with pytest.raises(AdapterNotFoundError, match="was replaced"):
+        exporting.copy_out(replace(stale, id="f" * 64), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_what_a_living_process_or_another_machine_has_unfinished_is_not_swept(home: Home, store: AdapterStore) -> None:
     store_one(store, name="kept")
-    left = store.root / ".store" / "put-1-left"
-    left.mkdir()
-    with locked(store.root, shared=True):
-        store_one(AdapterStore(home), random_flat(TINY, seed=1), name="two")
-        assert left.exists(), "it may belong to the process that holds the lock"
-        past = time.time() - STALE_S - 60
-        os.utime(left, (past, past))
-        assert [a.name for a in AdapterStore(home).ls()] == ["kept", "two"] and not left.exists()
+    space, state = process_space(), store.root / ".store"
+    names = [f"put-{space}-{os.getpid()}-a", f"put-{space}-{dead_pid()}-b", "rm-00000000-1-c", "put-1-earlier"]
+    for name in names:
+        (state / name).mkdir()
+    assert [a.name for a in AdapterStore(home).ls()] == ["kept"]
+    assert [name for name in names if (state / name).exists()] == [names[0], names[2], names[3]]
+    past = time.time() - STALE_S - 60
+    for name in names:
+        if (state / name).exists():
+            os.utime(state / name, (past, past))
+    AdapterStore(home).ls()
+    assert [name for name in names if (state / name).exists()] == [names[0]]

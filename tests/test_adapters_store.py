@@ -232,13 +232,13 @@ def test_a_folder_removed_while_its_exemplars_are_replaced_stays_removed(
     store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = store_one(store, name="one", exemplars=exemplars())
-    real = folders.stage
+    real = folders._write_files
 
-    def remove_first(state: Path, name: str, files: dict[str, bytes]) -> Path:
-        shutil.rmtree(state.parent / name)
-        return real(state, name, files)
+    def remove_first(files: dict[str, bytes], staged: Path) -> None:
+        shutil.rmtree(adapter.path)
+        real(files, staged)
 
-    monkeypatch.setattr(folders, "stage", remove_first)
+    monkeypatch.setattr(folders, "_write_files", remove_first)
     with pytest.raises(AdapterNotFoundError):
         store.set_exemplars(adapter, exemplars())
     assert listed(store.root) == []

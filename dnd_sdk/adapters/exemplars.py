@@ -1,8 +1,14 @@
-"""`exemplars.safetensors`: the pooled prompt embeddings a router finds an adapter by."""
+"""`exemplars.safetensors`: the pooled prompt embeddings a router finds an adapter by.
+
+Those that replace others lie beside them as `exemplars-HASH.safetensors`, a file of their own, and count once the
+manifest records that hash: so one move of the manifest replaces them, whoever else is at it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +37,13 @@ def check_exemplars(exemplars: FloatArray) -> FloatArray:
     return np.ascontiguousarray(exemplars)
 
 
-def exemplars_bytes(exemplars: FloatArray, encoder: str | None, fingerprint: str | None) -> bytes:
-    """The content of the file."""
+def exemplars_bytes(
+    exemplars: FloatArray, encoder: str | None, fingerprint: str | None, *, unlike_any: bool = False
+) -> bytes:
+    """The content of the file; `unlike_any`: with a hash no other has, be the exemplars the same."""
     metadata = {"format": "pt", "encoder": encoder or "", "encoder_fingerprint": fingerprint or ""}
+    if unlike_any:
+        metadata["replaced"] = uuid.uuid4().hex
     info = TensorInfo("F32", exemplars.shape, 0, exemplars.nbytes)
     return safetensors_header({"exemplars": info}, metadata) + exemplars.tobytes()
 
@@ -43,18 +53,34 @@ def exemplars_hash(data: bytes | None) -> str:
     return NONE_KEPT if data is None else hashlib.sha256(data).hexdigest()
 
 
+def replacement_name(recorded: str) -> str:
+    """What the file of that hash is called that replaces another."""
+    return f"exemplars-{recorded[:16]}.safetensors"
+
+
+def exemplars_path(folder: Path, recorded: str | None) -> Path:
+    """Where the exemplars are that the manifest records."""
+    replaced = folder / replacement_name(recorded or "")
+    return replaced if recorded and replaced.is_file() else folder / EXEMPLARS
+
+
+def exemplars_files(folder: Path) -> Iterator[Path]:
+    """All files of exemplars, those that do not count included."""
+    return folder.glob("exemplars*.safetensors")
+
+
 def read_exemplars(folder: Path, recorded: str | None = None) -> FloatArray | None:
     """The exemplars (k, C) in `folder`, None without any.
 
     `recorded` is what the manifest says of the file, None if nothing. Raises `AdapterCorruptError` when the file is
     damaged or another than the recorded one.
     """
-    path = folder / EXEMPLARS
+    path = exemplars_path(folder, recorded)
     if not path.is_file():
         if recorded:
             raise AdapterCorruptError(f"{path} is missing, its manifest records one", fix=_fix(folder))
         return None
-    exemplars, found = _read(folder)
+    exemplars, found = _read(path)
     if recorded == NONE_KEPT:
         raise AdapterCorruptError(f"{path} is there, its manifest does not record one", fix=f"delete {path}")
     if recorded is not None and found != recorded:
@@ -80,9 +106,9 @@ def merged_exemplars(old: FloatArray | None, new: FloatArray) -> FloatArray | No
     return np.concatenate([old[np.arange(room) * len(old) // max(room, 1)], added])
 
 
-def _read(folder: Path) -> tuple[FloatArray, str]:
+def _read(path: Path) -> tuple[FloatArray, str]:
     """The exemplars and the hash of the file they came from: one open file, which nobody replaces between the two."""
-    with open_safetensors(folder, EXEMPLARS, MAX_EXEMPLARS_BYTES) as f:
+    with open_safetensors(path.parent, path.name, MAX_EXEMPLARS_BYTES) as f:
         kinds = {name: (info.dtype, len(info.shape)) for name, info in f.header.items()}
         if kinds != {"exemplars": ("F32", 2)}:
             raise AdapterCorruptError(f"{f.path} must hold one 2-D F32 tensor named exemplars, got {str(kinds)[:200]}")
@@ -90,7 +116,7 @@ def _read(folder: Path) -> tuple[FloatArray, str]:
     try:
         return check_exemplars(exemplars), digest
     except InputError as e:
-        raise AdapterCorruptError(f"{folder / EXEMPLARS}: {e.message}") from e
+        raise AdapterCorruptError(f"{path}: {e.message}") from e
 
 
 def _fix(folder: Path) -> str:

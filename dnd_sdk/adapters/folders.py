@@ -1,9 +1,9 @@
 """`AdapterFolders`: named folders that appear and disappear whole, for any number of processes.
 
 * A folder is filled aside and renamed into place: readers see all of it or nothing.
-* Who adds or removes shares the root's lock, who replaces files has it alone; who has it alone knows that all that is
-  unfinished is left from killed processes, and finishes or deletes it (see `pending`).
-* Each change is told to the catalogue while nobody else changes anything.
+* Files are replaced by one move, of the manifest, into the very folder that was read (see `pending`).
+* So nothing is lost where locks do nothing: several machines may write (docs/scale.md). The locks keep the processes of
+  one machine from undoing each other's exemplars, and have each change told to the catalogue in its turn.
 * Nothing is flushed to the platter: after a power cut the hash in `dnd.json` tells a damaged folder from a sound one.
 """
 
@@ -13,23 +13,24 @@ import errno
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from dnd_sdk.adapters.adapter import Adapter
+from dnd_sdk.adapters.adapter import MANIFEST, Adapter, read_manifest
 from dnd_sdk.adapters.catalogue import Catalogue, folder_names
+from dnd_sdk.adapters.exemplars import exemplars_files, exemplars_path
 from dnd_sdk.adapters.pending import (
     PUTTING,
     REMOVING,
-    SETTING,
     STATE,
+    Opened,
     delete,
-    entries_of,
-    finish,
-    finish_all,
-    stage,
+    is_old,
+    opened,
     sweep_state,
     temporary,
 )
@@ -78,8 +79,6 @@ class AdapterFolders:
             try:
                 return reader(folder)
             except DndError:
-                # files may be half replaced: by a process at work, which is waited for, or by one that was killed
-                self._settle()
                 if failed and _identity(folder) == before:
                     raise
                 failed = True
@@ -93,7 +92,7 @@ class AdapterFolders:
         with storage_errors("store an adapter in", self.root):
             self._state.mkdir(parents=True, exist_ok=True)
             self._settle()
-            with locked(self.root, shared=True), _filled(self._state / temporary(PUTTING), fill) as folder:
+            with _filled(self._state / temporary(PUTTING), fill) as folder:
                 with self._catalogue.changing() as record:
                     published = _rename(folder, self.root / adapter.name)
                     if published:
@@ -103,59 +102,63 @@ class AdapterFolders:
     def replace_files(self, name: str, make: Callable[[Path], tuple[Adapter, Mapping[str, bytes]]]) -> Adapter | None:
         """Replace files of a folder by those that `make` gives for it, all or none; None if the folder is gone.
 
-        Nobody else adds, removes or replaces meanwhile. `make` also gives the adapter as it then is; its files must
-        hold the manifest, unless there are none: then nothing is done. Raises `StorageError` and what `make` raises.
+        Nobody else of this machine replaces meanwhile. `make` also gives the adapter as it then is; its files must hold
+        the manifest, the last to be moved, and none that the old one needs; or there are none: then nothing is done.
+        Raises `StorageError` and what `make` raises.
         """
         folder = self.root / name
         with storage_errors("write", folder), locked(self.root):
             try:
-                finish_all(self._state)
-                adapter, files = make(folder)
-                if files and not self._replace(adapter, files):
-                    return None
+                with opened(folder) as here:
+                    adapter, files = make(folder)
+                    if files and not self._replace(here, adapter, files):
+                        return None
             except (DndError, FileNotFoundError):
                 if folder.exists():
                     raise
                 return None
             return adapter
 
-    def _replace(self, adapter: Adapter, files: Mapping[str, bytes]) -> bool:
+    def _replace(self, here: Opened, adapter: Adapter, files: Mapping[str, bytes]) -> bool:
         self._state.mkdir(exist_ok=True)
-        staged = stage(self._state, adapter.name, files)
-        with self._catalogue.changing() as record:
-            done = finish(staged)
-            if done:
-                record(adapter.name, adapter)
-        return done
+        with (
+            _filled(self._state / temporary(PUTTING), partial(_write_files, files)) as staged,
+            self._catalogue.changing() as record,
+        ):
+            old = exemplars_path(here.path, read_manifest(here.path).exemplars_sha256)
+            if not here.is_in_place:  # what was read is another folder's
+                return False
+            for file in sorted(files, key=lambda name: name == MANIFEST):
+                here.take(staged / file)
+            if not here.is_in_place:
+                return False
+            now = time.time_ns()  # whoever is killed before the journal knows leaves the root changed
+            os.utime(self.root, ns=(now, now))
+            record(adapter.name, adapter)
+            _delete_exemplars(here.path, old, exemplars_path(here.path, adapter.exemplars_sha256))
+        return True
 
     def remove(self, name: str) -> bool:
         """Remove a folder; False if another process was faster."""
         with storage_errors("remove", self.root / name):
             self._state.mkdir(exist_ok=True)
             aside = self._state / temporary(REMOVING)
-            with locked(self.root, shared=True):
-                with self._catalogue.changing() as record:
-                    try:
-                        os.rename(self.root / name, aside)
-                    except FileNotFoundError:
-                        return False
-                    record(name, None)
-                delete(aside)
+            with self._catalogue.changing() as record:
+                try:
+                    os.rename(self.root / name, aside)
+                except FileNotFoundError:
+                    return False
+                record(name, None)
+            delete(aside)
         return True
 
     def _settle(self) -> None:
-        """Finish what killed processes left and, once per process, delete what they did not need."""
+        """Once per process, delete what killed processes left."""
+        if self._swept:
+            return
         try:
-            staged = any(n.startswith(SETTING) for n in entries_of(self._state))
-            if self._swept and not staged:
-                return
-            if staged:
-                with locked(self.root):
-                    finish_all(self._state)
-            if not self._swept:
-                with locked(self.root, wait=False) as alone:
-                    sweep_state(self._state, alone)
-                    self._swept = alone
+            sweep_state(self._state)
+            self._swept = True
         except OSError as e:  # a read-only disk can still be read
             log.warning("what a killed process left in %s cannot be cleared: %s", self._state, e.strerror or e)
 
@@ -174,6 +177,21 @@ def _filled(folder: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    for file, data in files.items():
+        with (folder / file).open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def _delete_exemplars(folder: Path, old: Path, new: Path) -> None:
+    """Delete the file that was replaced, and what killed processes left; never one that is about to count."""
+    for path in exemplars_files(folder):
+        if path != new and (path == old or is_old(path)):
+            path.unlink(missing_ok=True)
 
 
 def _rename(folder: Path, target: Path) -> bool:

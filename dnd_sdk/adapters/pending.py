@@ -1,9 +1,9 @@
-"""Replacing several files of a folder at once: staged aside, then moved; what a kill cuts short is finished later.
+"""What is not finished: folders on their way into the store and out of it, and files on their way into a folder.
 
-What is not finished lies in the root's folder `.store`, so that the root itself changes only when adapters do:
+They lie in the root's folder `.store`, so that the root itself changes only when adapters do:
 * `put-*` is a folder being filled, `rm-*` one being deleted: of a dead process, both are rubbish.
-* `set-<32 hex>-NAME` holds files on their way into the folder NAME: the rename to that name is the moment they count,
-  whoever finds them later moves the rest.
+* A name says which process it belongs to: whether that is alive is known on its own machine, whatever locks there are.
+  What belongs elsewhere is left alone until it is old.
 """
 
 from __future__ import annotations
@@ -11,27 +11,31 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from dnd_sdk.adapters.adapter import MANIFEST, is_name, read_manifest
-from dnd_sdk.errors import DndError
 from dnd_sdk.files import replacing
+from dnd_sdk.machine import is_alive, process_space
 
 log = logging.getLogger(__name__)
 
 STALE_S = 3600.0
-"""Where nobody can tell by the lock, a temporary folder this old belongs to a process that died."""
+"""Where nobody can tell whether its process is alive, something unfinished this old belongs to one that died."""
 STATE = ".store"
-PUTTING, REMOVING, SETTING = "put-", "rm-", "set-"
+PUTTING, REMOVING = "put-", "rm-"
+_EARLIER = "set-"
+"""What earlier versions staged files under."""
+_OWNED = re.compile(r"(put|rm)-(?P<space>[0-9a-f]{8})-(?P<pid>\d{1,9})-")
 
 
 def temporary(prefix: str) -> str:
-    """A name nobody else uses."""
-    return f"{prefix}{os.getpid()}-{uuid.uuid4().hex}"
+    """A name nobody else uses, that says whose it is."""
+    return f"{prefix}{process_space()}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 def entries_of(state: Path) -> list[str]:
@@ -42,62 +46,20 @@ def entries_of(state: Path) -> list[str]:
         return []
 
 
-def stage(state: Path, name: str, files: Mapping[str, bytes]) -> Path:
-    """Write files meant for the folder `name`; once this returns they count, the manifest among them."""
-    filling, staged = state / temporary(PUTTING), state / f"{SETTING}{uuid.uuid4().hex}-{name}"
-    try:
-        filling.mkdir()
-        for file, data in files.items():
-            with (filling / file).open("wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-        os.rename(filling, staged)
-    except BaseException:
-        shutil.rmtree(filling, ignore_errors=True)
-        raise
-    return staged
-
-
-def finish(staged: Path) -> bool:
-    """Move staged files into their folder, the manifest last; False, and nothing moved, if their adapter is gone.
-
-    Stopped anywhere, it can be done again. Raises `OSError`.
-    """
-    root = staged.parent.parent
-    folder = root / _target(staged)
-    wanted = _same_adapter(staged, folder)
-    if wanted:
-        # the manifest last: as long as it is here, the rest can be told to belong to the folder
-        for path in sorted(staged.iterdir(), key=lambda p: p.name == MANIFEST):
-            _move(path, folder / path.name)
-        now = time.time_ns()  # whoever was killed before the journal knew leaves the root changed
-        os.utime(root, ns=(now, now))
-    shutil.rmtree(staged, ignore_errors=True)
-    return wanted
-
-
-def finish_all(state: Path) -> None:
-    """Finish what killed processes had staged; whoever calls holds the root's lock where there are locks."""
-    for name in sorted(entries_of(state)):
-        if not name.startswith(SETTING):
-            continue
-        path = state / name
-        if path.is_symlink() or not path.is_dir() or not is_name(_target(path)):
-            log.warning("removing %s, which no process of this store left", path)
-            delete(path)
-            continue
-        log.info("finishing %s, left by a process that died", path)
-        finish(path)
-
-
-def sweep_state(state: Path, alone: bool) -> None:
-    """Delete what killed processes left; not `alone` (others may be at work), only what is old."""
+def sweep_state(state: Path) -> None:
+    """Delete what killed processes left; raises `OSError`."""
     for name in entries_of(state):
         path = state / name
-        if name.startswith((PUTTING, REMOVING)) and (alone or _age_s(path) > STALE_S):
+        if name.startswith((PUTTING, REMOVING, _EARLIER)) and _is_left(path):
             log.info("removing %s, left by a process that died", path)
             delete(path)
+
+
+def _is_left(path: Path) -> bool:
+    match = _OWNED.match(path.name)
+    if match is not None and match["space"] == process_space():
+        return not is_alive(int(match["pid"]))
+    return is_old(path)
 
 
 def delete(path: Path) -> None:
@@ -108,35 +70,53 @@ def delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _target(staged: Path) -> str:
-    """The name of the folder that staged files are meant for."""
-    return staged.name[len(SETTING) + 33 :]
-
-
-def _same_adapter(staged: Path, folder: Path) -> bool:
-    if not (staged / MANIFEST).exists():
-        return folder.is_dir()  # moved already: nothing is left to move
+def is_old(path: Path) -> bool:
+    """Whether nobody who is alive can be at work on it."""
     try:
-        return read_manifest(staged).id == read_manifest(folder).id
-    except DndError:
+        return time.time() - path.lstat().st_mtime > STALE_S
+    except OSError:
         return False
 
 
-def _move(source: Path, target: Path) -> None:
-    try:
-        os.replace(source, target)
-    except FileNotFoundError:
-        if source.exists():
-            raise  # the target's folder is gone; a missing source was moved by another
-    except OSError as e:
-        if e.errno != errno.EXDEV:
-            raise
-        with replacing(target) as copy:  # the adapter's folder is a link to another disk
-            shutil.copyfile(source, copy)
+class Opened:
+    """A folder as it was opened: files moved into it come into this one, or nowhere, whatever has its name by then."""
+
+    def __init__(self, path: Path, file: int | None) -> None:
+        """`file` is its descriptor; None: this system has none for folders."""
+        self.path, self._file = path, file
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it still is where it was opened."""
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            return False
+        return self._file is None or os.path.samestat(there, os.fstat(self._file))
+
+    def take(self, source: Path) -> None:
+        """Move a file into it, over the one of that name; raises `FileNotFoundError` when the folder is gone."""
+        try:
+            if self._file is None:
+                os.replace(source, self.path / source.name)
+            else:
+                os.replace(source, source.name, dst_dir_fd=self._file)
+        except OSError as e:
+            if e.errno != errno.EXDEV:
+                raise
+            with replacing(self.path / source.name) as copy:  # the adapter's folder is a link to another disk
+                shutil.copyfile(source, copy)
 
 
-def _age_s(path: Path) -> float:
+@contextmanager
+def opened(folder: Path) -> Iterator[Opened]:
+    """Open a folder to move files into; raises `OSError`."""
+    if os.rename not in os.supports_dir_fd:  # Windows
+        os.stat(folder)
+        yield Opened(folder, None)
+        return
+    file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     try:
-        return time.time() - path.lstat().st_mtime
-    except OSError:
-        return 0.0
+        yield Opened(folder, file)
+    finally:
+        os.close(file)

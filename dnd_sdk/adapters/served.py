@@ -55,7 +55,7 @@ def served_folder(adapter: Adapter, root: Path) -> Path:
         with storage_errors("write", folder), locked(adapter.path.parent, shared=True):
             _check_id(adapter.path, adapter)
             root.mkdir(parents=True, exist_ok=True)
-            publish(folder, lambda new: _fill(new, adapter.path))
+            publish(folder, lambda new: _fill(new, adapter))
     _check_id(folder, adapter)
     return folder
 
@@ -81,9 +81,10 @@ def _check_id(folder: Path, adapter: Adapter) -> None:
     check_not_replaced(found, adapter)
 
 
-def _fill(new: Path, stored: Path) -> None:
+def _fill(new: Path, adapter: Adapter) -> None:
     for file in (CONFIG, WEIGHTS, MANIFEST):
         try:
-            os.link(stored / file, new / file)
+            os.link(adapter.path / file, new / file)
         except OSError:  # another disk, or one without links
-            shutil.copyfile(stored / file, new / file)
+            shutil.copyfile(adapter.path / file, new / file)
+    _check_id(new, adapter)  # the manifest was the last: with its id the rest is of it, too

@@ -12,8 +12,6 @@ from dnd_sdk.adapters.peft_folder import WEIGHTS, write_weights
 from dnd_sdk.files import FloatArray
 from dnd_sdk.lora import LoraLayout
 
-FILES = (CONFIG, WEIGHTS, MANIFEST, EXEMPLARS, CARD)
-
 
 def write_folder(
     folder: Path, adapter: Adapter, flat: FloatArray, layout: LoraLayout, base_name: str, exemplars: bytes | None
