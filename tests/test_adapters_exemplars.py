@@ -26,9 +26,9 @@ from dnd_sdk.adapters.exemplars import (
     read_exemplars,
     replacement_name,
 )
-from dnd_sdk.adapters.pending import STALE_S
 from dnd_sdk.config import Home
 from dnd_sdk.errors import AdapterCorruptError, AdapterNotFoundError
+from dnd_sdk.files.atomic import STALE_S
 from dnd_sdk.lora.layout import LoraLayout
 from dnd_sdk.machine import process_space
 
@@ -175,7 +175,9 @@ def test_exemplars_half_replaced_are_those_before(
 
 def test_the_same_exemplars_again_get_a_file_of_their_own(store: AdapterStore) -> None:
     adapter = store_one(store, name="one", exemplars=exemplars())
-    paths = {exemplars_path(a.path, a.exemplars_sha256) for a in (store.set_exemplars(adapter, exemplars()) for _ in "ab")}
+    paths = {
+        exemplars_path(a.path, a.exemplars_sha256) for a in (store.set_exemplars(adapter, exemplars()) for _ in "ab")
+    }
     assert len(paths) == 2 and store.verify() == []
 
 

@@ -31,7 +31,7 @@ def test_a_sweep_takes_what_a_killed_write_left_and_nothing_else(tmp_path: Path)
     writing = replacing(tmp_path / "checkpoint.safetensors")
     writing.__enter__().write_text("half")
     assert len(list(tmp_path.iterdir())) == len(kept) + 1
-    sweep(tmp_path)
+    sweep(tmp_path, alone=True)
     assert {p.name for p in tmp_path.iterdir()} == kept
 
 

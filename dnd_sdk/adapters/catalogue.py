@@ -2,13 +2,17 @@
 
 * Asking for changes costs what changed: they are noticed by the journal and the root's time (see `journal`).
 * A full look compares every manifest file with the one that was read, and reads those that are others.
+* Where locks do not reach everybody who may write, what another machine did can be missed, never what is stored: there
+  a full look is taken every `LOOK_S`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +22,14 @@ from pathlib import Path
 from dnd_sdk.adapters.adapter import MANIFEST, Adapter, check_name, read_manifest
 from dnd_sdk.adapters.journal import Entry, Journal, Signature
 from dnd_sdk.errors import DndError, StorageError
-from dnd_sdk.files import storage_errors
+from dnd_sdk.files import reach, storage_errors
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 60.0
+"""Seconds between full looks that nothing gives cause for, at least."""
+LOOK_SHARE = 0.01
+"""Of a process's time that they take, at most."""
 REMEMBERED = 4096
 """Changes kept for those who ask; whoever comes later than that is told everything."""
 
@@ -48,6 +56,8 @@ class Catalogue:
         self._by_prompts: dict[str | None, set[str]] = {}
         self._by_id: dict[str | None, set[str]] = {}
         self._looked = False
+        self._look_at = math.inf
+        """When a full look is due, by the monotonic clock."""
         self._warned: set[str] = set()
         self._now = 0
         self._recent: deque[str] = deque(maxlen=REMEMBERED)
@@ -97,7 +107,7 @@ class Catalogue:
     def _refreshed(self, *, full: bool = False) -> Iterator[None]:
         """Hold what is known, brought up to date; a process's first look is a full one."""
         with self._lock:
-            full = full or not self._looked
+            full = full or not self._looked or time.monotonic() >= self._look_at
             if full or not self._journal.is_current:
                 with self._journal.locked(), self._whole():
                     self._looked = True
@@ -136,6 +146,14 @@ class Catalogue:
 
     def _look(self) -> list[str]:
         """Compare all folders with what is known; the names of those that differed."""
+        start = time.monotonic()
+        changed = self._compare()
+        now = time.monotonic()
+        wait_s = max(LOOK_S, (now - start) / LOOK_SHARE)
+        self._look_at = math.inf if reach(self._root) == "everybody" else now + wait_s
+        return changed
+
+    def _compare(self) -> list[str]:
         names = set(folder_names(self._root))
         differ = [n for n, e in self._entries.items() if n not in names or _signature(self._root, n) != e.signature]
         found = {n: self._read(n) for n in (*differ, *sorted(names - self._entries.keys()))}

@@ -29,13 +29,12 @@ from dnd_sdk.adapters.pending import (
     STATE,
     Opened,
     delete,
-    is_old,
     opened,
     sweep_state,
     temporary,
 )
 from dnd_sdk.errors import DndError
-from dnd_sdk.files import locked, storage_errors
+from dnd_sdk.files import is_old, locked, storage_errors
 
 T = TypeVar("T")
 

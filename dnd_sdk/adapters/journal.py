@@ -64,8 +64,8 @@ class Journal:
             except OSError as e:  # a read-only disk can still be read
                 log.debug("no journal in %s: %s", self._state, e.strerror)
         with locked(self._state) as alone:
-            if alone and not self._swept:
-                self._sweep()
+            if not self._swept:
+                self._sweep(alone)
             yield
 
     @property
@@ -116,10 +116,10 @@ class Journal:
         except (OSError, StorageError) as e:
             log.debug("%s is not kept: %s", self._lines.path, e)
 
-    def _sweep(self) -> None:
+    def _sweep(self, alone: bool) -> None:
         """Remove what a process left that was killed while it folded the journal."""
         try:
-            sweep(self._state)
+            sweep(self._state, alone)
         except OSError as e:  # a read-only disk can still be read
             log.debug("what a killed process left in %s cannot be cleared: %s", self._state, e.strerror or e)
         self._swept = True

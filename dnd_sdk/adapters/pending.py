@@ -13,19 +13,16 @@ import logging
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dnd_sdk.files import replacing
+from dnd_sdk.files import is_old, replacing
 from dnd_sdk.machine import is_alive, process_space
 
 log = logging.getLogger(__name__)
 
-STALE_S = 3600.0
-"""Where nobody can tell whether its process is alive, something unfinished this old belongs to one that died."""
 STATE = ".store"
 PUTTING, REMOVING = "put-", "rm-"
 _EARLIER = "set-"
@@ -68,14 +65,6 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def is_old(path: Path) -> bool:
-    """Whether nobody who is alive can be at work on it."""
-    try:
-        return time.time() - path.lstat().st_mtime > STALE_S
-    except OSError:
-        return False
 
 
 class Opened:

@@ -1,11 +1,13 @@
 from .atomic import (
+    is_left as is_left,
+    is_old as is_old,
     replacing as replacing,
     storage_errors as storage_errors,
     sweep as sweep,
     write_atomic as write_atomic,
 )
 from .line_log import LineLog as LineLog
-from .locks import locked as locked
+from .locks import file_system as file_system, locked as locked, reach as reach
 from .tensors import (
     FLOATS as FLOATS,
     MAX_HEADER_BYTES as MAX_HEADER_BYTES,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dnd_sdk.errors import DndError, StorageError
+from dnd_sdk.files.locks import reach
 
 _FULL = "free some disk space, or choose another home with --home or DND_HOME; nothing half-written was left"
 _IN_THE_WAY = "a file stands where a folder should: move it, or choose another home with --home or DND_HOME"
@@ -26,6 +28,8 @@ _FIXES = {
     errno.EFBIG: "choose a home on a disk that takes larger files, with --home or DND_HOME",
 }
 """What helps, by what only a disk and its permissions say."""
+STALE_S = 3600.0
+"""Where nobody can tell whether its process is alive, something unfinished this old belongs to one that died."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 """The names that `replacing` writes to."""
 
@@ -80,8 +84,21 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what `replacing` left in a folder when its process was killed; only while nobody else writes there."""
+def sweep(folder: Path, alone: bool) -> None:
+    """Remove what `replacing` left in a folder when its process was killed; `alone` as for `is_left`."""
     for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file() and is_left(path, alone):
             path.unlink(missing_ok=True)
+
+
+def is_left(path: Path, alone: bool) -> bool:
+    """Whether nobody is at work on something that only holders of its folder's lock are; `alone`: the caller is."""
+    return (alone and reach(path.parent) == "everybody") or is_old(path)
+
+
+def is_old(path: Path) -> bool:
+    """Whether so much time has passed that whoever was at work on it is dead."""
+    try:
+        return time.time() - path.lstat().st_mtime > STALE_S
+    except OSError:
+        return False

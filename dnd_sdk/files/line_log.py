@@ -76,10 +76,13 @@ class LineLog:
     def append(self, lines: Iterable[Line]) -> None:
         """Add lines; raises `OSError`, and the next reader finds the file cut or short."""
         data = [_encoded(line) for line in lines]
+        added = b"".join(data)
         with self.path.open("ab") as f:
-            f.write(b"".join(data))
-        self.n_lines += len(data)
-        self._place, self._last = self._end(), data[-1] if data else self._last
+            end = os.fstat(f.fileno()).st_ino, f.tell()
+            f.write(added)
+        if self._place == end:  # else others wrote, whom no lock held off: all that is read on
+            self.n_lines += len(data)
+            self._place, self._last = (end[0], end[1] + len(added)), data[-1] if data else self._last
 
     def fold(self, lines: Iterable[Line], **more: Any) -> None:
         """Replace the file by these lines under the header and `more`; raises `StorageError`, the old one is left."""

@@ -2,15 +2,19 @@
 
 * The folder itself is locked, so there is no lock file to leave behind.
 * A system or a disk without such locks is worked on unlocked, as before: the lock then says that it is not held.
+* Over a network they hold within one machine: Linux's NFS client passes on locks of files, none of folders, and says
+  nothing of it. What must hold between machines must hold without them (`reach`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 try:
     import fcntl
@@ -19,6 +23,14 @@ except ImportError:  # not on Windows
 
 
 _POLL_S = 0.005
+_UNESCAPED = re.compile(r"\\([0-7]{3})")
+
+Reach = Literal["everybody", "machine", "nobody"]
+
+_LOCAL = frozenset(
+    ["bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "ntfs3", "overlay", "ramfs", "reiserfs", "tmpfs", "vfat", "xfs", "zfs"]
+)
+"""File systems that one machine alone writes to."""
 
 
 @contextmanager
@@ -72,3 +84,25 @@ def _flocked(file: int, kind: int, wait: bool | float) -> bool:
             time.sleep(_POLL_S)
         except OSError:
             return False
+
+
+def reach(folder: Path) -> Reach:
+    """Whom locks in this folder hold off: everybody who can write there, the processes of this machine, or nobody."""
+    if fcntl is None:
+        return "nobody"
+    return "everybody" if file_system(folder) in _LOCAL else "machine"
+
+
+def file_system(folder: Path) -> str | None:
+    """What kind of file system the folder, or what there is of its path, is on; None: this system does not tell."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    there, best, found = os.path.realpath(folder), -1, None
+    for line in lines:
+        mount, _, rest = line.partition(" - ")
+        place = _UNESCAPED.sub(lambda m: chr(int(m[1], 8)), mount.split(" ")[4])
+        if (there + "/").startswith(place.rstrip("/") + "/") and len(place) >= best:  # the last of those at one place
+            best, found = len(place), rest.split(" ")[0]
+    return found

@@ -2,7 +2,8 @@
 
 * `index.jsonl` says what there is. `vectors-*.f32` holds for each adapter the centre of its exemplars and then them:
   vectors are written first, and count once their line is there.
-* Both are a cache of the store's folders: what does not read as expected is made again from them.
+* Both are a cache of the store's folders: what does not read as expected is made again from them. A check sum in the
+  line tells vectors of others, who wrote at the same time where locks hold nobody off.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -18,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from dnd_sdk.files import LineLog, locked, plain_only, storage_errors, sweep
+from dnd_sdk.files import LineLog, is_left, locked, plain_only, storage_errors, sweep
 from dnd_sdk.routing.row_file import RowFile, append_rows
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
-"""1 and 2 were FAISS files written whole; they are removed."""
+FORMAT_VERSION = 4
+"""1 and 2 were FAISS files written whole; they are removed. 3 had no check sums."""
 INDEX_FILE = "index.jsonl"
 _EARLIER = ("index.faiss", "index.json")
 _SPARE = 256
@@ -62,6 +64,8 @@ class Kept:
     coherence: float
     start: int
     count: int
+    sums: tuple[int, int]
+    """CRC-32 of the centre and of the exemplars."""
     rows: RowFile = field(compare=False)
 
     @property
@@ -72,12 +76,17 @@ class Kept:
     @property
     def centre(self) -> np.ndarray:
         """(C,); raises `ValueError` when it is damaged, and `OSError`."""
-        return self.rows.read(self.start, 1)[0]
+        return self._checked(self.rows.read(self.start, 1), self.sums[0])[0]
 
     @property
     def exemplars(self) -> np.ndarray:
         """(count, C); raises `ValueError` when they are damaged, and `OSError`."""
-        return self.rows.read(self.start + 1, self.count)
+        return self._checked(self.rows.read(self.start + 1, self.count), self.sums[1])
+
+    def _checked(self, rows: np.ndarray, expected: int) -> np.ndarray:
+        if zlib.crc32(rows.data) != expected:
+            raise ValueError(f"{self.rows.path} holds other rows at {self.start} to {self.end}")
+        return rows
 
 
 class VectorFile:
@@ -164,11 +173,18 @@ class VectorFile:
 
     def _append(self, path: Path, vectors: Mapping[str, Vectors | Kept]) -> list[dict[str, Any]]:
         """Add vectors to a file of rows; the lines that tell where they are."""
-        blocks = (np.concatenate([v.centre[None], v.exemplars]) for v in vectors.values())
-        places = zip(vectors.items(), append_rows(path, blocks, self.key.width), strict=True)
+        sums: list[tuple[int, int]] = []
+
+        def blocks() -> Iterator[np.ndarray]:
+            for v in vectors.values():
+                block = np.concatenate([v.centre[None], v.exemplars], dtype=np.float32)
+                sums.append((zlib.crc32(block[:1].data), zlib.crc32(block[1:].data)))
+                yield block
+
+        places = append_rows(path, blocks(), self.key.width)
         return [
-            {"name": name, "stamp": v.stamp, "coherence": v.coherence, "start": start, "count": n_rows - 1}
-            for (name, v), (start, n_rows) in places
+            {"name": n, "stamp": v.stamp, "coherence": v.coherence, "start": start, "count": n_rows - 1, "sums": both}
+            for (n, v), (start, n_rows), both in zip(vectors.items(), places, sums, strict=True)
         ]
 
     def _take(self, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -178,9 +194,9 @@ class VectorFile:
             self.kept.pop(name, None)
             if "stamp" not in line:
                 continue
-            kept = Kept(
-                str(line["stamp"]), float(line["coherence"]), int(line["start"]), int(line["count"]), self._rows
-            )
+            centre, exemplars = map(int, line["sums"])
+            start, count = int(line["start"]), int(line["count"])
+            kept = Kept(str(line["stamp"]), float(line["coherence"]), start, count, (centre, exemplars), self._rows)
             if not kept.coherence > 0 or kept.start < 0 or kept.count < 1 or kept.end > n_there:
                 raise ValueError(f"its line for {name[:80]!r} says what is not there")
             self._n_rows = max(self._n_rows, kept.end)
@@ -199,13 +215,11 @@ class VectorFile:
         return LineLog(self._folder / INDEX_FILE, {"format_version": FORMAT_VERSION, **asdict(self.key)})
 
     def _sweep(self) -> None:
-        """Remove what killed processes, earlier states and earlier versions left; nobody else is at work."""
-        if not self._alone:
-            return
+        """Remove what killed processes, earlier states and earlier versions left."""
         current = self._lines.first.get("vectors")
-        others = [p for p in self._folder.glob("vectors-*.f32") if p.name != current]
+        others = [p for p in self._folder.glob("vectors-*.f32") if p.name != current and is_left(p, self._alone)]
         try:
-            sweep(self._folder)
+            sweep(self._folder, self._alone)
             for path in (*others, *(self._folder / name for name in _EARLIER)):
                 path.unlink(missing_ok=True)
         except OSError as e:  # a read-only disk can still be read

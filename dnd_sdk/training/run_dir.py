@@ -35,7 +35,7 @@ class RunDir:
         self._last_save = time.monotonic()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            sweep(path)
+            sweep(path, alone=True)
         except OSError as e:
             raise StorageError(f"cannot create run folder {path}: {e}", fix="choose another run folder") from e
         self._check_manifest(manifest)
