@@ -1,4 +1,4 @@
-"""Several processes change one store at once while some are killed, with locks or without: what is lost, and who sees it.
+"""Several processes change one store at once while some are killed, with locks or without: what is lost, who sees it.
 
 `python tests/kill_writers.py HOME --locks none` prints what it did as JSON; exit code 1 with the first fault.
 * Each writer has names of its own, so that what must be stored is known, and all fight over names in common.

@@ -295,3 +295,21 @@ def test_a_state_folder_that_cannot_be_listed(home: Home, store: AdapterStore) -
     assert [a.name for a in again.ls()] == ["one"] and again.verify() == []
     with pytest.raises(StorageError, match="store an adapter"):
         store_one(again, random_flat(TINY, seed=2), name="two")
+
+
+@pytest.mark.parametrize("reached", ["everybody", "machine"])
+def test_what_another_machine_hid_is_seen_at_the_next_full_look(
+    store: AdapterStore, home: Home, monkeypatch: pytest.MonkeyPatch, reached: str
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(catalogue.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(catalogue, "reach", lambda folder: reached)
+    store_one(store, name="one")
+    running = AdapterStore(home)
+    assert set(running.changes(0).adapters) == {"one"}
+    shutil.copytree(store.root / "one", store.root / "two")
+    marked = os.stat(store.root).st_mtime_ns  # as if its writer were killed, and another had marked the root since
+    running._folders.catalogue._journal._root_time = marked
+    assert set(running.changes(0).adapters) == {"one"}
+    now[0] += catalogue.LOOK_S + 1
+    assert set(running.changes(0).adapters) == ({"one"} if reached == "everybody" else {"one", "two"})

@@ -18,6 +18,7 @@ from tiny_world import World, prompts_of, save_base
 from dnd_sdk.config import Home
 from dnd_sdk.doctor import checks as doctor
 from dnd_sdk.doctor.checks import TESTED, Check, _numbers, examine
+from dnd_sdk.files import locked
 from dnd_sdk.models.catalogue import EMBEDDED
 from dnd_sdk.models.embedded import SOURCE_FILE
 
@@ -237,3 +238,30 @@ def test_an_index_whose_bytes_changed(adapted: World) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     assert "is damaged" in looked(adapted.home)["index"].detail
+
+
+@pytest.mark.parametrize(
+    ("kind", "reached", "status", "told"),
+    [
+        ("ext4", "everybody", "ok", "work on ext4"),
+        ("nfs4", "machine", "warn", "within this machine only on nfs4"),
+        (None, "machine", "ok", "how far they reach is not known"),
+        ("fuse", "nobody", "warn", "there are none on fuse"),
+    ],
+)
+def test_doctor_says_how_far_locks_reach(
+    home: Home, monkeypatch: pytest.MonkeyPatch, kind: str | None, reached: str, status: str, told: str
+) -> None:
+    monkeypatch.setattr(doctor, "file_system", lambda folder: kind)
+    monkeypatch.setattr(doctor, "reach", lambda folder: reached)
+    (check,) = doctor._locks(doctor._Subject(home, None, None, None, "cpu"))
+    assert check.status == status and told in check.detail and bool(check.fix) == (status == "warn")
+
+
+def test_doctor_knows_locks_that_others_hold_from_none(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.root.mkdir()
+    subject = doctor._Subject(home, None, None, None, "cpu")
+    with locked(home.root):
+        assert next(doctor._locks(subject)).status == "ok"
+    monkeypatch.setattr("dnd_sdk.files.locks._acquired", lambda *_: None)
+    assert next(doctor._locks(subject)).status == "warn"

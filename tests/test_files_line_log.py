@@ -57,3 +57,13 @@ def test_a_file_that_is_gone_cannot_be_read_on(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         log.read()
     assert log.is_new and log.read() == ([], False)
+
+
+def test_lines_that_others_wrote_where_no_lock_held_them_off_are_read_on(tmp_path: Path) -> None:
+    log, other = log_in(tmp_path), log_in(tmp_path)
+    log.fold([])
+    other.read()
+    other.append([{"n": 1}])
+    log.append([{"n": 2}])
+    assert log.read() == ([{"n": 1}, {"n": 2}], False)
+    assert log.read() == ([], False) and other.read() == ([{"n": 2}], False)

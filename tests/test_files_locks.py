@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dnd_sdk.files import locked
+from dnd_sdk.files import file_system, locked, locks, reach
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from dnd_sdk.files import locked
+from dnd_sdk.files import file_system, locked, locks, reach
 with locked(Path(sys.argv[1])) as held:
     print(held, flush=True)
     time.sleep(600)
@@ -80,3 +80,39 @@ def test_a_pipe_in_the_place_of_a_folder_is_not_waited_for(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "pipe")
     with locked(tmp_path / "pipe") as held:
         assert not held
+
+
+MOUNTS = """\
+22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 22 0:40 / {0}/net rw,relatime - nfs4 server:/export rw,vers=4.2
+31 22 0:41 / {0}/a\\040bucket rw - fuse.gcsfuse bucket rw
+32 30 0:42 / {0}/net/local rw master:1 - tmpfs tmpfs rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "reached"),
+    [
+        ("", "ext4", "everybody"),
+        ("network", "ext4", "everybody"),
+        ("net", "nfs4", "machine"),
+        ("net/home/not/made/yet", "nfs4", "machine"),
+        ("net/local/home", "tmpfs", "everybody"),
+        ("a bucket/home", "fuse.gcsfuse", "machine"),
+    ],
+)
+def test_locks_reach_as_far_as_the_file_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, kind: str, reached: str
+) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS.format(os.path.realpath(tmp_path)))
+    monkeypatch.setattr(locks, "_MOUNTS", tmp_path / "mounts")
+    assert (file_system(tmp_path / place), reach(tmp_path / place)) == (kind, reached)
+
+
+def test_where_nothing_is_told_of_the_disk_locks_are_taken_to_reach_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_MOUNTS", tmp_path / "nothing")
+    assert (file_system(tmp_path), reach(tmp_path)) == (None, "machine")
+    monkeypatch.setattr(locks, "fcntl", None)
+    assert reach(tmp_path) == "nobody"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import StorageError
 from dnd_sdk.files import locked
-from dnd_sdk.routing import AdapterIndex, compare_saved
+from dnd_sdk.routing import AdapterIndex, compare_saved, vector_file
 from dnd_sdk.routing.vector_file import INDEX_FILE, Kept, Key, VectorFile
 
 KEY = Key(WIDTH, "mini", ENCODER, BASE)
@@ -318,3 +318,37 @@ def test_files_that_were_folded_away_are_let_go(tmp_path: Path) -> None:
         each.score(task_vectors(1))
         vectors = [o.vectors for centres in each._centres.values() for o in centres.view.owners if o is not None]
         assert len(vectors) == 6 and len({v.rows for v in (*vectors, *each._at_hand) if isinstance(v, Kept)}) == 1
+
+
+def test_rows_that_others_wrote_in_between_are_told_by_their_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = stored(2)
+    synced(store, tmp_path)
+    index = synced(store, tmp_path)
+    real, calls = vector_file.append_rows, list[Path]()
+
+    def others_first(path: Path, blocks: Iterable[np.ndarray], width: int) -> list[tuple[int, int]]:
+        calls.append(path)
+        moved = int(len(calls) == 1)  # as if its end had been another's a moment ago
+        return [(start - moved, n) for start, n in real(path, blocks, width)]
+
+    monkeypatch.setattr(vector_file, "append_rows", others_first)
+    store.put(adapter("new"), task_vectors(7))
+    index.sync(store)
+    assert "holds other rows" in caplog.text and len(calls) == 2
+    index._at_hand.clear()
+    assert index.score(task_vectors(7, seed=1))[0].name == "new" and compare_saved(tmp_path, store) == (3, 0)
+
+
+def test_vectors_of_others_stay_where_locks_do_not_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stored(2)
+    synced(store, tmp_path)
+    theirs = tmp_path / f"vectors-{'0' * 32}.f32"
+    theirs.write_bytes(b"on its way")
+    with monkeypatch.context() as patched:
+        patched.setattr("dnd_sdk.files.atomic.reach", lambda folder: "machine")
+        synced(store, tmp_path)
+        assert theirs.exists()
+    synced(store, tmp_path)
+    assert not theirs.exists()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from dnd_sdk.config import Home
 from dnd_sdk.doctor.environment import OFFLINE_SWITCHES, switch_state, version_of
 from dnd_sdk.errors import DndError
+from dnd_sdk.files import file_system, locked, reach
 from dnd_sdk.machine import n_cores, told_memory
 
 MIN_PYTHON = "3.11"
@@ -210,6 +211,29 @@ def _disk(s: _Subject) -> Iterator[Check]:
     yield _room("disk", shutil.disk_usage(spot).free, MIN_DISK, f"free some space at {spot}, or choose another --home")
 
 
+def _locks(s: _Subject) -> Iterator[Check]:
+    """Whom locks hold off on the home's disk; what is stored is safe either way."""
+    spot = next(p for p in (s.home.root, *s.home.root.parents) if p.exists())
+    kind, reached = file_system(spot), reach(spot)
+    where = f"on {kind or 'this disk'}"
+    try:
+        with locked(spot, shared=True, wait=_PATIENCE_S) as works:
+            pass
+    except TimeoutError:  # others hold it
+        works = True
+    if not works or reached == "nobody":
+        yield Check("locks", "warn", f"there are none {where}: {_UNSEEN}", _ONE_WRITER)
+    elif reached == "machine" and kind is not None:
+        yield Check("locks", "warn", f"they hold within this machine only {where}: {_UNSEEN}", _ONE_WRITER)
+    else:
+        yield Check("locks", "ok", f"they work {where}" + ("" if kind else "; how far they reach is not known"))
+
+
+_PATIENCE_S = 0.05
+_UNSEEN = "what others store is safe, but may be seen a minute later, and the index made again"
+_ONE_WRITER = "nothing, or let one machine write at a time and link index/ to a disk of each machine (docs/scale.md)"
+
+
 def _weights(s: _Subject) -> Iterator[Check]:
     """Fetched default models are, byte for byte, what was fetched."""
     from dnd_sdk.models import EMBEDDED, damaged_files, is_pulled
@@ -302,6 +326,7 @@ _LOOKS = (
     _memory,
     _home,
     _disk,
+    _locks,
     _weights,
     _models,
     _adapters,

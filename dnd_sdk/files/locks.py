@@ -23,13 +23,12 @@ except ImportError:  # not on Windows
 
 
 _POLL_S = 0.005
+_MOUNTS = Path("/proc/self/mountinfo")
 _UNESCAPED = re.compile(r"\\([0-7]{3})")
 
 Reach = Literal["everybody", "machine", "nobody"]
 
-_LOCAL = frozenset(
-    ["bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "ntfs3", "overlay", "ramfs", "reiserfs", "tmpfs", "vfat", "xfs", "zfs"]
-)
+_DISKS = "bcachefs btrfs exfat ext2 ext3 ext4 f2fs jfs ntfs3 overlay ramfs reiserfs tmpfs vfat xfs zfs"
 """File systems that one machine alone writes to."""
 
 
@@ -90,13 +89,13 @@ def reach(folder: Path) -> Reach:
     """Whom locks in this folder hold off: everybody who can write there, the processes of this machine, or nobody."""
     if fcntl is None:
         return "nobody"
-    return "everybody" if file_system(folder) in _LOCAL else "machine"
+    return "everybody" if file_system(folder) in _DISKS.split() else "machine"
 
 
 def file_system(folder: Path) -> str | None:
     """What kind of file system the folder, or what there is of its path, is on; None: this system does not tell."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
     there, best, found = os.path.realpath(folder), -1, None
