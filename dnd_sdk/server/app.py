@@ -43,7 +43,7 @@ def create_app(dnd: DnD, settings: ServerSettings | None = None) -> FastAPI:
 
 def _guarding(service: Service) -> Any:
     def guard(app: ASGIApp) -> Guard:
-        return Guard(app, service)
+        return Guard(app, service.settings, note=service.answered, is_stopping=lambda: service.stopping)
 
     return guard
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -16,9 +17,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dnd_sdk.errors import BusyError
-from dnd_sdk.server.access_log import log_access
 from dnd_sdk.server.problems import Problem, RequestError, problem_of
-from dnd_sdk.server.service import Service
+from dnd_sdk.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +29,26 @@ _LINGER_S, _LINGER_BYTES = 2.0, 32 * 2**20
 _HELD_UPLOADS = 2
 """As many bytes as this many uploads may have are held at most, of all requests together."""
 _CLOSE = (b"connection", b"close")
+_NOSNIFF = (b"x-content-type-options", b"nosniff")
 _UPLOADS = ("/dnd/adapt", "/dnd/adapters")
 
 
 class Guard:
     """Lets through what may be answered; the rest gets an error of OpenAI's form."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service, self._settings = app, service, service.settings
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        *,
+        note: Callable[[Scope, int, float], None],
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`note` is told of each request's end: its status and the seconds it took.
+
+        `is_stopping`: whether what is cancelled now is cut for the server's own end.
+        """
+        self._app, self._settings, self._note, self._is_stopping = app, settings, note, is_stopping
         self._held = _Held(_HELD_UPLOADS * self._settings.max_upload_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,12 +67,12 @@ class Guard:
         except Exception as error:
             await self._fail(scope, receive, sending, error)
         except asyncio.CancelledError:
-            if not self._service.stopping:
+            if not self._is_stopping():
                 raise
             log.warning("an answer was cut: the server's time to stop was over")
         finally:
             body.let_go()
-            self._note(scope, sending.status, time.monotonic() - began)
+            self._note(scope, sending.status or 499, time.monotonic() - began)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         if not self._settings.is_called(headers.get("host", "")):
@@ -91,12 +103,6 @@ class Guard:
             raise error
         problem = problem_of(error)
         await answer_of(problem)(scope, receive, send)
-
-    def _note(self, scope: Scope, status: int | None, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")
-        self._service.metrics.requests.labels(route, str(status or 499)).inc()
-        self._service.metrics.seconds.labels(route).observe(seconds)
-        log_access(scope, status or 499, seconds)
 
 
 def is_open(path: str) -> bool:
@@ -186,7 +192,9 @@ class _Sending:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers: list[Any] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+            headers: list[Any] = [*message.get("headers", [])]
+            if _NOSNIFF not in headers:  # of an answer that passed another guard
+                headers.append(_NOSNIFF)
             message = {**message, "headers": headers if self._body.is_whole else [*headers, _CLOSE]}
         elif not self._body.is_whole and not message.get("more_body", False):
             # a connection that is closed while more comes in is reset, and the client may never read the answer

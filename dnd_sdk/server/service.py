@@ -15,8 +15,10 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import anyio
 import anyio.to_thread
 from fastapi import Depends, Request
+from starlette.types import Scope
 
 from dnd_sdk.errors import BusyError
+from dnd_sdk.server.access_log import log_access
 from dnd_sdk.server.metrics import Metrics
 from dnd_sdk.server.problems import hide
 from dnd_sdk.server.settings import ServerSettings
@@ -77,6 +79,13 @@ class Service:
         n = self.dnd.engine.n_waiting + self.n_starting
         if n > self.settings.max_waiting:
             raise BusyError(f"{n} requests wait already", fix="try again later")
+
+    def answered(self, scope: Scope, status: int, seconds: float) -> None:
+        """Note one request that is over."""
+        route = getattr(scope.get("route"), "path", "other")
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        log_access(scope, status, seconds)
 
     def used(self, adapter: str | None) -> None:
         """Note that an adapter answered; None: the base did."""
