@@ -1,6 +1,6 @@
 """Thousands of requests to two replicas on a local Ray cluster, of which one is killed on the way.
 
-`python tests/ray_load.py FOLDER --requests 2000 --adapters 32 --kill` prints one JSON object; exit code 1 with any fault.
+`python tests/ray_load.py FOLDER --requests 2000 --adapters 32 --kill` prints a JSON object; exit code 1 with any fault.
 
 * `wrong`: answers that differ from what a session alone says for that adapter and prompt; `lost`: requests that ended
   with neither an answer nor an error; `told`: those that ended with an error, whose texts are in `errors`.
@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ async def ask_all(
         for i in numbers:
             if kill and i == n // 2:
                 seen.resident_before = len(seen.resident)
-                killed = await asyncio.to_thread(running.kill_one)
+                [killed] = await asyncio.to_thread(running.kill, 1)
             model, prompt = draws.choice(models), PROMPTS[i % N_PROMPTS]
             body = chat_body(prompt, model, max_tokens=TOKENS[0] + i % 5, stream=i % 3 == 0)
             start = time.perf_counter()
@@ -158,6 +159,7 @@ if __name__ == "__main__":
     parser.add_argument("--adapters", type=int, default=len(MODELS) - 1, choices=range(1, len(MODELS)), metavar="1-32")
     parser.add_argument("--kill", action="store_true", help="one replica, when half of the requests are asked")
     options = parser.parse_args()
-    report = measure(options.folder, options.requests, options.adapters, kill=options.kill)
+    with redirect_stdout(sys.stderr):  # Ray says there, too, that a worker has ended
+        report = measure(options.folder, options.requests, options.adapters, kill=options.kill)
     print(json.dumps(report, indent=1))
     sys.exit(1 if report["wrong"] or report["lost"] or report["left"] else 0)

@@ -35,11 +35,12 @@ class Cluster(NamedTuple):
         names = [a["name"] for a in named if "#Replica#" in a["name"]]
         return {name.rpartition("#")[2]: pid for name in names if (pid := _pid_of(name)) is not None}
 
-    def kill_one(self) -> str:
-        """End a replica's process at once; its name."""
-        name, pid = next(iter(self.replicas().items()))
-        os.kill(pid, signal.SIGKILL)
-        return name
+    def kill(self, n: int) -> list[str]:
+        """End so many replicas' processes at once; their names."""
+        found = list(self.replicas().items())[:n]
+        for _, pid in found:
+            os.kill(pid, signal.SIGKILL)
+        return [name for name, _ in found]
 
     def wait_for(self, n: int) -> None:
         """Until so many replicas run and answer health checks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -25,11 +26,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.config import Home
 from dnd_sdk.errors import DndError
+from dnd_sdk.files import storage_errors
 from dnd_sdk.integrations.ray.exchange import Request, answered
 from dnd_sdk.integrations.ray.forwarding import Answer, Faults, Forwarding
 from dnd_sdk.integrations.ray.options import RayOptions, plan
 from dnd_sdk.server import Guard, ServerSettings
 
+REPLICA, INGRESS = "Replica", "Ingress"
+"""What Ray calls them, in its status, its metrics and the files that configure it."""
 _MANY = 1_000_000
 """As good as no bound: what the ingress passes on is bounded where it is answered."""
 _FAULTS = Faults(
@@ -110,10 +114,8 @@ class Ingress:
 
     def __init__(self, replicas: DeploymentHandle[Any], home: str, settings: ServerSettings, wait_s: float) -> None:
         self._replicas = replicas.options(stream=True)
-        is_open = bool(settings.keys)
-        forwarding = Forwarding(
-            self._ask, _FAULTS, AdapterStore(Home(Home.find(home).root)), wait_s=wait_s, is_open=is_open
-        )
+        store, is_open = AdapterStore(Home.find(home)), bool(settings.keys)
+        forwarding = Forwarding(self._ask, _FAULTS, store, wait_s=wait_s, is_open=is_open)
         self._app = Guard(forwarding, settings, note=_not_noted)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,21 +135,27 @@ def build(options: Mapping[str, Any] | None = None) -> serve.Application:
     """The application, for `serve.run` and `serve run dnd_sdk.integrations.ray:build min_replicas=2`.
 
     `options` are fields of `RayOptions` and settings of `dnd.toml` by name; what is not given is read here from `DND_*`
-    and the settings files. Raises `ConfigError`.
+    and the settings files. Raises `ConfigError`, or `StorageError` where the home cannot be created.
     """
     ray, load, server = plan(options or {})
+    home = Path(load["home"])
+    with storage_errors("creating the home folder", home):
+        home.mkdir(parents=True, exist_ok=True)  # from now on a replica that does not see it is not well
     replicas = serve.deployment(
-        Replica,
+        name=REPLICA,
         ray_actor_options={"num_cpus": ray.num_cpus, "num_gpus": ray.num_gpus},
         max_ongoing_requests=ray.max_ongoing_requests,
         max_queued_requests=max(1, server.max_waiting),
         graceful_shutdown_timeout_s=server.shutdown_s,
         **_how_many(ray),
-    )
+    )(Replica)
     ingress = serve.deployment(
-        Ingress, name="Ingress", num_replicas=ray.ingress_replicas, max_ongoing_requests=_MANY,
-        ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=server.shutdown_s,
-    )  # fmt: skip
+        name=INGRESS,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MANY,
+        graceful_shutdown_timeout_s=server.shutdown_s,
+        num_replicas=ray.ingress_replicas,
+    )(Ingress)
     return ingress.bind(replicas.bind(load, server), load["home"], server, ray.wait_s)
 
 

@@ -51,6 +51,10 @@ class Faults(NamedTuple):
     """The replica, or all of them, cannot answer."""
 
 
+class _CutOff(Exception):
+    """The replica's work was cancelled, by nobody here."""
+
+
 class Forwarding:
     """An ASGI application that has others answer."""
 
@@ -68,6 +72,7 @@ class Forwarding:
         `wait_s` bounds the time until one takes it up. `is_open`: whether other machines may ask.
         """
         self._ask, self._faults, self._store, self._wait_s, self._is_open = ask, faults, store, wait_s, is_open
+        self._ended: tuple[type[BaseException], ...] = (*faults.ended, _CutOff)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -95,27 +100,31 @@ class Forwarding:
         """Of one attempt after the other, until one has given some."""
         for attempt in range(1, ATTEMPTS + 1):
             has_begun = False
-            answer = self._ask(adapter, request)
             try:
-                async with aclosing(self._told(answer)) as batches:
+                async with aclosing(self._told(self._ask(adapter, request))) as batches:
                     async for batch in batches:
                         yield batch if has_begun or attempt == 1 else _marked(batch, attempt)
                         has_begun = True
                 return
-            except self._faults.ended as e:
+            except self._ended as e:
                 log.warning("a replica has ended while it answered %s", request.head["path"])
                 if has_begun or attempt == ATTEMPTS or not _is_repeatable(request):
                     raise _lost(request, has_begun) from e
-            finally:
-                answer.cancel()
 
     async def _told(self, answer: Answer) -> AsyncGenerator[list[Message], None]:
-        batches = aiter(answer)
+        """What it says after its empty batch; raises our errors, or what says that the replica has ended."""
+        batches, is_over = aiter(answer), False
         try:
             async with asyncio.timeout(self._wait_s):
                 await anext(batches)
             async for batch in batches:
                 yield batch
+            is_over = True
+        except asyncio.CancelledError as e:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise _CutOff from e  # the replica's task was cancelled, not ours
         except TimeoutError as e:
             raise BusyError(f"no replica took the request within {self._wait_s:g} s", fix="try again later") from e
         except self._faults.full as e:
@@ -123,6 +132,9 @@ class Forwarding:
         except self._faults.failed as e:
             log.error("a replica failed", exc_info=e)
             raise BackendError("the replicas cannot answer; their log says why") from e
+        finally:
+            if not is_over:
+                answer.cancel()
 
 
 def _lost(request: Request, has_begun: bool) -> BackendError:
