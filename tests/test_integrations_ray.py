@@ -343,6 +343,11 @@ def test_the_plan_is_complete_and_of_plain_values(home: Home, tmp_path: Path, mo
     assert plan({}).load["base"] == plan({}).load["base"].rpartition(os.sep)[2]  # a name stays one
 
 
+def test_a_replica_takes_a_little_more_than_is_aimed_at() -> None:
+    given = ({}, {"target_ongoing_requests": 2}, {"target_ongoing_requests": 2, "max_ongoing_requests": 9})
+    assert [RayOptions(**options).most_ongoing for options in given] == [20, 3, 9]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

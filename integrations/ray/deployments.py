@@ -144,7 +144,7 @@ def build(options: Mapping[str, Any] | None = None) -> serve.Application:
     replicas = serve.deployment(
         name=REPLICA,
         ray_actor_options={"num_cpus": ray.num_cpus, "num_gpus": ray.num_gpus},
-        max_ongoing_requests=ray.max_ongoing_requests,
+        max_ongoing_requests=ray.most_ongoing,
         max_queued_requests=max(1, server.max_waiting),
         graceful_shutdown_timeout_s=server.shutdown_s,
         **_how_many(ray),

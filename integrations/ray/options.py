@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -27,10 +28,9 @@ class RayOptions(BaseModel):
     """Ray starts as many as the traffic needs, up to these; as many as `min_replicas`, always, unless set."""
     target_ongoing_requests: float = Field(16.0, gt=0)
     """Requests of a replica that Ray aims at when it starts and ends replicas; a base answers 16 together."""
-    max_ongoing_requests: int = Field(20, ge=1)
-    """Requests that a replica takes at a time: those answered together, and a few that are ready when one ends.
-
-    Further ones go to other replicas, even if these have to load the adapter.
+    max_ongoing_requests: int | None = Field(None, ge=1)
+    """Requests that a replica takes at a time; a quarter more than is aimed at unless set, so that some are ready when
+    others end. Further ones go to other replicas, even if these have to load the adapter.
     """
     num_cpus: float = Field(1.0, ge=0)
     """Of each replica, which also is its number of threads."""
@@ -40,6 +40,11 @@ class RayOptions(BaseModel):
     """Processes that take requests in and pass them on; they hold no base."""
     wait_s: float = Field(60.0, gt=0)
     """For a replica to take a request up, which then is refused as too many are."""
+
+    @property
+    def most_ongoing(self) -> int:
+        """`max_ongoing_requests`, set or not."""
+        return self.max_ongoing_requests or math.ceil(1.25 * self.target_ongoing_requests)
 
 
 class Plan(NamedTuple):
