@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,3 +156,21 @@ def test_no_answer_is_wrong_or_lost_while_a_replica_is_killed(tmp_path: Path) ->
     assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
     report = json.loads(ended.stdout)
     assert report["wrong"] == report["lost"] == report["left"] == 0 and report["killed"]
+
+
+def test_a_replica_is_well_while_its_base_answers_and_its_home_is_there(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dnd_sdk.integrations.ray.deployments import Replica
+
+    replica = Replica.__new__(Replica)  # its constructor asks Ray for its name
+    replica._dnd = world.session()
+    world.home.root.mkdir(exist_ok=True)
+    asyncio.run(replica.check_health())
+    monkeypatch.setattr(replica._dnd.engine, "complete", lambda requests: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(replica.check_health())
+    monkeypatch.undo()
+    shutil.rmtree(world.home.root)
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(replica.check_health())
