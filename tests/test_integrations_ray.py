@@ -261,6 +261,14 @@ def test_a_stream_that_breaks_off_ends_with_an_error(home: Home) -> None:
     assert error["code"] == "backend" and "in the middle" in error["message"]
 
 
+@pytest.mark.parametrize("head", [HEAD, STREAM_HEAD])
+@pytest.mark.parametrize("error", [Ended(), Failed()])
+def test_a_replica_that_ends_after_its_last_word_is_no_fault(home: Home, head: Message, error: Exception) -> None:
+    """A message more would have the connection closed, on which the client's next request may be on its way."""
+    replicas = Replicas([[], [head, body("a", True)], [body("b")], error], [])
+    assert asked(replicas, home) == [head, body("a", True), body("b")]
+
+
 def test_any_other_answer_that_breaks_off_is_cut(home: Home) -> None:
     with pytest.raises(BackendError, match="in the middle"):
         asked(Replicas([[], [HEAD, body("{", True)], Ended()], []), home)

@@ -83,14 +83,17 @@ class Forwarding:
         if request is None:
             return
         adapter = await asyncio.to_thread(partial(adapter_of, self._store, scope["path"], request.body))
-        is_stream = False
+        is_stream = is_over = False
         try:
             async with aclosing(self._batches(adapter or "", request)) as batches:
                 async for batch in batches:
                     is_stream = is_stream or _is_head_of_stream(batch[0])
                     for message in batch:
                         await send(message)
+                    is_over = not batch[-1].get("more_body", False)
         except DndError as error:
+            if is_over:  # the replica has ended, but after its last word
+                return
             if not is_stream:
                 raise
             told = b"data: " + json.dumps(problem_of(error).body).encode() + b"\n\n"
