@@ -75,13 +75,15 @@ def cluster(world: World, *, num_cpus: int = 4, **options: Any) -> Iterator[Clus
             log_to_driver=False,
             _temp_dir=folder,
         )
-        port = _free_port()
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build(given))
-        yield Cluster(f"http://127.0.0.1:{port}")
+        try:
+            port = _free_port()
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(build(given))
+            yield Cluster(f"http://127.0.0.1:{port}")
+        finally:
+            serve.shutdown()
+            ray.shutdown()
     finally:
-        serve.shutdown()
-        ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
