@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dnd_sdk.cli.completion import task_folders
-from dnd_sdk.cli.options import Field, ModelOptions, quiet_libraries
+from dnd_sdk.cli.options import Field, ModelOptions, WorkerOptions, quiet_libraries
 from dnd_sdk.cli.output import EXIT_FAILURE, Output, Report
 from dnd_sdk.cli.task_sets import TaskSet
 from dnd_sdk.cli.train import check_config, with_eta
@@ -18,14 +18,14 @@ from dnd_sdk.errors import ConfigError
 from dnd_sdk.evaluation import METHODS_HELP
 
 if TYPE_CHECKING:
-    from dnd_sdk.evaluation import EvalSettings, Standing, TaskTrainer, Zoo
-    from dnd_sdk.session import DnD
+    from dnd_sdk.evaluation import EvalSettings, Standing
     from dnd_sdk.tasks import Task
 
 
 def evaluate(
     out: Output,
     models: ModelOptions,
+    worker_options: WorkerOptions,
     task_set: TaskSet,
     tasks: Annotated[
         Path,
@@ -76,8 +76,7 @@ def evaluate(
     if answered:
         result = report_answered(asked, chosen, settings)
     else:
-        with models.load(out) as dnd, out.progress("evaluating") as report:
-            result = _evaluated(dnd, asked, chosen, settings, zoo, report)
+        result = _evaluated(out, models, worker_options, asked, chosen, settings, zoo)
     if card is not None:
         record_evaluation(card, result)
     out.emit(result, lambda: render(result))
@@ -85,15 +84,23 @@ def evaluate(
 
 
 def _evaluated(
-    dnd: DnD, tasks: list[Task], methods: tuple[str, ...], settings: EvalSettings, zoo: Path | None, report: Report
+    out: Output,
+    models: ModelOptions,
+    worker_options: WorkerOptions,
+    tasks: list[Task],
+    methods: tuple[str, ...],
+    settings: EvalSettings,
+    zoo: Path | None,
 ) -> dict[str, Any]:
-    from dnd_sdk.evaluation import Zoo, default_methods, needs_training
-    from dnd_sdk.evaluation import evaluate as run_evaluation
+    from dnd_sdk.evaluation import evaluate_on, evaluate_session
 
-    stored = Zoo(zoo, dnd.layout, dnd.base.fingerprint, dnd.encoder.fingerprint) if zoo else None
-    methods = methods or default_methods(stored)
-    trainer = _trainer(dnd, stored, settings.run_dir) if needs_training(methods) else None
-    return run_evaluation(dnd, tasks, methods, settings, _telling(report), zoo=stored, trainer=trainer)
+    with worker_options.start(out) as workers:
+        if workers is None:
+            with models.load(out) as dnd, out.progress("evaluating") as report:
+                return evaluate_session(dnd, tasks, methods, settings, _telling(report), zoo=zoo)
+        load = models.settings(out).load_arguments()
+        with out.progress("evaluating") as report:
+            return evaluate_on(workers, load, tasks, methods, settings, _telling(report), zoo=zoo)
 
 
 def paper(
@@ -144,13 +151,6 @@ def _fail_on_failures(out: Output, result: dict[str, Any]) -> None:
         out.note(f"failed: {failure['task']} {failure['method']} seed {failure['seed']}: {failure['error']}")
     if result["failures"]:
         raise typer.Exit(EXIT_FAILURE)
-
-
-def _trainer(dnd: DnD, zoo: Zoo | None, run_dir: Path | None) -> TaskTrainer:
-    """Trains with the zoo's settings and keeps what it trained beside the answers."""
-    from dnd_sdk.evaluation import TaskTrainer
-
-    return TaskTrainer(dnd, zoo.training_settings() if zoo else None, run_dir / "trained" if run_dir else None)
 
 
 def bench_adapt(

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,12 +29,14 @@ from dnd_sdk.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from dnd_sdk.prompts import Role
+    from dnd_sdk.protocols import Workers
     from dnd_sdk.session import DnD
     from dnd_sdk.settings import Settings
 
 GENERAL = "General"
 MODEL = "Model"
 SAMPLING = "Sampling"
+WORKERS = "Workers"
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,36 @@ class ServerOptions:
     no_server: bool = False
 
 
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Who works beside this process; None: nobody."""
+
+    ray: str | None = None
+    workers: int | None = None
+
+    @contextmanager
+    def start(self, out: Output) -> Iterator[Workers | None]:
+        """The workers until the block ends; None without `--ray`.
+
+        `OMP_NUM_THREADS` says with how many threads each computes. Raises `ConfigError` for options that contradict
+        each other and without a cluster, `MissingExtraError` without Ray.
+        """
+        if self.ray is None:
+            if self.workers is not None:
+                raise ConfigError("--workers is for Ray", fix="say --ray local, too, or leave it out")
+            yield None
+            return
+        from dnd_sdk.integrations.ray_workers import RayWorkers
+
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        n_threads = int(threads) if threads.isdecimal() and int(threads) else None
+        with ExitStack() as stack:
+            with out.step("starting the workers"):
+                n_workers = 2 if self.workers is None else self.workers
+                workers = stack.enter_context(RayWorkers(self.ray, n_workers, n_threads=n_threads))
+            yield workers
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Keep the garbage collector out of the block, and what the block made out of the collector's sight for good.
@@ -222,6 +254,17 @@ GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
         _option(
             "no_server", bool, False, "--no-server", panel=MODEL, text="Load models here, even where a server runs."
         ),
+    ),
+    WorkerOptions: (
+        _option(
+            "ray",
+            str | None,
+            None,
+            "--ray",
+            panel=WORKERS,
+            text="Spread the work with Ray: local (processes here), auto (the cluster that runs here) or its address.",
+        ),
+        _option("workers", int | None, None, "--workers", panel=WORKERS, text="How many; 2 unless set."),
     ),
     SamplingFlags: (
         _option(

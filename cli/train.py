@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dnd_sdk.cli.options import WorkerOptions
 from dnd_sdk.cli.output import Output, Report
 from dnd_sdk.errors import InputError
 from dnd_sdk.protocols import Progress
@@ -17,13 +18,19 @@ Config = Annotated[Path | None, typer.Option("--config", help="TOML file with ev
 RunDir = Annotated[Path, typer.Option("--out", help="Run folder; run again with the same one to resume.")]
 
 
-def zoo(out: Output, tasks: Tasks, run_dir: RunDir = Path("runs/zoo"), config: Config = None) -> None:
+def zoo(
+    out: Output,
+    worker_options: WorkerOptions,
+    tasks: Tasks,
+    run_dir: RunDir = Path("runs/zoo"),
+    config: Config = None,
+) -> None:
     """Train one LoRA per task, several tasks at once on one resident base."""
     check_config(config)
-    from dnd_sdk.training import run_zoo
+    with worker_options.start(out) as workers, out.progress("training the zoo") as report:
+        from dnd_sdk.training import run_zoo
 
-    with out.progress("training the zoo") as report:
-        run_zoo(tasks, config, run_dir, home=out.find_home(), progress=with_eta(report))
+        run_zoo(tasks, config, run_dir, home=out.find_home(), progress=with_eta(report), workers=workers)
     out.emit({"run_dir": str(run_dir)}, str(run_dir) if out.quiet else f"done: {run_dir}")
 
 

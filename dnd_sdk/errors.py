@@ -14,6 +14,7 @@ DndError
 ├── BusyError(RuntimeError)            too many requests wait
 ├── ServerError(ConnectionError)       a running server that has ended, or answers as none of ours does
 ├── BackendError(OSError)              an engine elsewhere that cannot be reached, or fails
+├── WorkerError(RuntimeError)          work that other processes were given and could not do
 └── MissingExtraError(ImportError)     an optional package is not installed
 
 Catch `DndError` for all of them; each also is the built-in named in brackets.
@@ -154,6 +155,10 @@ class BackendError(DndError, OSError):
     """An engine in another process (vLLM) that cannot be reached, has ended, refuses whoever asks, or fails."""
 
     code = "backend"
+
+
+class WorkerError(DndError, RuntimeError):
+    """Units of work that other processes were given: their worker ended or cannot be used, or they failed there."""
 
 
 class MissingExtraError(DndError, ImportError):

@@ -38,7 +38,8 @@ ROWS = {
             "session",
             "evaluation bench doctor client",
             "server",
-            "cli integrations",
+            "integrations",
+            "cli",
         )
     )
     for room in rooms.split()

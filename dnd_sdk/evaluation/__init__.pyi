@@ -10,5 +10,6 @@ from .plot import read_report as read_report, write_plots as write_plots
 from .report import render as render
 from .runner import evaluate as evaluate
 from .settings import MAX_PROMPTS as MAX_PROMPTS, EvalSettings as EvalSettings, Standing as Standing
+from .spread import evaluate_on as evaluate_on, evaluate_session as evaluate_session
 from .trained import TaskTrainer as TaskTrainer
 from .zoo import Zoo as Zoo

@@ -24,13 +24,13 @@ def report_answered(tasks: Sequence[Task], methods: Sequence[str], settings: Eva
     Raises `ConfigError` without a run folder, for methods that cannot be, and for `unrelated` (not kept as units);
     `InputError` when nothing was answered.
     """
-    if settings.run_dir is None or settings.unrelated:
+    file = settings.results
+    if file is None or settings.unrelated:
         raise ConfigError(
             "a report of what was answered needs the run folder that holds it, and has no unrelated tasks",
             fix="pass --run-dir, without --unrelated",
         )
     tasks = settings.own_tasks(tasks)
-    file = settings.run_dir / "results.jsonl"
     cache = AnswerCache(file if file.exists() else None)
     named = {t.name for t in tasks}
     records = [record for (task, _, _), record in cache.units.items() if task in named and parse(record["method"])]

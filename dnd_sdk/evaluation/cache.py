@@ -29,7 +29,7 @@ class Answer(NamedTuple):
 class AnswerCache:
     """Answers by content key and row: in memory, and as appended lines of a JSONL file when it has a path.
 
-    Several processes may append to one file; each sees what was there when it began.
+    Several processes of one machine may append to one file; each sees what was there when it began.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -57,6 +57,11 @@ class AnswerCache:
             outputs, choices = [a.output for a in answers.values()], [a.choice for a in answers.values()]
             self._append(record | {"rows": list(answers), "outputs": outputs, "choices": choices})
 
+    def add(self, record: dict[str, Any]) -> None:
+        """Add what another process noted (`CollectedAnswers.collect`). Durable on return."""
+        self._take(record)
+        self._append(record)
+
     def _read(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +72,15 @@ class AnswerCache:
             raise StorageError(f"cannot use {path}: {e.strerror or e}", fix="choose another run folder") from e
         for line in data.split(b"\n"):
             try:
-                record = json.loads(line)
-                answers = map(Answer, record["outputs"], record["choices"])
-                self._known.setdefault(record["key"], {}).update(zip(record.pop("rows"), answers, strict=True))
-                del record["outputs"], record["choices"]
-                self.units[record["task"], record["method"], record["seed"]] = record
+                self._take(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 continue
+
+    def _take(self, record: dict[str, Any]) -> None:
+        answers = map(Answer, record["outputs"], record["choices"])
+        self._known.setdefault(record["key"], {}).update(zip(record["rows"], answers, strict=True))
+        about = {k: v for k, v in record.items() if k not in ("rows", "outputs", "choices")}
+        self.units[record["task"], record["method"], record["seed"]] = about
 
     def _append(self, record: dict[str, Any]) -> None:
         if self._path is None:
@@ -89,6 +96,28 @@ class AnswerCache:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+
+class CollectedAnswers(AnswerCache):
+    """Answers of a worker: it knows what the file holds and writes nothing; what is new is for others to write.
+
+    A disk that several machines share does not keep their lines apart when they append to one file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._new: list[dict[str, Any]] = []
+        super().__init__(path)
+
+    def collect(self) -> list[dict[str, Any]]:
+        """What was noted since it was last asked, for `AnswerCache.add`."""
+        new, self._new = self._new, []
+        return new
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._new.append(record)
+
+    def _write(self, data: bytes) -> None:
+        """Nothing, also where the file's last line is torn: the one who writes may be in the middle of it."""
 
 
 def flat_hash(flat: Tensor | None) -> str | None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from dnd_sdk.errors import ConfigError, DndError
 from dnd_sdk.evaluation.cache import Answer, AnswerCache
@@ -71,8 +71,39 @@ def run_methods(
     progress: Callable[[Standing], None] | None = None,
 ) -> list[Unit]:
     """What every (task, method, seed) comes to; a unit that fails carries its error."""
-    cache = AnswerCache(settings.run_dir / "results.jsonl" if settings.run_dir else None)
-    return list(_Run(parts, settings, cache, tasks, methods, progress).units())
+    asked = UnitRun(parts, tasks, methods, settings, AnswerCache(settings.results))
+    plan = plan_units(tasks, {m.name: m.seeded for m in methods}, settings)
+    teller, units = Teller(len(plan), progress), []
+    for ask in plan:
+        unit, cached = asked.ask(ask)
+        teller.tell(unit, cached)
+        units.append(unit)
+    return units
+
+
+class Ask(NamedTuple):
+    """One unit to ask."""
+
+    task: Task
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"task {self.task.name}, method {self.method}, seed {self.seed}"
+
+    def failed(self, error: Exception) -> Unit:
+        """What the unit comes to then; says so in the log."""
+        log.warning("%s failed: %s", self, error)
+        return Unit(self.task.name, self.method, self.seed, 0, None, f"{type(error).__name__}: {error}")
+
+
+def plan_units(tasks: Sequence[Task], seeded: Mapping[str, bool], settings: EvalSettings) -> list[Ask]:
+    """Every unit of the `settings`' part: all methods of a task, each with its seeds, before the next task.
+
+    `seeded` says of every method, in order, whether its seed changes anything.
+    """
+    each = [(m, s) for m, is_seeded in seeded.items() for s in range(settings.seeds if is_seeded else 1)]
+    return [Ask(task, m, s) for task in settings.own_tasks(tasks) for m, s in each]
 
 
 def check_plan(tasks: Sequence[Task], methods: Sequence[str], settings: EvalSettings) -> None:
@@ -99,49 +130,54 @@ def scores_of(task: Task, rows: Sequence[Row], known: Mapping[str, Answer]) -> R
     return row_scores(task, rows, [a.output for a in answers], choices or None)
 
 
-class _Run:
-    """One evaluation under way."""
+class Teller:
+    """Tells how far an evaluation is."""
+
+    def __init__(self, total: int, progress: Callable[[Standing], None] | None) -> None:
+        self._total, self._progress = total, progress
+        self._done, self._fresh, self._spent_s = 0, 0, 0.0
+        self._last = time.monotonic()
+
+    def tell(self, unit: Unit, cached: bool) -> None:
+        """A unit has ended; `cached`: nothing had to be asked for it."""
+        now = time.monotonic()
+        self._done += 1
+        if not cached:
+            self._fresh, self._spent_s = self._fresh + 1, self._spent_s + now - self._last
+        self._last = now
+        if self._progress is not None:
+            eta = self._spent_s / self._fresh * (self._total - self._done) if self._fresh else None
+            self._progress(Standing(self._done, self._total, unit.task, unit.method, unit.seed, cached, eta))
+
+
+class UnitRun:
+    """Asks units, in any order."""
 
     def __init__(
         self,
         parts: Parts,
-        settings: EvalSettings,
-        cache: AnswerCache,
         tasks: Sequence[Task],
         methods: Sequence[Method],
-        progress: Callable[[Standing], None] | None,
+        settings: EvalSettings,
+        cache: AnswerCache,
     ) -> None:
-        self.parts, self.settings, self.cache, self.tasks = parts, settings, cache, tasks
-        self.methods, self.report = methods, progress
-        self.fresh, self.spent_s = 0, 0.0
+        """`tasks` are all of them, also those of other parts: unrelated ones are drawn from these."""
+        self.parts, self.tasks, self.settings, self.cache = parts, tasks, settings, cache
+        self.methods = {m.name: m for m in methods}
         self.jobs: dict[str, TaskJob] = {}
 
-    def units(self) -> Iterator[Unit]:
-        plan = [(m, s) for m in self.methods for s in range(self.settings.seeds if m.seeded else 1)]
-        asked = self.settings.own_tasks(self.tasks)
-        total, done = len(asked) * len(plan), 0
-        for task in asked:
-            for method, seed in plan:
-                start = time.monotonic()
-                unit, cached = self._unit(task, method, seed)
-                done += 1
-                if not cached:
-                    self.fresh, self.spent_s = self.fresh + 1, self.spent_s + time.monotonic() - start
-                self._tell(done, total, unit, cached)
-                yield unit
-
-    def _unit(self, task: Task, method: Method, seed: int) -> tuple[Unit, bool]:
-        """What one (task, method, seed) comes to, and whether nothing had to be asked for it."""
+    def ask(self, ask: Ask) -> tuple[Unit, bool]:
+        """What one unit comes to, and whether nothing had to be asked for it."""
+        task, method, seed = ask
         try:
             n = len(self._job(task).rows)  # before making anything for a task without rows
-            treatment = method.make(task, seed)
-            scores, cached = self._scores(task, treatment, method.name, seed)
-            unrelated, also_cached = self._unrelated(task, treatment, method.name, seed)
-            unit = Unit(task.name, method.name, seed, n, row_means(scores), unrelated=unrelated, rows=scores)
+            treatment = self.methods[method].make(task, seed)
+            scores, cached = self._scores(task, treatment, method, seed)
+            unrelated, also_cached = self._unrelated(task, treatment, method, seed)
+            unit = Unit(task.name, method, seed, n, row_means(scores), unrelated=unrelated, rows=scores)
             return unit, cached and also_cached
         except FAILURES as e:
-            log.warning("task %s, method %s, seed %d failed: %s", task.name, method.name, seed, e)
-            return Unit(task.name, method.name, seed, 0, None, f"{type(e).__name__}: {e}"), False
+            return ask.failed(e), False
 
     def _scores(self, task: Task, treatment: Treatment, method: str, seed: int) -> tuple[RowScores, bool]:
         job = self._job(task)
@@ -173,8 +209,3 @@ class _Run:
         if task.name not in self.jobs:
             self.jobs[task.name] = TaskJob.of(task, self.parts, self.settings)
         return self.jobs[task.name]
-
-    def _tell(self, done: int, total: int, unit: Unit, cached: bool) -> None:
-        if self.report is not None:
-            eta = self.spent_s / self.fresh * (total - done) if self.fresh else None
-            self.report(Standing(done, total, unit.task, unit.method, unit.seed, cached, eta))

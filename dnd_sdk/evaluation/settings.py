@@ -51,6 +51,11 @@ class EvalSettings:
         if self.n_prompts > MAX_PROMPTS:
             raise ConfigError(f"n_prompts must be at most {MAX_PROMPTS}, got {self.n_prompts}")
 
+    @property
+    def results(self) -> Path | None:
+        """The file of `run_dir` that answers are kept in."""
+        return self.run_dir / "results.jsonl" if self.run_dir else None
+
     def own_tasks(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """The tasks of this `part`."""
         first, every = self.part

@@ -5,19 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from dnd_sdk.config import Home
-from dnd_sdk.protocols import Progress
+from dnd_sdk.protocols import Progress, ThisProcess, Workers
 
 
-def run_zoo(tasks_dir: Path, config: Path | None, out: Path, *, home: Home, progress: Progress) -> None:
-    """`dnd train zoo`: train (or continue) the shared adapter and one adapter per task into `out`."""
-    from dnd_sdk.training.parts import prepare
+def run_zoo(
+    tasks_dir: Path,
+    config: Path | None,
+    out: Path,
+    *,
+    home: Home,
+    progress: Progress,
+    workers: Workers | None = None,
+) -> None:
+    """`dnd train zoo`: train (or continue) the shared adapter and one adapter per task into `out`.
+
+    `workers` None: all of it in this process.
+    """
     from dnd_sdk.training.settings import read_settings
-    from dnd_sdk.training.zoo import train_shared, train_tasks
+    from dnd_sdk.training.zoo_units import train_zoo
 
-    settings = read_settings(config)
-    parts = prepare(tasks_dir, settings, home, progress)
-    shared = train_shared(parts, settings.shared, out)
-    train_tasks(parts, settings.per_task, shared, out)
+    train_zoo(tasks_dir, read_settings(config), out, home=home, progress=progress, workers=workers or ThisProcess())
 
 
 def run_generator(
