@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 RETRIES = 3
 """How often a unit is tried again whose worker has ended."""
-_POLL_S = 0.5
+_POLL_S, _CONNECT_S = 0.5, 10.0
 _VERSIONS = ("dnd-sdk", "torch", "transformers")
 _AGAIN = "run the same command again: what is finished is kept"
 
@@ -72,24 +73,37 @@ class RayWorkers:
         self._ray = ray
 
     def __enter__(self) -> Self:
-        """Start or join the cluster; raises `ConfigError` where there is none."""
-        if self._ray.is_initialized():
-            return self
+        """Start or join the cluster; raises `ConfigError` where there is none, or one too small for a worker."""
+        if not self._ray.is_initialized():
+            self._start()
+        n_cpus = self._ray.cluster_resources().get("CPU", 0)
+        if 0 < n_cpus < self._n_threads:  # none at all: it grows when it is asked for some
+            self._leave()
+            raise ConfigError(
+                f"a worker takes {self._n_threads} CPUs, the cluster has {n_cpus:g}",
+                fix="set OMP_NUM_THREADS to fewer threads of a worker, or join a larger cluster",
+            )
+        return self
+
+    def _start(self) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address == "local":
             options |= {"num_cpus": self._n_workers * self._n_threads, "include_dashboard": False}
         try:
+            _knock(self._address)
             self._ray.init(self._address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as e:
+        except (OSError, ValueError, RuntimeError) as e:
             fix = "start one with `ray start --head`, or pass local to use this machine alone"
             raise ConfigError(f"no Ray cluster at {self._address!r}: {e}", fix=fix) from e
         self._started = True
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the cluster; a local one ends."""
+        self._leave()
+
+    def _leave(self) -> None:
         if self._started:
             self._started = False
             self._ray.shutdown()
@@ -139,6 +153,13 @@ class RayWorkers:
         if done.error is not None:
             log.warning("%s failed: %s", unit, done.error)
         return done
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` where nobody answers: Ray would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
 
 
 class Board:

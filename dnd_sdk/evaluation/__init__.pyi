@@ -1,10 +1,5 @@
 from .answered import report_answered as report_answered
-from .methods import (
-    METHODS as METHODS,
-    METHODS_HELP as METHODS_HELP,
-    default_methods as default_methods,
-    needs_training as needs_training,
-)
+from .methods import METHODS as METHODS, METHODS_HELP as METHODS_HELP, default_methods as default_methods
 from .parts import Parts as Parts
 from .plot import read_report as read_report, write_plots as write_plots
 from .report import render as render
