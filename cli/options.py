@@ -161,7 +161,7 @@ class WorkerOptions:
         """The workers until the block ends; None without `--ray`.
 
         `OMP_NUM_THREADS` says with how many threads each computes. Raises `ConfigError` for options that contradict
-        each other and without a cluster, `MissingExtraError` without Ray.
+        each other, `MissingExtraError` without Ray, `WorkerError` without a cluster.
         """
         if self.ray is None:
             if self.workers is not None:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dnd_sdk.config import text_of, whole_number
-from dnd_sdk.errors import ConfigError, DndError, MissingExtraError, WorkerError, brief
+from dnd_sdk.errors import ConfigError, DndError, MissingExtraError, WorkerError
 from dnd_sdk.machine import n_cores
 from dnd_sdk.protocols import Done, Job, Progress, Work
 
@@ -73,7 +73,7 @@ class RayWorkers:
         self._ray = ray
 
     def __enter__(self) -> Self:
-        """Start or join the cluster; raises `ConfigError` where there is none, or one too small for a worker."""
+        """Start or join the cluster; raises `WorkerError` where there is none, `ConfigError` for one too small."""
         if not self._ray.is_initialized():
             self._start()
         n_cpus = self._ray.cluster_resources().get("CPU", 0)
@@ -92,9 +92,9 @@ class RayWorkers:
         try:
             _knock(self._address)
             self._ray.init(self._address, **options)
-        except (OSError, ValueError, RuntimeError) as e:
+        except Exception as e:  # Ray raises that, too: of a node that does not start in time
             fix = "start one with `ray start --head`, or pass local to use this machine alone"
-            raise ConfigError(f"no Ray cluster at {self._address!r}: {e}", fix=fix) from e
+            raise WorkerError(f"no Ray cluster at {self._address!r}: {e}", fix=fix) from e
         self._started = True
 
     def __exit__(
@@ -113,7 +113,9 @@ class RayWorkers:
         ray = self._ray
         order = ray.put(_Order(job, os.getcwd(), self._n_threads, _versions()))
         board = ray.remote(Board).options(num_cpus=0).remote()
-        task = ray.remote(do).options(num_cpus=self._n_threads, num_gpus=self._n_gpus(), max_retries=RETRIES)
+        # what a unit raises is in its `Done`: an exception is trouble of Ray's own, which comes of machines that go
+        options = {"max_retries": RETRIES, "retry_exceptions": True, "num_gpus": self._n_gpus()}
+        task = ray.remote(do).options(num_cpus=self._n_threads, **options)
         waiting, standing = deque(units), _Standing(len(units), progress)
         running: dict[Any, str] = {}
         try:
@@ -145,11 +147,11 @@ class RayWorkers:
         try:
             done: Done = self._ray.get(reference)
         except self._ray.exceptions.RayError as e:
-            told = brief(str(e), 400)
+            # a traceback ends with its error, other messages begin with what they are about
+            last = isinstance(e, self._ray.exceptions.RayTaskError)
+            told = str(e).strip().splitlines()[-1 if last else 0]
             fix = f"{_AGAIN}; with fewer workers each has more memory"
-            done = Done(
-                unit, None, WorkerError(f"tried {RETRIES + 1} times, no worker came to an end: {told}", fix=fix)
-            )
+            done = Done(unit, None, WorkerError(f"{RETRIES + 1} workers ended with it undone: {told}", fix=fix))
         if done.error is not None:
             log.warning("%s failed: %s", unit, done.error)
         return done

@@ -195,7 +195,7 @@ def test_what_fails_and_who_dies_is_told_and_the_others_go_on(cluster: Any, tmp_
     }
     assert done["bad"].error.message == "a bad row" and done["bad"].error.fix == "write a better one"  # type: ignore[union-attr]
     assert "AttributeError: no attribute x" in str(done["odd"].error)
-    assert "tried 4 times" in str(done["deadly"].error)
+    assert "4 workers ended with it undone" in str(done["deadly"].error)
     assert done["a"].value[1] == 1 and done["a"].value[0] != os.getpid()
 
 
@@ -218,7 +218,7 @@ def test_more_threads_than_the_cluster_has_are_refused(cluster: Any) -> None:
 
 def test_nobody_at_an_address_is_told_at_once(free_port: int) -> None:
     pytest.importorskip("ray")
-    with pytest.raises(ConfigError, match=f"no Ray cluster at '127.0.0.1:{free_port}': .*refused"):
+    with pytest.raises(WorkerError, match=f"no Ray cluster at '127.0.0.1:{free_port}': .*refused"):
         RayWorkers(f"127.0.0.1:{free_port}")._start()
 
 
