@@ -168,7 +168,7 @@ class WorkerOptions:
                 raise ConfigError("--workers is for Ray", fix="say --ray local, too, or leave it out")
             yield None
             return
-        from dnd_sdk.integrations.ray_workers import RayWorkers
+        from dnd_sdk.integrations.ray import RayWorkers
 
         threads = os.environ.get("OMP_NUM_THREADS", "")
         n_threads = int(threads) if threads.isdecimal() and int(threads) else None

@@ -1,6 +1,6 @@
-"""`dnd serve` on Ray Serve: replicas that hold one base each, share one home, and are asked by adapter.
+"""Ray: `build`, `dnd serve` on Ray Serve with replicas asked by adapter, and `RayWorkers`, which share out work.
 
-`build` resolves on first use, so importing the package loads neither torch nor ray.
+Both resolve on first use, so importing the package loads neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dnd_sdk.integrations.ray.deployments import build
+    from dnd_sdk.integrations.ray.workers import RayWorkers
 
-__all__ = ["build"]
+__all__ = ["RayWorkers", "build"]
+_HOMES = {"RayWorkers": "workers", "build": "deployments"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(f"{__name__}.deployments"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     except ModuleNotFoundError as e:
         if str(e.name).split(".")[0] not in ("ray", "fastapi", "starlette", "prometheus_client"):
             raise

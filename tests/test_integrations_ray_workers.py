@@ -26,8 +26,7 @@ from training_parts import silent
 from dnd_sdk.config import Home
 from dnd_sdk.errors import ConfigError, InputError, WorkerError
 from dnd_sdk.evaluation import EvalSettings, evaluate_on, evaluate_session
-from dnd_sdk.integrations import ray_workers
-from dnd_sdk.integrations.ray_workers import RayWorkers
+from dnd_sdk.integrations.ray import RayWorkers, workers
 from dnd_sdk.protocols import Job
 from dnd_sdk.session import DnD
 from dnd_sdk.training import run_zoo
@@ -46,17 +45,17 @@ def test_without_ray_the_message_says_what_to_install(tmp_path: Path, monkeypatc
 
 
 def test_other_versions_and_other_disks_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ray_workers._check_versions(ray_workers._versions())
+    workers._check_versions(workers._versions())
     with pytest.raises(ConfigError, match=r"a worker has torch \S+, not 0\.1"):
-        ray_workers._check_versions(ray_workers._versions() | {"torch": "0.1"})
+        workers._check_versions(workers._versions() | {"torch": "0.1"})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="does not see the folder /nowhere: No such file"):
-        ray_workers._enter("/nowhere")
+        workers._enter("/nowhere")
 
 
 def test_units_side_by_side_are_told_as_one() -> None:
     told: list[tuple[str, int, int, float]] = []
-    one, many = (ray_workers._Standing(n, lambda *said: told.append(said)) for n in (1, 3))
+    one, many = (workers._Standing(n, lambda *said: told.append(said)) for n in (1, 3))
     one.tell({"a": ("shared", 2, 9, 0.5)})
     many.tell({})
     for _ in range(2):  # the second time it is no news
