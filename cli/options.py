@@ -24,7 +24,7 @@ import typer
 
 from dnd_sdk.cli.output import Output
 from dnd_sdk.cli.task_sets import DEFAULT_SET, TaskSet
-from dnd_sdk.config import SamplingOptions
+from dnd_sdk.config import ENGINE_OF, SamplingOptions
 from dnd_sdk.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -121,15 +121,17 @@ class ModelOptions:
     url: str | None = None
     key: str | None = None
     shared: str | None = None
+    vllm_args: str | None = None
 
     def settings(self, out: Output, sampling: SamplingFlags | None = None) -> Settings:
         """The settings in force with these flags."""
-        from dnd_sdk.settings import OF_THE_SERVER, load_settings
+        from dnd_sdk.settings import load_settings
 
         settings = load_settings(home=out.home, **vars(self), **vars(sampling or SamplingFlags()))
-        given = [name for name in OF_THE_SERVER if getattr(self, name) is not None]
-        if given and settings.engine == "embedded":
-            raise ConfigError(f"--{given[0]} is for the engine vllm", fix="say --engine vllm, too, or leave it out")
+        for name, engine in ENGINE_OF.items():
+            if getattr(self, name) is not None and settings.engine != engine:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} is for the engine {engine}", fix=f"say --engine {engine}, or leave it out")
         return settings
 
     def load(self, out: Output) -> DnD:
@@ -243,12 +245,22 @@ GROUPS: dict[type, tuple[inspect.Parameter, ...]] = {
             panel=MODEL,
             text="Let no answer depend, by a rounding, on what runs beside it; slower.",
         ),
-        _option("engine", str | None, None, "--engine", panel=MODEL, text="embedded (default), or vllm: a server's."),
+        _option(
+            "engine",
+            str | None,
+            None,
+            "--engine",
+            panel=MODEL,
+            text="embedded (default), vllm: a server's, or vllm-local: one here.",
+        ),
         _option("url", str | None, None, "--url", panel=MODEL, text="Of the vLLM server."),
         _option(
             "key", str | None, None, "--key", panel=MODEL, text="Its --api-key; better as DND_KEY: flags are seen."
         ),
         _option("shared", str | None, None, "--shared", panel=MODEL, text="Where it sees the home; at the same path."),
+        _option(
+            "vllm_args", str | None, None, "--vllm-args", panel=MODEL, text="Options of vllm-local, as of vllm serve."
+        ),
     ),
     ServerOptions: (
         _option(

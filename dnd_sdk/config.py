@@ -13,6 +13,11 @@ from dnd_sdk.errors import ConfigError, shown
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+ENGINES = ("embedded", "vllm", "vllm-local")
+"""What may run a session's base."""
+ENGINE_OF = {"url": "vllm", "key": "vllm", "shared": "vllm", "vllm_args": "vllm-local"}
+"""The options that only one of them takes."""
+
 MAX_LOGPROBS = 20
 """The most likely tokens that can be asked for at each place."""
 

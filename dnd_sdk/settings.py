@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
-from dnd_sdk.config import SAMPLING, SamplingOptions
+from dnd_sdk.config import ENGINE_OF, SAMPLING, SamplingOptions
 from dnd_sdk.errors import ConfigError
 from dnd_sdk.models import DEFAULT_BASE
 
@@ -34,9 +34,6 @@ _LIKE_A_SETTING = 0.75
 
 SERVING = ("host", "port", "api_key", "allowed_hosts", "answer_tokens", "max_waiting", "log_prompts")
 """The names of those that only a server asks."""
-
-OF_THE_SERVER = ("url", "key", "shared")
-"""The names of those that say where a vLLM server is."""
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -64,14 +61,16 @@ class Settings(BaseModel, title="dnd.toml"):
     """Rank of their slots, for imported adapters of a larger rank; the generator's own unless set."""
     deterministic: bool = False
     """Whether an answer never depends, by a rounding, on what else is answered at the time; slower."""
-    engine: Literal["embedded", "vllm"] = "embedded"
-    """Where the base runs: in this process, or in a vLLM server."""
+    engine: Literal["embedded", "vllm", "vllm-local"] = "embedded"
+    """What runs the base: our own engine, a vLLM server, or a vLLM that is started in this process."""
     url: Text | None = Field(None, examples=["http://127.0.0.1:8000"])
     """Of the vLLM server."""
     key: SecretStr | None = Field(None, examples=["a-long-secret"])
     """What the vLLM server asks of whoever calls (its --api-key); nothing unless set."""
     shared: Text | None = Field(None, examples=["/mnt/dnd"])
     """Where the vLLM server sees the home folder; at the same path unless set."""
+    vllm_args: Text | None = Field(None, examples=["--max-model-len 4096"])
+    """Further options of a vLLM that is started in this process, as `vllm serve` takes them."""
     calibrate: bool = True
     """Whether adapters that are made for a label task are calibrated on its prompts; about a second more."""
     max_new_tokens: int = SamplingOptions.max_new_tokens
@@ -122,8 +121,8 @@ class Settings(BaseModel, title="dnd.toml"):
             **self.model_dump(exclude={*SAMPLING, *SERVING}),
             "key": None if self.key is None else self.key.get_secret_value(),
         }
-        # what is set of a server stays unused while the base runs here
-        return given | dict.fromkeys(OF_THE_SERVER) if self.engine == "embedded" else given
+        # what is set for another engine stays unused
+        return given | {name: None for name, engine in ENGINE_OF.items() if engine != self.engine}
 
     def serving(self) -> dict[str, Any]:
         """Fields of `ServerSettings`; those that are not set are left out."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import dnd, dnd_json
+from fake_vllm import FakeVllm
 from stub_vllm import StubVllm, stub_vllm
 from tiny_world import World, prompts_of
 
@@ -33,6 +34,17 @@ def test_adapt_and_run(world: World, stub: StubVllm, tmp_path: Path, monkeypatch
     stub.stop()
     failed = dnd_json("run", "hi", *options, code=1)["error"]
     assert failed["type"] == "BackendError" and "cannot be reached" in failed["message"]
+
+
+def test_run_with_vllm_in_this_process(world: World, stub: StubVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, stub.key = FakeVllm(stub), None
+    fake.install(monkeypatch)
+    options = [*world.options, "--engine", "vllm-local", "--vllm-args", "--max-model-len 99"]
+    said = dnd("run", "hi you", *options)
+    assert said.exit_code == 0 and said.stdout.strip() == "base: hi you" and "starting vLLM" in said.stderr
+    assert fake.options[0].max_model_len == 99
+    failed = dnd_json("run", "hi", *world.options, "--vllm-args", "--x", code=1)["error"]
+    assert "--vllm-args is for the engine vllm-local" in failed["message"]
 
 
 def test_a_url_alone_is_refused(world: World, stub: StubVllm) -> None:

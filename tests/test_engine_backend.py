@@ -1,4 +1,4 @@
-"""What every backend keeps to: the engine on a tiny base, the fake one and vLLM's (a stub), held to one contract."""
+"""What every backend keeps to: the engine on a tiny base, the fake one and vLLM's two (stubs), held to one contract."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ from typing import NamedTuple
 import pytest
 import torch
 from engine_parts import generating, soon, strong, tiny_base, tiny_layout
-from stub_vllm import stub_vllm, written
+from fake_vllm import FakeVllm
+from stub_vllm import StubVllm, stub_vllm, written
 
 from dnd_sdk.adapters import Adapter
 from dnd_sdk.config import SamplingOptions
-from dnd_sdk.engine import Backend, CompletionRequest, Engine, FakeBackend, Generation, VllmBackend, local_engine
+from dnd_sdk.engine import (
+    Backend,
+    CompletionRequest,
+    Engine,
+    FakeBackend,
+    Generation,
+    LocalVllmBackend,
+    VllmBackend,
+    local_engine,
+)
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, InputError
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
@@ -56,21 +66,26 @@ def fake_case() -> Case:
     return Case(fake, lambda: FakeBackend(layout, drawl, context_tokens=512))
 
 
-def vllm_case(folder: Path, end: ExitStack) -> Case:
-    layout = tiny_layout(tiny_base())
+def vllm_case(make: Callable[[StubVllm], Backend], end: ExitStack) -> Case:
     quick = end.enter_context(stub_vllm(context=512, tools=False))
     slow = end.enter_context(stub_vllm(context=512))
     slow.delay_s, slow.words = 0.002, [f"word{i} " for i in range(400)]
-    return Case(
-        VllmBackend(quick.url, layout, folder / "served"), lambda: VllmBackend(slow.url, layout, folder / "served")
-    )
+    return Case(make(quick), lambda: make(slow))
 
 
-@pytest.fixture(params=["engine", "fake", "vllm"])
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
+@pytest.fixture(params=["engine", "fake", "vllm", "vllm-local"])
+def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    layout, served = tiny_layout(tiny_base()), tmp_path / "served"
+
+    def local(stub: StubVllm) -> Backend:
+        FakeVllm(stub).install(monkeypatch)
+        return LocalVllmBackend("base", layout, served)
+
     with ExitStack() as end:
         if request.param == "vllm":
-            yield vllm_case(tmp_path, end)
+            yield vllm_case(lambda stub: VllmBackend(stub.url, layout, served), end)
+        elif request.param == "vllm-local":
+            yield vllm_case(local, end)
         else:
             yield engine_case() if request.param == "engine" else fake_case()
 

@@ -162,7 +162,7 @@ def test_nobody_there(stub: StubVllm, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "ftp://x", "http://", "http://user:pw@host", "http://x:0", "http://["]
+    "url", ["", "localhost:8000", "ftp://x", "http://", "http://user:pw@host", "http://x:0", "http://[", "unix:x"]
 )
 def test_what_is_no_url_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="url must be like"):

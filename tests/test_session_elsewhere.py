@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_vllm import FakeVllm
 from helpers import tiny_tokenizer
 from stub_vllm import StubVllm, stub_vllm
 from tiny_world import World, prompts_of, save_base
 
 from dnd_sdk.adaptation import made_elsewhere
+from dnd_sdk.engine import VllmBackend
 from dnd_sdk.errors import BackendError, ConfigError, DndError, LayoutMismatchError
 from dnd_sdk.models import BaseCard
 from dnd_sdk.session import DnD, elsewhere
@@ -24,14 +27,21 @@ def stub(world: World) -> Iterator[StubVllm]:
         yield running
 
 
+def load_local(world: World, **more: Any) -> DnD:
+    given = {"generator": world.generator, "home": world.home, "engine": "vllm-local"}
+    return DnD.load(str(world.base), **{**given, **more})
+
+
 def load(world: World, at: str, **more: Any) -> DnD:
     given = {"generator": world.generator, "home": world.home, "engine": "vllm", "url": at}
     return DnD.load(str(world.base), **{**given, **more})
 
 
-@pytest.fixture
-def dnd(world: World, stub: StubVllm) -> Iterator[DnD]:
-    with load(world, stub.url) as session:
+@pytest.fixture(params=["vllm", "vllm-local"])
+def dnd(world: World, stub: StubVllm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[DnD]:
+    """A server, or one in this process that a stand-in has."""
+    FakeVllm(stub).install(monkeypatch)
+    with load(world, stub.url) if request.param == "vllm" else load_local(world) as session:
         yield session
 
 
@@ -77,6 +87,7 @@ def test_another_process_finds_what_was_stored(dnd: DnD, stub: StubVllm, world: 
         assert other.complete("hi", adapter="upper").text.startswith(made.id[:20])
 
 
+@pytest.mark.parametrize("dnd", ["vllm"], indirect=True)
 def test_a_kill_is_told_and_the_next_request_succeeds(dnd: DnD, stub: StubVllm) -> None:
     made = dnd.adapt(prompts_of("upper"), name="upper").adapter
     assert made is not None
@@ -140,6 +151,30 @@ def test_what_was_compared_is_said(world: World, stub: StubVllm, tmp_path: Path)
         told()
 
 
+def test_a_folder_of_the_home_is_known_where_the_server_sees_it(world: World, stub: StubVllm) -> None:
+    shutil.copytree(world.base, world.home.models / "mine")
+    card = BaseCard(str(world.home.models / "mine"), "f")
+    with load(world, stub.url) as dnd:
+        for root, same in (("/mnt/dnd/models/mine", True), ("/mnt/dnd/models/other", False), (card.name, False)):
+            stub.root = root
+            engine = VllmBackend(stub.url, dnd.layout, world.home.served)
+            words = elsewhere.check_served(engine, card, world.home, "/mnt/dnd")
+            assert ("from the folder that holds" in words) == same
+
+
+def test_one_in_this_process_gets_the_bases_folder_and_what_was_asked(
+    world: World, stub: StubVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, told = FakeVllm(stub), list[str]()
+    fake.install(monkeypatch)
+    more = {"dtype": "bfloat16", "n_slots": 5, "vllm_args": "--max-model-len 99", "progress": told.append}
+    with load_local(world, **more) as dnd:
+        [options] = fake.options
+        assert (options.model, options.dtype, options.max_model_len) == (str(world.base), "bfloat16", 99)
+        assert options.max_cpu_loras == 5 and dnd.engine.local is None
+    assert any("starting vLLM" in line for line in told) and any("from the folder that holds" in line for line in told)
+
+
 def test_nothing_to_compare_with(world: World, stub: StubVllm) -> None:
     stub.root = "somewhere/else"
     with load(world, stub.url, progress=print) as dnd:
@@ -169,12 +204,16 @@ def test_a_generator_of_another_base_is_refused(world: World, stub: StubVllm, tm
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"engine": "magic"}, "engine must be one of embedded, vllm"),
+        ({"engine": "magic"}, "engine must be one of embedded, vllm, vllm-local"),
         ({"engine": "vllm", "url": None}, "needs the url"),
         ({"engine": "vllm", "url": "nowhere"}, "url must be like"),
         ({"engine": "embedded"}, "url is for the engine vllm"),
         ({"dtype": "float32"}, "dtype is up to the vLLM server"),
-        ({"deterministic": True}, "deterministic is up to the vLLM server"),
+        ({"deterministic": True}, "deterministic is for the embedded engine"),
+        ({"engine": "vllm-local"}, "url is for the engine vllm"),
+        ({"vllm_args": "--x"}, "vllm_args is for the engine vllm-local"),
+        ({"engine": "vllm-local", "url": None, "vllm_args": ""}, "vllm_args must be"),
+        ({"engine": "vllm-local", "url": None, "deterministic": True}, "deterministic is for the embedded engine"),
         ({"n_slots": 0}, "n_slots must be 1 or more"),
         ({"key": 5}, "key must be"),
         ({"shared": ""}, "shared must be a path"),

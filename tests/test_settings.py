@@ -238,11 +238,13 @@ def test_only_commands_and_reports_on_them_read_settings() -> None:
 
 
 def test_what_is_set_of_a_server_counts_with_the_engine_alone(files: tuple[Path, Path]) -> None:
-    files[0].write_text('engine = "vllm"\nurl = "http://x:1"\nkey = "a secret"\nshared = "/mnt"')
+    files[0].write_text('engine = "vllm"\nurl = "http://x:1"\nkey = "a secret"\nshared = "/mnt"\nvllm_args = "--x"')
     given = load_settings().load_arguments()
     wanted = {"engine": "vllm", "url": "http://x:1", "key": "a secret", "shared": "/mnt"}
-    assert {name: given[name] for name in wanted} == wanted
+    assert {name: given[name] for name in wanted} == wanted and given["vllm_args"] is None
     assert "secret" not in repr(load_settings())
     given = load_settings(engine="embedded").load_arguments()
     assert {name: given[name] for name in wanted} == {**dict.fromkeys(wanted), "engine": "embedded"}
+    given = load_settings(engine="vllm-local").load_arguments()
+    assert given["vllm_args"] == "--x" and {given[name] for name in wanted} == {"vllm-local", None}
     assert "a secret" not in fails(key=5).message

@@ -65,23 +65,25 @@ class VllmBackend(Backend):
         seen_at: str | None = None,
         find: Find | None = None,
         max_loaded: int = MAX_LOADED,
+        fix: str | None = None,
     ) -> None:
         """Ask the server what it is.
 
         Args:
-            url: `http://HOST:PORT`, with or without `/v1`.
+            url: `http://HOST:PORT`, with or without `/v1`, or `unix:/PATH` of its `--uds`.
             layout: Of its base's adapters.
             served: The folder in which adapters are put for it; made when the first one is.
             key: What it asks of whoever calls (its `--api-key`); None: nothing.
             seen_at: Where it sees `served`; None: at the same path.
             find: For adapters that a request names while they are not loaded (any more); None: that is an error.
             max_loaded: Adapters that are loaded at a time; the least recently used one gives way.
+            fix: What helps when the server fails or is gone, as errors are to say; None: what helps with most.
 
         Raises `BackendError` for a server that cannot be reached, is no vLLM or refuses the key; `ConfigError`.
         """
         most = whole_number("max_loaded", max_loaded, 1)
         self._layout, self.served, self._find = layout, served, find
-        self._wire, self._loop = Wire(url, key), EventLoop("dnd-vllm")
+        self._wire, self._loop = Wire(url, key, fix), EventLoop("dnd-vllm")
         self._adapters = LoadedAdapters(self._wire, most, served, seen_at)
         self._answers: set[AnswerSoFar] = set()
         self.served_base = self._loop.run(read_base(self._wire))

@@ -24,7 +24,7 @@ from dnd_sdk.observing import Observer, ObserveResult, PromptStream, StreamSetti
 from dnd_sdk.prompts import PromptSet, Role, as_role, clean_prompts, role_text
 from dnd_sdk.routing import RouteDecision, choose_exemplars
 from dnd_sdk.session.choosing import AdapterChoice, Choosing, asked, of_row, sampling_options
-from dnd_sdk.session.elsewhere import given_server, load_parts_for
+from dnd_sdk.session.elsewhere import given_vllm, load_parts_for
 from dnd_sdk.session.loading import DEFAULT_RANK, load_parts
 from dnd_sdk.session.results import Completion, completion
 from dnd_sdk.session.stream import CompletionStream, Submitted
@@ -74,6 +74,7 @@ class DnD:
         url: str | None = None,
         key: str | None = None,
         shared: str | os.PathLike[str] | None = None,
+        vllm_args: str | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> DnD:
         """Load the models once; everything after shares them.
@@ -89,12 +90,13 @@ class DnD:
             r: Rank of the slots, for imported adapters of a larger rank than the generator's; None is the generator's.
             deterministic: Whether an answer never depends, by a rounding, on what else is answered at the time; slower.
             calibrate: What `adapt` and `observe` do unless told otherwise.
-            engine: `embedded`, the base in this process, or `vllm`, a vLLM server that runs it and sees the home.
-                Encoder, generator, router and store stay here; `base` then says which one the server has, `n_slots` how
-                many adapters it has at a time, and `dtype` and `deterministic` are the server's own affair.
-            url: Of that server, such as `http://127.0.0.1:8000`.
+            engine: `embedded`, our own; `vllm`, a vLLM server that runs the base and sees the home; or `vllm-local`, a
+                vLLM that is started in this process. Encoder, generator, router and store stay here; `base` says which
+                one a server has, whose own affair `dtype` is, and `n_slots` how many adapters vLLM has at a time.
+            url: Of that server, such as `http://127.0.0.1:8000`, or `unix:/PATH` of its socket.
             key: What that server asks of whoever calls (its `--api-key`); None: nothing.
             shared: Where that server sees the home folder; None: at the same path.
+            vllm_args: Further options for `vllm-local`, as `vllm serve` takes them: `--max-model-len 4096`.
             progress: Told in words about fetching and converting, and of adapters that the home has for other embedded
                 bases while it has none for this one; None: of these the log is warned.
 
@@ -102,15 +104,16 @@ class DnD:
             WeightsUnavailableError: A model that can be neither found nor fetched.
             GeneratorError: The generator's folder is missing or damaged.
             LayoutMismatchError: The generator was made for another base, or the server runs another.
-            BackendError: The server cannot be reached.
+            BackendError: The server cannot be reached, or vLLM does not start.
+            MissingExtraError: vLLM is to run here and is not installed.
         """
         flag("calibrate", calibrate)
         flag("deterministic", deterministic)
         where = home if isinstance(home, Home) else Home.find(home)
-        server = given_server(engine, url, key, shared, own={"dtype": dtype != "auto", "deterministic": deterministic})
-        if server is not None:
+        vllm = given_vllm(engine, url, key, shared, vllm_args, dtype=dtype, deterministic=deterministic)
+        if vllm is not None:
             return cls(
-                load_parts_for(server, base, generator, encoder, where, device, n_slots, r, progress),
+                load_parts_for(vllm, base, generator, encoder, where, device, n_slots, r, progress),
                 calibrate=calibrate,
             )
         parts = load_parts(base, generator, encoder, where, device, dtype, n_slots, r, deterministic, progress)
