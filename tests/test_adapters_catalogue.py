@@ -313,3 +313,18 @@ def test_what_another_machine_hid_is_seen_at_the_next_full_look(
     assert set(running.changes(0).adapters) == {"one"}
     now[0] += catalogue.LOOK_S + 1
     assert set(running.changes(0).adapters) == ({"one"} if reached == "everybody" else {"one", "two"})
+
+
+def test_a_process_whose_view_of_the_disk_lags_sees_all_once_it_catches_up(home: Home, store: AdapterStore) -> None:
+    store_one(store, name="one")
+    lagging = AdapterStore(home)
+    assert set(lagging.changes(0).adapters) == {"one"}
+    journal = lagging._folders.catalogue._journal
+    end, root_time = journal._lines._end(), journal._time()  # as a mount shows them that keeps attributes for a while
+    journal._lines._end, journal._time = lambda: end, lambda: root_time  # type: ignore[method-assign]
+    store_one(store, random_flat(TINY, seed=1), name="two")
+    assert set(lagging.changes(0).adapters) == {"one"}
+    store_one(lagging, random_flat(TINY, seed=2), name="three")
+    del journal._lines._end, journal._time
+    for one in (lagging, store, AdapterStore(home)):
+        assert set(one.changes(0).adapters) == {"one", "two", "three"}

@@ -188,7 +188,7 @@ class AdapterIndex:
                 raise
             except (OSError, ValueError) as e:
                 log.warning("the adapter index is damaged (%s), it is made again", str(e)[:200])
-                file.forget()
+                self._forget()  # all of it, or the new file would hold the latest changes alone
                 return self._follow(store)
 
     def _follow(self, store: Store) -> int:

@@ -11,12 +11,9 @@ import numpy as np
 
 from dnd_sdk.files import plain_only
 
-_UNIT = 1e-2
-"""How far from 1 the norm of a row read back may be: more is damage."""
-
 
 class RowFile:
-    """Normalised rows (C,) one after the other; stays readable when the file is removed. Safe to share."""
+    """Rows (C,) one after the other; stays readable when the file is removed. Safe to share."""
 
     def __init__(self, path: Path, width: int) -> None:
         """Opens the file; raises `OSError`."""
@@ -36,15 +33,11 @@ class RowFile:
         return in_place and len(self) >= n_rows
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Rows (count, C) from number `start` on; raises `ValueError` where they are not there or not normalised."""
+        """Rows (count, C) from number `start` on; raises `ValueError` where they are not there."""
         data = self._bytes(4 * self._width * start, 4 * self._width * count)
         if len(data) != 4 * self._width * count:
             raise ValueError(f"{self.path} ends before row {start + count}")
-        rows = np.frombuffer(data, np.float32).reshape(count, self._width)
-        norms = np.einsum("ij,ij->i", rows, rows)
-        if not (np.abs(norms - 1) < 2 * _UNIT).all():  # also with NaN
-            raise ValueError(f"{self.path} holds rows of another length at {start} to {start + count}")
-        return rows
+        return np.frombuffer(data, np.float32).reshape(count, self._width)
 
     def _bytes(self, offset: int, n: int) -> bytearray:
         data = bytearray(n)  # writable, as torch wants what it makes tensors of
