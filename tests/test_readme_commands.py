@@ -110,6 +110,7 @@ RUNS = {
     "dnd bench gate": Run("recall", "TASKS"),
     "dnd bench gate TASKS": Run("recall"),
     "dnd bench train TASKS --config recipe.toml": Run("^training step "),
+    "dnd bench tiers --adapters 200 --jobs 20000": Run("^found in +slots .*"),
     "dnd bench store --sizes 10,100": Run("^ +100 .*"),
     "dnd bench serve": Run(r"^8 clients .*\nfirst token ", "--rounds 1 --tokens 4"),
     "dnd ps": Run("^no server runs for "),

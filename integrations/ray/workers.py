@@ -109,7 +109,7 @@ class RayWorkers:
             self._ray.shutdown()
 
     def run(self, job: Job, units: Sequence[str], progress: Progress) -> Iterator[Done]:
-        """See `Workers`; what was not yielded is given up when the iterator is closed."""
+        """See `Workers`; what was not yielded is given up when the iterator is closed, or with a cluster of its own."""
         ray = self._ray
         order = ray.put(_Order(job, os.getcwd(), self._n_threads, _versions()))
         board = ray.remote(Board).options(num_cpus=0).remote()
@@ -128,9 +128,10 @@ class RayWorkers:
                 for reference in ended:
                     yield self._ended(running.pop(reference), reference)
         finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
-            ray.kill(board)
+            if not self._started:  # what was started here ends as a whole; Ray 2.60 can die of both at once
+                for reference in running:
+                    ray.cancel(reference, force=True)
+                ray.kill(board)
 
     def _n_gpus(self) -> int:
         """A worker takes a whole one where there are any."""
