@@ -99,7 +99,7 @@ class TestEmbedded(Integration):
     @pytest.fixture(autouse=True)
     def _session(self, embedded: DnD, request: pytest.FixtureRequest) -> None:
         self.dnd = embedded
-        must_end = any(word in request.node.name for word in ("structured", "tool", "json"))
+        must_end = any(word in request.node.name for word in ("structured", "tool", "json", "agent"))
         self.max_tokens = 160 if must_end else 16
 
     @property

@@ -89,9 +89,9 @@ def test_examples_run_on_the_embedded_base(
     assert capsys.readouterr().out.count("'decision': 'reuse'") == 2
     load("llamaindex_structured.py").main()
     assert capsys.readouterr().out.count("Ticket(queue='") == 3
-    assert load("llamaindex_rag.py").main(["--questions", "2"]) == 0
+    assert load("llamaindex_rag.py").main(["--questions", "1"]) == 0
     out = capsys.readouterr().out
-    assert re.match("generate|reuse", out) and len(shown(out, "adapted")) == 2
+    assert re.match("generate|reuse", out) and len(shown(out, "adapted")) == 1
     agent = load("llamaindex_agent.py")
     monkeypatch.setattr(agent, "ANSWER_TOKENS", 3)
     assert agent.main(["--prompts", "40", "--questions", "1"]) == 0
