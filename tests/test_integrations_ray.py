@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -375,9 +376,10 @@ def test_bad_options_are_refused(options: dict[str, Any], told: str) -> None:
 # -- without ray
 
 
-def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("found", [None, ModuleType("ray")])  # nothing, or one without Serve
+def test_without_ray_it_says_what_to_install(found: ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "dnd_sdk.integrations.ray.deployments", raising=False)
-    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", found)
     with pytest.raises(MissingExtraError, match=r'pip install "dnd-sdk\[ray\]"'):
         _ = package.build
     assert "build" in dir(package)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from tiny_world import World, prompts_of, save_base
 
 from dnd_sdk.adaptation import made_elsewhere
 from dnd_sdk.engine import VllmBackend
-from dnd_sdk.errors import BackendError, ConfigError, DndError, LayoutMismatchError
+from dnd_sdk.errors import BackendError, ConfigError, DndError, LayoutMismatchError, MissingExtraError
 from dnd_sdk.models import BaseCard
 from dnd_sdk.session import DnD, elsewhere
 
@@ -222,6 +223,16 @@ def test_a_generator_of_another_base_is_refused(world: World, stub: StubVllm, tm
 def test_options_that_contradict_each_other(world: World, stub: StubVllm, given: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load(world, stub.url, **given)
+
+
+def test_without_vllm_nothing_is_fetched_for_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr(elsewhere, "load_base", lambda *_, **__: pytest.fail("the base was read"))
+    with pytest.raises(MissingExtraError, match="needs vLLM"):
+        load_local(world, generator=None)
+    with pytest.raises(MissingExtraError, match="needs vLLM"):
+        DnD.load("qwen2.5-coder-0.5b", home=world.home, engine="vllm-local")
+    assert not world.home.models.exists()
 
 
 def test_a_server_that_is_not_there(world: World) -> None:

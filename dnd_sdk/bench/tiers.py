@@ -67,7 +67,7 @@ class Deployment:
         whole_number("adapters", self.adapters, 1, 10**8)
         whole_number("jobs + warm_up", self.jobs + self.warm_up, 1, MAX_JOBS)
         for name in ("zipf", "host_ms", "disk_ms"):
-            real_number(name, getattr(self, name), "of 0 or more", lambda value: value >= 0)
+            real_number(name, getattr(self, name), "from 0 on", lambda value: value >= 0)
         real_number("jobs_s", self.jobs_s, "above 0", lambda value: value > 0)
         flag("affinity", self.affinity)
 

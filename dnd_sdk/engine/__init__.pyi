@@ -9,4 +9,4 @@ from .scoring import OptionScores as OptionScores, option_logprobs as option_log
 from .stream import TextStream as TextStream
 from .text import FinishReason as FinishReason, Generation as Generation, TokenLogprob as TokenLogprob
 from .vllm import MAX_LOADED as MAX_LOADED, VllmBackend as VllmBackend
-from .vllm_local import LocalVllmBackend as LocalVllmBackend
+from .vllm_local import LocalVllmBackend as LocalVllmBackend, check_vllm_local as check_vllm_local

@@ -90,8 +90,6 @@ class _Running:
     """One vLLM in a thread of its own, until nobody refers to this."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         front = _front_end()
         options, folder, started = _parsed(front, words), Path(tempfile.mkdtemp(prefix="dnd-vllm-")), Future[Any]()
         self.socket = folder / "socket"
@@ -115,7 +113,14 @@ class _FrontEnd(NamedTuple):
     init_state: Callable[..., Any]
 
 
+def check_vllm_local() -> None:
+    """Raise `MissingExtraError` where there is no vLLM, or not one that is known."""
+    _front_end()
+
+
 def _front_end() -> _FrontEnd:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         import vllm
     except ImportError as e:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from dnd_sdk.adaptation import Parts
 from dnd_sdk.adapters import Adapter, AdapterStore, prune_served
 from dnd_sdk.config import ENGINE_OF, ENGINES, Home, callable_of, one_of, path_of, text_of, whole_number
-from dnd_sdk.engine import MAX_LOADED, LocalVllmBackend, VllmBackend
+from dnd_sdk.engine import MAX_LOADED, LocalVllmBackend, VllmBackend, check_vllm_local
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError, LayoutMismatchError
 from dnd_sdk.generator import Generator, folder_for, generator_folder
 from dnd_sdk.lora import MAX_RANK, LoraLayout
@@ -103,6 +103,8 @@ def load_parts_for(
     r = None if r is None else whole_number("r", r, 1, MAX_RANK)
     callable_of("progress", progress)
     where = pick_device(device)
+    if isinstance(vllm, LocalVllm):
+        check_vllm_local()  # before weights are fetched for it
     folder = generator_folder(base_name, generator_source)
     card = layout = None
     if folder is None:

@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    except ModuleNotFoundError as e:
+    except ImportError as e:  # also of a ray without Serve, and of a folder of that name
         if str(e.name).split(".")[0] not in ("ray", "fastapi", "starlette", "prometheus_client"):
             raise
         from dnd_sdk.errors import MissingExtraError
