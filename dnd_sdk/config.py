@@ -18,6 +18,9 @@ ENGINES = ("embedded", "vllm", "vllm-local")
 ENGINE_OF = {"url": "vllm", "key": "vllm", "shared": "vllm", "vllm_args": "vllm-local"}
 """The options that only one of them takes."""
 
+MODEL_PREFIX = "dnd:"
+"""What begins the names by which a server's clients call adapters, `auto` and `base`."""
+
 MAX_LOGPROBS = 20
 """The most likely tokens that can be asked for at each place."""
 

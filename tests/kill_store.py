@@ -63,22 +63,32 @@ def say(pipe: int, what: dict[str, object]) -> None:
     os.write(pipe, json.dumps(what).encode() + b"\n")
 
 
-def one_kill(work: Callable[[int, int], None], rng: random.Random, max_s: float = MAX_S) -> list[dict]:
-    """Let a worker (told its pipe and a seed) run for a moment; what it said until it was killed."""
+def forked(call: Callable[[int], None]) -> tuple[int, int]:
+    """A process that is told the end of a pipe to write to; its id and the other end."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            work(writing, rng.randrange(2**31))
+            call(writing)
         except BaseException as e:
             say(writing, {"error": repr(e)})
         os._exit(1)
     os.close(writing)
-    time.sleep(rng.uniform(0.002, max_s))
+    return child, reading
+
+
+def killed(child: int, reading: int) -> list[dict]:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with os.fdopen(reading, "rb") as lines:
         return [json.loads(line) for line in lines]
+
+
+def one_kill(work: Callable[[int, int], None], rng: random.Random, max_s: float = MAX_S) -> list[dict]:
+    """Let a worker (told its pipe and a seed) run for a moment; what it said until it was killed."""
+    worker = forked(lambda pipe: work(pipe, rng.randrange(2**31)))
+    time.sleep(rng.uniform(0.002, max_s))
+    return killed(*worker)
 
 
 def replay(state: dict[str, int], said: list[dict]) -> tuple[dict[str, int], dict | None]:

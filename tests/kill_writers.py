@@ -14,10 +14,8 @@ import json
 import os
 import random
 import select
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from adapter_folders import TINY, store_one
 from helpers import random_flat
-from kill_store import KEY, after, left_behind, replay, same, say
+from kill_store import KEY, after, forked, killed, left_behind, replay, same, say
 from routing_parts import ENCODER, task_vectors
 
 from dnd_sdk.adapters import AdapterStore, catalogue
@@ -88,27 +86,6 @@ def read(home: Home, asked: int, told: int) -> None:
                 return
             here = {n: a.exemplars_sha256 for n, a in known.items() if a is not None}
             say(told, {"known": here, "indexed": sorted(index.names)})
-
-
-def forked(call: Callable[[int], None]) -> tuple[int, int]:
-    """A process that is told the end of a pipe to write to; its id and the other end."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            call(writing)
-        except BaseException as e:
-            say(writing, {"error": repr(e)})
-        os._exit(1)
-    os.close(writing)
-    return child, reading
-
-
-def killed(child: int, reading: int) -> list[dict]:
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with os.fdopen(reading, "rb") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def one_round(home: Home, state: dict[str, int], rng: random.Random) -> tuple[dict[str, int], int]:

@@ -60,7 +60,7 @@ class Deployment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("adapters", "jobs", "replicas", "slots", "adapter_bytes", "stored_bytes"):
+        for name in ("jobs", "replicas", "slots", "adapter_bytes", "stored_bytes"):
             whole_number(name, getattr(self, name), 1)
         for name in ("warm_up", "host_bytes", "seed"):
             whole_number(name, getattr(self, name), 0)
@@ -70,6 +70,11 @@ class Deployment:
             real_number(name, getattr(self, name), "from 0 on", lambda value: value >= 0)
         real_number("jobs_s", self.jobs_s, "above 0", lambda value: value > 0)
         flag("affinity", self.affinity)
+
+    @property
+    def loading_s(self) -> tuple[float, ...]:
+        """How long an adapter takes into a slot, by where it was (`TIERS`)."""
+        return 0.0, self.host_ms / 1e3, self.disk_ms / 1e3
 
 
 class Replica:
@@ -130,7 +135,7 @@ def replay(asked: Sequence[int], n_slots: int, n_kept: int) -> list[int]:
 def _replayed(d: Deployment, asked: list[int], at: list[int], times: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """Of each job where its adapter was, and how many seconds passed until it was in a slot."""
     replicas = [Replica(d.slots, d.host_bytes // d.adapter_bytes) for _ in range(d.replicas)]
-    takes, free_at = (0.0, d.host_ms / 1e3, d.disk_ms / 1e3), [0.0] * d.replicas
+    takes, free_at = d.loading_s, [0.0] * d.replicas
     found, waits = np.zeros(len(asked), np.int8), np.zeros(len(asked))
     for job, (adapter, r, now) in enumerate(zip(asked, at, times, strict=True)):
         tier = replicas[r].use(adapter)
@@ -143,7 +148,7 @@ def _replayed(d: Deployment, asked: list[int], at: list[int], times: list[float]
 def _report(d: Deployment, asked: np.ndarray, at: np.ndarray, found: np.ndarray, waits: np.ndarray) -> dict[str, Any]:
     n = {tier: int((found == i).sum()) for i, tier in enumerate(TIERS)}
     busiest = np.bincount(at, minlength=d.replicas).max() / d.jobs
-    loading_s = np.bincount(at, np.choose(found, (0.0, d.host_ms / 1e3, d.disk_ms / 1e3)), d.replicas)
+    loading_s = np.bincount(at, np.choose(found, d.loading_s), d.replicas)
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "tiers",

@@ -19,6 +19,7 @@ from dnd_sdk.client.http import get_json
 from dnd_sdk.config import Home
 from dnd_sdk.errors import DndError
 from dnd_sdk.files import read_json, replacing, storage_errors
+from dnd_sdk.machine import is_alive
 
 FILE = "server.json"
 PLACES = ("generator", "encoder")
@@ -142,16 +143,3 @@ def _is_plain_url(url: str) -> bool:
         return url == f"http://{parts.netloc}" and bool(parts.hostname and parts.port) and "@" not in parts.netloc
     except ValueError:
         return False
-
-
-def is_alive(pid: int) -> bool:
-    """Whether there is a process of that id; where that cannot be asked, it is taken for alive."""
-    if os.name == "nt":  # there, asking would end the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's, but there
-        return True
-    return True

@@ -7,8 +7,9 @@ import signal
 import time
 from pathlib import Path
 
-from dnd_sdk.client.presence import Presence, is_alive
+from dnd_sdk.client.presence import Presence
 from dnd_sdk.errors import ServerError
+from dnd_sdk.machine import is_alive
 
 POLL_S = 0.05
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dnd_sdk.client.answers import Answer, read_usage
 from dnd_sdk.client.call import Call, cut_off
-from dnd_sdk.config import SamplingOptions
+from dnd_sdk.config import MODEL_PREFIX, SamplingOptions
 from dnd_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def chat_body(prompt: Prompt, adapter: str | None, role: Role | None, options: S
 
         prompt = with_role(prompt, role, None)
     body: dict[str, Any] = {
-        "model": f"dnd:{adapter or 'base'}",
+        "model": f"{MODEL_PREFIX}{adapter or 'base'}",
         "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt),
         "stream": True,
         "max_tokens": options.max_new_tokens,

@@ -28,7 +28,8 @@ _UNESCAPED = re.compile(r"\\([0-7]{3})")
 
 Reach = Literal["everybody", "machine", "nobody"]
 
-_DISKS = "bcachefs btrfs exfat ext2 ext3 ext4 f2fs jfs ntfs3 overlay ramfs reiserfs tmpfs vfat xfs zfs"
+_DISKS = {"bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs",
+          "ntfs3", "overlay", "ramfs", "reiserfs", "tmpfs", "vfat", "xfs", "zfs"}  # fmt: skip
 """File systems that one machine alone writes to."""
 
 
@@ -89,7 +90,7 @@ def reach(folder: Path) -> Reach:
     """Whom locks in this folder hold off: everybody who can write there, the processes of this machine, or nobody."""
     if fcntl is None:
         return "nobody"
-    return "everybody" if file_system(folder) in _DISKS.split() else "machine"
+    return "everybody" if file_system(folder) in _DISKS else "machine"
 
 
 def file_system(folder: Path) -> str | None:

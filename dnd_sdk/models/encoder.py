@@ -22,6 +22,7 @@ from dnd_sdk.errors import ConfigError, InputError, WeightsUnavailableError
 from dnd_sdk.models.batching import grouped
 from dnd_sdk.models.catalogue import DEFAULT_ENCODER
 from dnd_sdk.models.loading import fingerprint, load_encoder, pull, unavailable
+from dnd_sdk.models.wheels import Note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,16 +72,24 @@ class Encoder:
         self._token_ids(["warm up"])  # drops the tokenizer file's own truncation now: later calls only read it
 
     @classmethod
-    def load(cls, name: str = DEFAULT_ENCODER, home: Home | None = None, device: str = "cpu") -> Encoder:
+    def load(
+        cls,
+        name: str = DEFAULT_ENCODER,
+        home: Home | None = None,
+        device: str = "cpu",
+        *,
+        progress: Note | None = None,
+    ) -> Encoder:
         """Load an embedded encoder, a local sentence-encoder folder or a Hugging Face id; `home` None is the default.
 
+        `progress` is told in words about fetching and converting.
         Raises `WeightsUnavailableError` for an encoder that cannot be found or pools in a way not supported here.
         """
         home = home or Home.find()
-        folder = pull(name, home)
+        folder = pull(name, home, progress)
         with unavailable(name):
             settings = _read_settings(name, folder)
-        model, tokenizer = load_encoder(name, home, device=device)
+        model, tokenizer = load_encoder(name, home, device=device, folder=folder)
         return cls(model, tokenizer, name, _bounded(settings, model, tokenizer))
 
     def encode(self, prompts: Sequence[str], *, state_tokens: int = 64, with_states: bool = True) -> Encoded:

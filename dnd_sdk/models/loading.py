@@ -131,14 +131,17 @@ def load_base(name: str, home: Home, *, device: str = "cpu", dtype: str = "auto"
 
 
 def load_encoder(
-    name: str, home: Home, *, device: str = "cpu", progress: Note | None = None
+    name: str, home: Home, *, device: str = "cpu", folder: Path | None = None, progress: Note | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen text encoder in float32 with its tokenizer; raises as `load_base` does."""
+    """Load a frozen text encoder in float32 with its tokenizer; raises as `load_base` does.
+
+    `folder` is what `pull` gave for it; None: it is asked for here.
+    """
     import torch
     from transformers import AutoModel
 
     where = pick_device(device)
-    model, tokenizer = _load(AutoModel, name, pull(name, home, progress), torch.float32)
+    model, tokenizer = _load(AutoModel, name, folder or pull(name, home, progress), torch.float32)
     return model.to(where), tokenizer
 
 

@@ -18,8 +18,7 @@ from dnd_sdk.server.documented import MAYBE_TEXT, NUMBER, TEXT, TEXTS, WHOLE, an
 from dnd_sdk.server.problems import invalid, problem_of
 from dnd_sdk.server.service import Service, TheService, note
 from dnd_sdk.server.uploads import prompts_of
-from dnd_sdk.server.wire import MAX_PROMPTS
-from dnd_sdk.server.writing import event
+from dnd_sdk.server.wire import MAX_PROMPTS, event
 from dnd_sdk.session import AdaptResult
 
 router = APIRouter(prefix="/dnd", tags=["dnd"])

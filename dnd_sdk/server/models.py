@@ -9,13 +9,12 @@ from fastapi import APIRouter
 
 from dnd_sdk.adaptation import check_made_for, stored_for
 from dnd_sdk.adapters import Adapter
+from dnd_sdk.config import MODEL_PREFIX as PREFIX
 from dnd_sdk.errors import AdapterNotFoundError, ConfigError
 from dnd_sdk.server.documented import MAYBE_TEXT, TEXT, WHOLE, answers, listed
 from dnd_sdk.server.problems import invalid, model_not_found
 from dnd_sdk.server.service import Service, TheService
 from dnd_sdk.session import AUTO, AdapterChoice
-
-PREFIX = "dnd:"
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

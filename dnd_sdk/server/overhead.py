@@ -20,7 +20,7 @@ import httpx
 
 from dnd_sdk.adaptation import stored_for
 from dnd_sdk.bench import host, ratio
-from dnd_sdk.config import whole_number
+from dnd_sdk.config import MODEL_PREFIX, whole_number
 from dnd_sdk.server.running import Listening, serve
 from dnd_sdk.server.settings import ServerSettings
 from dnd_sdk.session import DnD
@@ -146,7 +146,7 @@ async def _over_http(url: str, asked: _Asked, clients: list[_Client]) -> _Round:
 
 async def _stream(http: httpx.AsyncClient, asked: _Asked, client: _Client, start: float) -> tuple[int, float]:
     body = {
-        "model": "dnd:base" if client.adapter is None else f"dnd:{client.adapter}",
+        "model": f"{MODEL_PREFIX}{client.adapter or 'base'}",
         "messages": [{"role": "user", "content": client.prompt}],
         "max_tokens": asked.tokens,
         "stream": True,

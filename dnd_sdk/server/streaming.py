@@ -11,9 +11,9 @@ from dnd_sdk.chat import Reading, plain_so_far
 from dnd_sdk.server.answering import Answers, Piece
 from dnd_sdk.server.problems import problem_of
 from dnd_sdk.server.reading import Asked
+from dnd_sdk.server.wire import event
 from dnd_sdk.server.writing import (
     chat_logprobs,
-    event,
     new_id,
     reading_of,
     reason_of,

@@ -1,7 +1,12 @@
-"""Bodies of requests in OpenAI's shapes; what is not named here is ignored, since clients send much of their own."""
+"""Bodies of requests in OpenAI's shapes, and what a stream's events look like.
+
+What is not named here is ignored, since clients send much of their own.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
@@ -170,3 +175,10 @@ class EmbeddingRequest(BaseModel):
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)] | TokenIds
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int | None, Field(ge=1), _NUMBER] = None
+
+
+def event(data: Mapping[str, Any] | str, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {text}\n\n".encode("utf-8", "replace")

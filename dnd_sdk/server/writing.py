@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dnd_sdk.chat import Reading, ToolCall, new_call_id, read_answer
@@ -95,13 +95,6 @@ def text_logprobs(answer: Completion) -> dict[str, Any] | None:
         "top_logprobs": [dict(token.likeliest) for token in answer.logprobs],
         "text_offset": starts,
     }
-
-
-def event(data: Mapping[str, Any] | str, name: str | None = None) -> bytes:
-    """One server-sent event."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    head = "" if name is None else f"event: {name}\n"
-    return f"{head}data: {text}\n\n".encode("utf-8", "replace")
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dnd_sdk.engine import Engine
 from dnd_sdk.errors import ConfigError, StorageError
 from dnd_sdk.generator import Generator, check_encoder, folder_for, generator_folder, load_generator
 from dnd_sdk.lora import MAX_RANK, LoraLayout
-from dnd_sdk.models import DEFAULT_ENCODER, Base, BaseCard, Encoder, load_base, pull
+from dnd_sdk.models import DEFAULT_ENCODER, Base, BaseCard, Encoder, load_base
 from dnd_sdk.routing import DecisionLog, Router, measured
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def encoder_for(
 ) -> Encoder:
     """The encoder of that name, which fits the generator; None: the generator's own, else the default."""
     name = name or (generator.encoder_name if generator is not None else DEFAULT_ENCODER)
-    pull(name, home, progress)  # fetch with progress; the load below finds it
-    encoder = Encoder.load(name, home, device=str(device))
+    encoder = Encoder.load(name, home, device=str(device), progress=progress)
     check_encoder(encoder, generator)
     return encoder
 

@@ -7,24 +7,17 @@ Names resolve on first use, so importing the package loads neither torch nor lla
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dnd_sdk.integrations.lazy import lazy_names
 
 if TYPE_CHECKING:
     from dnd_sdk.integrations.llamaindex.embedding import DnDEmbedding
     from dnd_sdk.integrations.llamaindex.function_calling import DnDFunctionCallingLLM
     from dnd_sdk.integrations.llamaindex.llm import DnDLLM
 
-_HOMES = {"DnDEmbedding": "embedding", "DnDFunctionCallingLLM": "function_calling", "DnDLLM": "llm"}
-
 __all__ = ["DnDEmbedding", "DnDFunctionCallingLLM", "DnDLLM"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(
+    __name__, {"DnDEmbedding": "embedding", "DnDFunctionCallingLLM": "function_calling", "DnDLLM": "llm"}
+)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 from dnd_sdk.adapters import AdapterStore
+from dnd_sdk.config import MODEL_PREFIX
 from dnd_sdk.errors import DndError
 
 _ANSWERING = ("/v1/chat/completions", "/v1/completions")
-_PREFIX = "dnd:"
-_NOBODY = ("dnd:auto", "dnd:base")
+_NOBODY = (f"{MODEL_PREFIX}auto", f"{MODEL_PREFIX}base")
 
 
 def adapter_of(store: AdapterStore, path: str, body: bytes) -> str | None:
@@ -21,6 +21,6 @@ def adapter_of(store: AdapterStore, path: str, body: bytes) -> str | None:
         return None
     try:
         model = json.loads(body)["model"]
-        return None if model in _NOBODY else store.get(model.removeprefix(_PREFIX)).id
+        return None if model in _NOBODY else store.get(model.removeprefix(MODEL_PREFIX)).id
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError, DndError):
         return None

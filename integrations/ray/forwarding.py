@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -21,7 +20,7 @@ from dnd_sdk.adapters import AdapterStore
 from dnd_sdk.errors import BackendError, BusyError, DndError
 from dnd_sdk.integrations.ray.affinity import adapter_of
 from dnd_sdk.integrations.ray.exchange import Request
-from dnd_sdk.server import Problem, RequestError, problem_of
+from dnd_sdk.server import Problem, RequestError, event, problem_of
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +95,7 @@ class Forwarding:
                 return
             if not is_stream:
                 raise
-            told = b"data: " + json.dumps(problem_of(error).body).encode() + b"\n\n"
-            await send({"type": "http.response.body", "body": told, "more_body": False})
+            await send({"type": "http.response.body", "body": event(problem_of(error).body), "more_body": False})
 
     async def _batches(self, adapter: str, request: Request) -> AsyncGenerator[list[Message], None]:
         """Of one attempt after the other, until one has given some."""

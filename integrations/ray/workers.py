@@ -128,7 +128,8 @@ class RayWorkers:
                 for reference in ended:
                     yield self._ended(running.pop(reference), reference)
         finally:
-            if not self._started:  # what was started here ends as a whole; Ray 2.60 can die of both at once
+            # what runs in a cluster of our own ends with it as a whole: Ray 2.60 can die of both at once
+            if not (self._started and running):
                 for reference in running:
                     ray.cancel(reference, force=True)
                 ray.kill(board)
